@@ -1,0 +1,61 @@
+"""The command line: `python -m dpo_minimal [command] [options]`; without a command, bandit."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+
+from . import __version__
+from .experiments import bandit
+from .validation import InputError
+
+COMMANDS = {"bandit": (bandit, "train towards the closed-form optimum and prove that it is reached")}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dpo-minimal",
+        description="Direct Preference Optimization from scratch, checked against the closed-form optimum.",
+        epilog="Without a command, bandit is run. `dpo-minimal COMMAND --help` explains each.",
+    )
+    parser.add_argument("--version", action="version", version=f"dpo-minimal {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, summary) in COMMANDS.items():
+        sub = commands.add_parser(
+            name, help=summary, description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        )  # fmt: skip
+        module.add_arguments(sub)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0, 2 after bad input (one sentence on stderr), 130 after
+    Ctrl-C."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    own = ("-h", "--help", "--version", *COMMANDS)
+    if not arguments or (arguments[0] not in own and arguments[0].startswith("-")):
+        arguments.insert(0, "bandit")
+    options = _parser().parse_args(arguments)
+    command, _ = COMMANDS[vars(options).pop("command")]
+    torch.set_num_threads(1)  # tables and models this small are faster on one core, and the same everywhere
+    try:
+        command.run(options)
+    except (InputError, OSError) as error:
+        print(f"dpo-minimal: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ndpo-minimal: interrupted.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def entry_point() -> None:
+    """The console script `dpo-minimal`."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry_point()

@@ -1,0 +1,164 @@
+"""The toy world: prompts x completions with a known reward, and the objectives of a policy on it.
+
+A policy here is anything whose call returns the (X, Y) table of log pi(y|x): a table of logits, or a GPT
+whose completions are all enumerated (policy.py). Data are `Rankings`: with exact probabilities as weights
+an objective below is the *population* loss, with counts it is the loss of finite data.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .losses import (
+    PreferenceLoss,
+    dpo_loss,
+    ipo_loss,
+    plackett_luce_dpo_loss,
+    plackett_luce_gradient_weights,
+)
+from .preferences import Rankings
+from .validation import (
+    InputError,
+    check_count,
+    check_finite,
+    check_log_distribution,
+    check_positive,
+    check_same_shape,
+)
+
+
+@dataclass(frozen=True)
+class Bandit:
+    """Prompts, completions, a reference policy and a reward.
+
+    Fields:
+        ref_logps: (X, Y) log pi_ref(y|x); -inf where a prompt has fewer than Y completions.
+        rewards: (X, Y) r(x, y), finite (0 where there is no completion).
+        prompts, completions: names for people, X of them and up to Y for each prompt.
+    """
+
+    ref_logps: Tensor
+    rewards: Tensor
+    prompts: tuple[str, ...]
+    completions: tuple[tuple[str, ...], ...]
+
+    def __post_init__(self) -> None:
+        check_same_shape(ref_logps=self.ref_logps, rewards=self.rewards)
+        if self.ref_logps.dim() != 2:
+            raise InputError(f"a bandit's tables must have shape (X, Y), got {tuple(self.ref_logps.shape)}.")
+        check_finite(rewards=self.rewards)
+        check_log_distribution(ref_logps=self.ref_logps)
+
+    @property
+    def exists(self) -> Tensor:
+        """(X, Y) True where the prompt has that completion."""
+        return self.ref_logps > -math.inf
+
+
+def random_bandit(
+    num_prompts: int,
+    num_completions: int,
+    *,
+    reward_scale: float = 1.0,
+    reference_scale: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Bandit:
+    """A random world in float64: rewards N(0, reward_scale^2), reference softmax of N(0, reference_scale^2).
+
+    Args: sizes >= 1 and >= 2; scales > 0; generator for reproducible draws. Raises InputError.
+    """
+    check_count("num_prompts", num_prompts)
+    check_count("num_completions", num_completions, minimum=2)
+    check_positive("reward_scale", reward_scale)
+    check_positive("reference_scale", reference_scale)
+    shape = (num_prompts, num_completions)
+    rewards = reward_scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+    scores = reference_scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+    names = tuple(f"y{y}" for y in range(num_completions))
+    return Bandit(
+        ref_logps=scores.log_softmax(-1),
+        rewards=rewards,
+        prompts=tuple(f"x{x}" for x in range(num_prompts)),
+        completions=(names,) * num_prompts,
+    )
+
+
+class TabularPolicy(nn.Module):
+    """One logit for each prompt and completion, started at the reference: pi = softmax(logits)."""
+
+    def __init__(self, ref_logps: Tensor):
+        super().__init__()
+        self.logits = nn.Parameter(ref_logps.clone())
+
+    def forward(self) -> Tensor:
+        """(X, Y) log pi(y|x); completions that do not exist stay at -inf."""
+        return self.logits.log_softmax(-1)
+
+
+def dpo_on_table(logps: Tensor, ref_logps: Tensor, rankings: Rankings, *, beta: float) -> PreferenceLoss:
+    """`dpo_loss` of every comparison at once, (E,) each (Eq. 7) [D4.2].
+
+    Args:
+        logps, ref_logps: (X, Y) policy and reference tables.
+        rankings: comparisons (K = 2) on them.
+    """
+    return _pairwise(dpo_loss, logps, ref_logps, rankings, beta)
+
+
+def _pairwise(loss, logps: Tensor, ref_logps: Tensor, rankings: Rankings, beta: float) -> PreferenceLoss:
+    policy, reference = rankings.gather(logps), rankings.gather(ref_logps)
+    return loss(policy[:, 0], policy[:, 1], reference[:, 0], reference[:, 1], beta=beta)
+
+
+def dpo_objective(logps: Tensor, ref_logps: Tensor, rankings: Rankings, *, beta: float):
+    """The expected DPO loss over all pairs, population or data alike: sum of weight * loss (Eq. 7) [D4.2].
+
+    Returns:
+        (scalar loss, scalar mean gradient weight), the mean taken with the same weights, detached.
+    """
+    out = dpo_on_table(logps, ref_logps, rankings, beta=beta)
+    return rankings.weight @ out.losses, rankings.weight @ out.gradient_weights
+
+
+def ipo_objective(logps: Tensor, ref_logps: Tensor, rankings: Rankings, *, beta: float):
+    """The expected IPO loss, as `dpo_objective` [D12.1]."""
+    out = _pairwise(ipo_loss, logps, ref_logps, rankings, beta)
+    return rankings.weight @ out.losses, rankings.weight @ out.gradient_weights
+
+
+def plackett_luce_objective(logps: Tensor, ref_logps: Tensor, rankings: Rankings, *, beta: float):
+    """The expected Plackett-Luce DPO loss over rankings of any K (Eq. 20) [D8.2].
+
+    Returns:
+        (scalar loss, scalar mean gradient weight of the top-ranked answer, detached).
+    """
+    policy, reference = rankings.gather(logps), rankings.gather(ref_logps)
+    losses = plackett_luce_dpo_loss(policy, reference, beta=beta)
+    weights = plackett_luce_gradient_weights(policy, reference, beta=beta)
+    return rankings.weight @ losses, rankings.weight @ weights[:, 0]
+
+
+def safe_learning_rate(rankings: Rankings, *, beta: float | None) -> float:
+    """A step of gradient descent on a `TabularPolicy` that never raises the loss [D5.1].
+
+    Per unit of weight a completion takes part in, the Hessian's largest eigenvalue is at most beta^2 / 2
+    for the (Plackett-Luce) DPO loss, by Gershgorin's circles, and 4 for IPO's; the step is its inverse.
+    The natural step thus grows as 1 / beta^2: with a fixed one, a small beta looks broken.
+
+    Args:
+        rankings: the data, with the weights of the objective.
+        beta: that of the DPO objective; None for IPO, whose curvature does not depend on it.
+    """
+    K = rankings.order.shape[-1]
+    stages = torch.arange(1, K + 1, device=rankings.order.device).clamp(max=K - 1)  # choices each rank is in
+    index = (rankings.prompt.unsqueeze(-1), rankings.order)
+    shape = [int(i.max()) + 1 for i in index]
+    share = rankings.weight.new_zeros(shape).index_put(
+        index, rankings.weight.unsqueeze(-1) * stages, accumulate=True
+    )
+    curvature = 4.0 if beta is None else beta**2 / 2
+    return 1 / (curvature * share.max().item())

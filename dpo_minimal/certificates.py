@@ -1,0 +1,181 @@
+"""How close we provably are: from the gradient at one point to a bound on |log pi - log pi*|.
+
+Everything here works on *scores* s = beta (log pi - log pi_ref), an (X, Y) table that any policy has, a
+table of logits or a network alike. In s the DPO loss is Bradley-Terry (or Plackett-Luce) regression: it is
+convex, and its third derivative is bounded by its second, which turns the gradient at *one* point into a
+bound on the distance to the minimiser [D11.2]. Prompts do not interact, so each is judged by itself with
+its weights normalised to one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .preferences import Rankings, win_counts
+from .validation import check_finite, check_positive, check_same_shape
+
+
+class Curvature(NamedTuple):
+    """First and second derivative of the loss in the scores, one prompt a row.
+
+    Fields:
+        gradient: (X, Y).
+        hessian: (X, Y, Y) positive semi-definite, zero in the direction that adds a constant.
+        inverse: (X, Y, Y) its pseudo-inverse on the compared completions; meaningless for prompts where
+            the comparisons do not connect these.
+        compared: (X, Y) True where the completion appears in some ranking.
+        total: (X,) total weight of the prompt's rankings, by which gradient and hessian were divided.
+    """
+
+    gradient: Tensor
+    hessian: Tensor
+    inverse: Tensor
+    compared: Tensor
+    total: Tensor
+
+
+def curvature(scores: Tensor, rankings: Rankings) -> Curvature:
+    """Gradient and Hessian of the mean negative log-likelihood at any scores, in closed form [D5.1, D8.2].
+
+    Args:
+        scores: (X, Y) implicit or explicit rewards, nats; only compared completions are read.
+        rankings: comparisons or rankings with their weights.
+    Raises:
+        InputError: a score that is compared is not finite.
+    """
+    X, Y = scores.shape
+    E, K = rankings.order.shape
+    ranked = rankings.gather(scores.detach()).to(rankings.weight.dtype)  # (E, K)
+    check_finite(scores=ranked)
+    total = ranked.new_zeros(X).index_add(0, rankings.prompt, rankings.weight)
+    weight = (rankings.weight / total[rankings.prompt]).unsqueeze(-1)  # (E, 1)
+
+    gradient = ranked.new_zeros(X, Y)
+    hessian = ranked.new_zeros(X, Y, Y)
+    rows = rankings.prompt.unsqueeze(-1).expand(E, K)
+    for place in range(K - 1):  # who takes this place, among those still there?
+        chance = ranked[:, place:].softmax(-1)  # (E, K - place)
+        here, row = rankings.order[:, place:], rows[:, place:]
+        surprise = torch.cat([chance[:, :1] - 1, chance[:, 1:]], -1)
+        if K == 2:  # 1 - sigmoid(u) loses digits; the loser's chance is that number exactly
+            surprise = torch.cat([-chance[:, 1:], chance[:, 1:]], -1)
+        gradient.index_put_((row, here), weight * surprise, accumulate=True)
+        covariance = weight.unsqueeze(-1) * (
+            torch.diag_embed(chance) - chance.unsqueeze(-1) * chance.unsqueeze(-2)
+        )
+        index = row.unsqueeze(-1), here.unsqueeze(-1), here.unsqueeze(-2)
+        hessian.index_put_(index, covariance, accumulate=True)
+
+    compared = torch.zeros(X, Y, dtype=torch.bool, device=scores.device)
+    compared[rows, rankings.order] = True
+    return Curvature(gradient, hessian, laplacian_inverse(hessian, compared), compared, total)
+
+
+def laplacian_inverse(hessian: Tensor, compared: Tensor) -> Tensor:
+    """Pseudo-inverse of weighted Laplacians (X, Y, Y) on the completions marked in `compared` (X, Y).
+
+    Make the constant direction and the other completions invertible, invert, and take them out again.
+    No eigenvalue cut-off: one would hide a nearly flat direction, i.e. nearly separable data [D11.2].
+    """
+    member = compared.to(hessian.dtype)
+    count = member.sum(-1).clamp(min=1)
+    scale = hessian.diagonal(dim1=-2, dim2=-1).sum(-1) / count
+    scale = torch.where(scale > 0, scale, 1)[:, None, None]
+    constant = member.unsqueeze(-1) * member.unsqueeze(-2) / count[:, None, None]
+    outside = torch.diag_embed(1 - member)
+    inverse, failed = torch.linalg.inv_ex(hessian / scale + constant + outside)
+    inverse = (inverse - constant - outside) / scale
+    inverse = (inverse + inverse.transpose(-1, -2)) / 2
+    return torch.where((failed != 0)[:, None, None], math.nan, inverse)
+
+
+class Certificate(NamedTuple):
+    """What `certify` returns, one entry a prompt (X,).
+
+    Fields:
+        logp_bound: bound on max_y |log pi(y|x) - log pi*(y|x)| in nats; inf where nothing can be said.
+        loss_gap: bound on the mean loss above its minimum, nats; inf likewise.
+        x: resistance times Newton decrement; the bound is issued for x <= 1/2.
+    """
+
+    logp_bound: Tensor
+    loss_gap: Tensor
+    x: Tensor
+
+
+def certify(logps: Tensor, ref_logps: Tensor, rankings: Rankings, *, beta: float) -> Certificate:
+    """Bound the distance of a policy to the minimiser of its own objective, from one gradient [D11.2].
+
+    With g, H the gradient and Hessian in the scores, nu^2 = g' H^+ g the Newton decrement and rho^2 the
+    largest effective resistance, let x = rho nu. For x < 1 the minimiser exists and every difference of
+    scores is within D = min{-log(1 - x), range(H^+ g) + x/(1 - x) + log(1 - x)} of its own; then
+    |log pi - log pi*| <= D / beta for every completion. The first bound needs only x, the second adds that
+    a Newton step lands within second order. Rounding of g and of the tables is added on top.
+
+    The population objective's minimiser is pi*, so there this bounds the distance to the closed form;
+    for data it bounds the distance to the maximum-likelihood estimate.
+
+    Args:
+        logps, ref_logps: (X, Y) tables of the policy and the reference.
+        rankings: what the policy was trained on, DPO or Plackett-Luce.
+        beta: > 0.
+    Returns:
+        Certificate; inf where x > 1/2 (separable data keep x > 1 for ever), where the comparisons do not
+        connect the prompt's completions, or where the prompt has none.
+    Raises:
+        InputError: shapes differ, beta <= 0, a compared log-probability is not finite.
+    """
+    check_positive("beta", beta)
+    check_same_shape(logps=logps, ref_logps=ref_logps)
+    logps, ref_logps = logps.detach().double(), ref_logps.detach().double()
+    state = curvature(beta * (logps - ref_logps), rankings)
+    wins = win_counts(rankings, *logps.shape)
+    whole = (connected(wins + wins.mT) | ~_outer(ref_logps > -math.inf)).flatten(1).all(-1)
+
+    rho = largest_resistance(state).sqrt()
+    step = (state.inverse @ state.gradient.unsqueeze(-1)).squeeze(-1)  # H^+ g
+    decrement = (step * state.gradient).sum(-1).clamp(min=0).sqrt()
+    # Each entry of g sums terms no larger than the weights of the rankings it is in, a few roundings each.
+    eps = torch.finfo(torch.float64).eps
+    degree = (wins + wins.mT).sum(-1) / state.total.clamp(min=1e-300).unsqueeze(-1)
+    trace = state.inverse.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=0)
+    rounding = 4 * eps * degree.norm(dim=-1) * trace.sqrt()
+    x = rho * (decrement + rounding)
+
+    outside = ~state.compared
+    step_range = step.masked_fill(outside, -math.inf).amax(-1) - step.masked_fill(outside, math.inf).amin(-1)
+    newton = step_range + rho * rounding + x / (1 - x) + torch.log1p(-x)
+    distance = torch.minimum(-torch.log1p(-x), newton)
+    size = torch.where(state.compared, torch.maximum(logps.abs(), ref_logps.abs()), 0).amax(-1)
+    valid = whole & (x <= 0.5)
+    return Certificate(
+        logp_bound=torch.where(valid, distance / beta + 8 * eps * size, math.inf),
+        loss_gap=torch.where(valid, (x + (1 - x) * torch.log1p(-x)) / rho**2, math.inf),
+        x=torch.where(torch.isnan(x), math.inf, x),
+    )
+
+
+def largest_resistance(state: Curvature) -> Tensor:
+    """(X,) rho^2 = max over pairs of (e_i - e_j)' H^+ (e_i - e_j), the variance (times N) of the worst
+    estimated reward difference [D11.3]."""
+    diagonal = state.inverse.diagonal(dim1=-2, dim2=-1)
+    resistance = diagonal.unsqueeze(-1) + diagonal.unsqueeze(-2) - 2 * state.inverse
+    return resistance.masked_fill(~_outer(state.compared), 0).flatten(1).amax(-1)
+
+
+def _outer(mask: Tensor) -> Tensor:
+    return mask.unsqueeze(-1) & mask.unsqueeze(-2)
+
+
+def connected(wins: Tensor) -> Tensor:
+    """(X, Y, Y) True where a chain of wins leads from the row's completion to the column's."""
+    reach = (wins > 0) | torch.eye(wins.shape[-1], dtype=torch.bool, device=wins.device)
+    while True:  # squaring doubles the length of the chains, so this ends after log2(Y) rounds at most
+        further = (reach.float() @ reach.float()) > 0
+        if torch.equal(further, reach):
+            return reach
+        reach = further

@@ -1,0 +1,1 @@
+"""What the commands run, each composing the rooms above."""

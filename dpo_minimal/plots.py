@@ -1,0 +1,152 @@
+"""Records in, figure out. Made for a projector: large type, few lines, colours safe for the colour-blind."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib
+
+matplotlib.use("Agg")  # figures go to files; no screen is needed
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
+
+from .bandit import Bandit
+from .closed_form import optimal_logps, reward_kl_frontier
+from .runs import write_atomically
+
+if TYPE_CHECKING:
+    from .experiments.fit import Outcome
+
+# Okabe and Ito's palette
+COLOURS = {"tabular": "#0072B2", "finite": "#E69F00", "gpt": "#009E73", "plackett_luce": "#CC79A7"}
+LABELS = {
+    "tabular": "table, exact preferences",
+    "finite": "table, sampled pairs",
+    "gpt": "GPT-2, exact preferences",
+    "plackett_luce": "table, rankings",
+}
+STYLE = {
+    "font.size": 15,
+    "axes.titlesize": 17,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "lines.linewidth": 2.5,
+    "legend.frameon": False,
+    "legend.fontsize": 13,
+}
+
+
+def bandit_figure(outcomes: list[Outcome], path: Path) -> None:
+    """Four panels: policy against pi*, distance and certificate by step, gradient weights, the frontier."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(2, 2, figsize=(16, 12), layout="constrained")
+        _policy_panel(axes[0, 0], outcomes)
+        _distance_panel(axes[0, 1], outcomes)
+        _weight_panel(axes[1, 0], outcomes)
+        _frontier_panel(axes[1, 1], outcomes)
+        _save(figure, path)
+
+
+def _save(figure, path: Path) -> None:
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
+    plt.close(figure)
+
+
+def _policy_panel(axis, outcomes: list[Outcome]) -> None:
+    axis.set_title(r"The trained policy is $\pi_{\rm ref}\, e^{r/\beta} / Z$")
+    lowest = 0.0
+    for outcome in outcomes:
+        optimal = optimal_logps(outcome.ref_logps, outcome.rewards, beta=outcome.beta)
+        exists = outcome.ref_logps > -math.inf
+        x, y, start = (table[exists] / math.log(10) for table in (optimal, outcome.logps, outcome.ref_logps))
+        if outcome.name in ("tabular", "gpt"):
+            axis.scatter(x, start, s=14, color="0.75", zorder=1)
+        size = {"finite": 22, "gpt": 10}.get(outcome.name, 30)
+        colour, label = COLOURS[outcome.name], LABELS[outcome.name]
+        axis.scatter(x, y, s=size, color=colour, label=label, zorder=3 if outcome.name != "finite" else 2)
+        lowest = min(lowest, x.min().item(), y.min().item())
+    axis.scatter([], [], s=40, color="0.75", label=r"before training: $\pi_{\rm ref}$")
+    axis.plot([lowest, 0], [lowest, 0], color="black", linewidth=1, zorder=0)
+    axis.set(
+        xlabel=r"$\log_{10}\, \pi^*(y|x)$, closed form", ylabel=r"$\log_{10}\, \pi(y|x)$, trained by DPO"
+    )
+    axis.legend(loc="upper left", markerscale=1.6)
+
+
+def _distance_panel(axis, outcomes: list[Outcome]) -> None:
+    axis.set_title("… provably: distance, and its certificate (dashed)")
+    for outcome in outcomes:
+        steps = [record["step"] for record in outcome.records if record["step"] > 0]
+        for key, style in (("distance/max_logp", "-"), ("distance/bound", "--")):
+            values = [record[key] for record in outcome.records if record["step"] > 0]
+            values = [value if math.isfinite(value) else math.nan for value in values]
+            target = "MLE" if outcome.target == "MLE" else r"$\pi^*$"
+            label = f"{LABELS[outcome.name]}, to {target}" if style == "-" else None
+            axis.plot(steps, values, style, color=COLOURS[outcome.name], label=label, alpha=0.9)
+    axis.set(
+        xscale="log", yscale="log", xlabel="optimisation step",
+        ylabel=r"$\max_{x,y} |\log \pi - \log \pi^{\rm target}|$, nats",
+    )  # fmt: skip
+    axis.legend(loc="lower left")
+
+
+def _weight_panel(axis, outcomes: list[Outcome]) -> None:
+    axis.set_title(r"Gradient weight $\beta\,\sigma(-\mathrm{margin})$, mean over pairs")
+    for outcome in outcomes:
+        steps = [max(record["step"], 0.7) for record in outcome.records]
+        weights = [record["dpo/gradient_weight"] / outcome.beta for record in outcome.records]
+        axis.plot(steps, weights, color=COLOURS[outcome.name], label=LABELS[outcome.name])
+    axis.axhline(0.5, color="black", linewidth=1, linestyle=":")
+    axis.text(0.98, 0.5, "½ at the reference", ha="right", va="bottom", transform=axis.get_yaxis_transform())
+    axis.set(xscale="log", xlabel="optimisation step (start at the left edge)", ylabel=r"weight $/\,\beta$")
+    axis.set_ylim(0, None)
+    axis.legend(loc="lower left")
+
+
+def _frontier_panel(axis, outcomes: list[Outcome]) -> None:
+    axis.set_title("The optimum lies on the reward–KL frontier")
+    worlds = [outcome for outcome in outcomes if outcome.name in ("tabular", "gpt")]
+    for outcome in worlds:
+        betas = torch.logspace(-1.2, 3, 200, dtype=torch.float64) * outcome.beta
+        kl, reward = reward_kl_frontier(outcome.ref_logps, outcome.rewards, betas)
+        axis.plot(kl.mean(-1), reward.mean(-1), color="black", linewidth=1.5, zorder=1)
+    axis.plot([], [], color="black", linewidth=1.5, label="frontier: most reward at this KL")
+    for outcome in outcomes:
+        path = [(record["kl/policy_reference"], record["reward"]) for record in outcome.records]
+        colour = COLOURS[outcome.name]
+        axis.plot(*zip(*path), color=colour, linewidth=2, zorder=2)
+        axis.scatter(*path[-1], s=160, color=colour, edgecolor="black", zorder=3, label=LABELS[outcome.name])
+    axis.set(xlabel=r"KL$(\pi \| \pi_{\rm ref})$, nats, mean over prompts", ylabel="expected reward")
+    axis.legend(loc="lower right")
+
+
+def ranking_figure(world: Bandit, rewards: Tensor, errors: Tensor, path: Path, *, most: int = 6) -> None:
+    """Rewards with 95 % intervals, best first, for the first `most` prompts (said in the title)."""
+    shown = min(most, len(world.prompts))
+    heights = [len(names) for names in world.completions[:shown]]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            shown, 1, figsize=(12, 1.6 * shown + 0.45 * sum(heights)), layout="constrained",
+            squeeze=False, height_ratios=heights, sharex=True,
+        )  # fmt: skip
+        for x, axis in enumerate(axes[:, 0]):
+            order = rewards[x, : heights[x]].argsort(descending=True)
+            axis.errorbar(
+                rewards[x, order], range(heights[x]), xerr=1.96 * errors[x, order], fmt="o",
+                color=COLOURS["tabular"], markersize=9, capsize=4,
+            )  # fmt: skip
+            axis.set_yticks(range(heights[x]), [world.completions[x][y] for y in order.tolist()])
+            axis.invert_yaxis()
+            axis.axvline(0, color="black", linewidth=1)
+            axis.set_title(world.prompts[x])
+        axes[-1, 0].set_xlabel("reward in nats of log-odds, mean zero per prompt, with 95 % intervals")
+        if shown < len(world.prompts):
+            figure.suptitle(f"The first {shown} of {len(world.prompts)} prompts")
+        _save(figure, path)

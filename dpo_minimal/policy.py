@@ -1,0 +1,202 @@
+"""log pi(y|x) of whole completions under a GPT: of a batch, or of every completion there is.
+
+A small GPT whose completions are all enumerated is a row of a table, so the closed forms can judge it.
+What scores completions projects onto the vocabulary only the positions that predict a completion token.
+
+But: no sampling, no tokeniser.
+
+Shapes: B sequences, T tokens, X prompts, Y completions, N nodes of a prefix tree, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .model import GPT
+from .validation import InputError, check_count
+
+
+class SequenceBatch(NamedTuple):
+    """Prompts with completions, right-padded; what lies beyond a row's length is never scored.
+
+    Fields: ids (B, T); prompt_lengths (B,) >= 1; lengths (B,) of prompt and completion together.
+    """
+
+    ids: Tensor
+    prompt_lengths: Tensor
+    lengths: Tensor
+
+
+def sequence_logps(model: GPT, batch: SequenceBatch) -> Tensor:
+    """log pi(y|x) of each row: the sum over completion tokens, prompt and padding excluded [D9.1].
+
+    Args:
+        model: the policy.
+        batch: see `SequenceBatch`; a completion's end-of-text, where it has one, is scored like any token.
+    Returns:
+        (B,) nats, in float32 or wider: a sum of bfloat16 terms near 500 would be rounded to multiples of 2.
+    Raises:
+        InputError: shapes do not fit, an empty prompt or completion, a length beyond the row.
+    """
+    B, T = batch.ids.shape
+    if batch.prompt_lengths.shape != (B,) or batch.lengths.shape != (B,):
+        raise InputError(f"prompt_lengths and lengths must have shape ({B},), one entry a row of ids.")
+    if (batch.prompt_lengths < 1).any() or (batch.lengths > T).any():
+        raise InputError("every row needs a prompt of at least one token and a length within the row.")
+    if (batch.lengths <= batch.prompt_lengths).any():
+        row = int((batch.lengths <= batch.prompt_lengths).nonzero()[0])
+        raise InputError(f"row {row} has an empty completion; drop it or give it at least end-of-text.")
+    position = torch.arange(1, T, device=batch.ids.device)  # of the token being predicted
+    scored = (position >= batch.prompt_lengths.unsqueeze(-1)) & (position < batch.lengths.unsqueeze(-1))
+    hidden = model.hidden(batch.ids)[:, :-1][scored]  # (tokens, C)
+    token_logps = _token_logps(model, hidden, batch.ids[:, 1:][scored])
+    row = scored.nonzero()[:, 0]
+    return token_logps.new_zeros(B).index_add(0, row, token_logps)
+
+
+def _token_logps(model: GPT, hidden: Tensor, targets: Tensor) -> Tensor:
+    """(tokens, C), (tokens,) -> (tokens,): log-softmax and gather in one, in float32 or wider."""
+    logits = model.project(hidden)
+    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    return -F.cross_entropy(logits, targets, reduction="none")
+
+
+# ------------------------------------------------------------------------------- every completion there is
+
+
+class Completions(NamedTuple):
+    """Y completions: ids (Y, T), filled up with end-of-text, and lengths (Y,), end-of-text included."""
+
+    ids: Tensor
+    lengths: Tensor
+
+
+def enumerate_completions(vocab_size: int, max_length: int, eos: int) -> Completions:
+    """Every completion of at most max_length tokens, once, shortest first [D9.1].
+
+    A completion ends with end-of-text, or is cut after max_length tokens without one. Together they are
+    prefix-free and exhaustive, so their probabilities sum to one under any model.
+
+    Args: vocab_size >= 2; max_length >= 1; eos in [0, vocab_size). Raises InputError.
+    Returns: Completions, sum_{t < max_length} (V-1)^t + (V-1)^max_length of them.
+
+    Example:
+        >>> enumerate_completions(vocab_size=3, max_length=2, eos=2).ids.tolist()
+        [[2, 2], [0, 2], [1, 2], [0, 0], [0, 1], [1, 0], [1, 1]]
+    """
+    check_count("vocab_size", vocab_size, minimum=2)
+    check_count("max_length", max_length)
+    if not 0 <= eos < vocab_size:
+        raise InputError(f"eos must lie in [0, {vocab_size}), got {eos}.")
+    words = torch.tensor([token for token in range(vocab_size) if token != eos])
+    ids, lengths = [], []
+    prefixes = torch.empty(1, 0, dtype=torch.long)  # all strings of t tokens without end-of-text
+    for t in range(max_length + 1):
+        ids.append(F.pad(prefixes, (0, max_length - t), value=eos))
+        lengths.append(torch.full((len(prefixes),), min(t + 1, max_length)))
+        prefixes = torch.cat(
+            [prefixes.repeat_interleave(len(words), 0), words.repeat(len(prefixes)).unsqueeze(-1)], -1
+        )
+    return Completions(torch.cat(ids), torch.cat(lengths))
+
+
+class PrefixTree(NamedTuple):
+    """The distinct prefixes of a set of completions: node 0 is the empty one, the others one token each.
+
+    Fields:
+        completions: the set.
+        tokens: (N - 1,) the token of each node but the root.
+        depth: (N - 1,) how many tokens its prefix has.
+        ancestors: (N, N) True where the column's prefix begins the row's (itself included).
+        context: (Y, T) the node from which each token of each completion is predicted.
+    """
+
+    completions: Completions
+    tokens: Tensor
+    depth: Tensor
+    ancestors: Tensor
+    context: Tensor
+
+
+def prefix_tree(completions: Completions) -> PrefixTree:
+    """Build the tree once, score with it often. Raises InputError on lengths outside 1 to T."""
+    ids, lengths = completions
+    Y, T = ids.shape
+    if lengths.shape != (Y,) or (lengths < 1).any() or (lengths > T).any():
+        raise InputError(f"lengths must have shape ({Y},) with entries from 1 to {T}.")
+    node = torch.zeros(Y, dtype=torch.long, device=ids.device)
+    contexts, tokens, depths = [node], [], []
+    ancestors = torch.ones(1, 1, dtype=torch.bool, device=ids.device)
+    for t in range(1, T):
+        longer = lengths > t  # only they need a context of t tokens
+        step = torch.stack([node[longer], ids[longer, t - 1]], -1)  # (parent, token)
+        children, child = torch.unique(step, dim=0, return_inverse=True)
+        first, count = len(ancestors), len(children)
+        node = node.clone()
+        node[longer] = first + child
+        contexts.append(node)
+        tokens.append(children[:, 1])
+        depths.append(torch.full_like(children[:, 1], t))
+        own = torch.eye(count, dtype=torch.bool, device=ids.device)
+        ancestors = torch.cat([F.pad(ancestors, (0, count)), torch.cat([ancestors[children[:, 0]], own], -1)])
+    empty = ids.new_empty(0)
+    return PrefixTree(
+        completions,
+        torch.cat([empty, *tokens]),
+        torch.cat([empty, *depths]),
+        ancestors,
+        torch.stack(contexts, -1),
+    )
+
+
+def completion_logps(model: GPT, prompts: Tensor, completions: Completions | PrefixTree) -> Tensor:
+    """log pi(y|x) of every completion after every prompt, shared prefixes computed once [D9.1].
+
+    One forward pass over sequences of prompt + tree: a node attends to the prompt and its ancestors and
+    sits at the position it would have in a sequence of its own.
+
+    Args:
+        model: the policy.
+        prompts: (X, P) token ids, all of one length.
+        completions: the set, or its `prefix_tree` where it is scored more than once.
+    Returns:
+        (X, Y) nats, float32 or wider.
+    Raises:
+        InputError: shapes do not fit, or a completion reaches beyond the model's context.
+    """
+    tree = completions if isinstance(completions, PrefixTree) else prefix_tree(completions)
+    if prompts.dim() != 2 or prompts.numel() == 0:
+        raise InputError(f"prompts must have shape (X, P) and not be empty, got {tuple(prompts.shape)}.")
+    X, P = prompts.shape
+    ids, lengths = tree.completions
+    device = prompts.device
+    nodes = torch.cat([prompts, tree.tokens.expand(X, -1)], -1)  # (X, P + N - 1)
+    positions = torch.cat([torch.arange(P, device=device), P - 1 + tree.depth])
+    mask = F.pad(tree.ancestors[1:, 1:], (P, 0, P, 0))
+    mask[:, :P] = True
+    mask[:P, :P] = torch.ones(P, P, dtype=torch.bool, device=device).tril()
+    hidden = model.hidden(nodes, positions, mask)[:, P - 1 :]  # (X, N, C): the root is the prompt's end
+    logits = model.project(hidden)
+    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    node_logps = logits.log_softmax(-1).flatten(1)  # (X, N * V)
+    token_logps = node_logps[:, tree.context * logits.shape[-1] + ids]  # (X, Y, T)
+    scored = torch.arange(ids.shape[1], device=device) < lengths.unsqueeze(-1)
+    return token_logps.masked_fill(~scored, 0).sum(-1)
+
+
+class EnumeratedPolicy(nn.Module):
+    """A GPT as a bandit policy: called, it gives the (X, Y) table of all completions of fixed prompts."""
+
+    def __init__(self, gpt: GPT, prompts: Tensor, completions: Completions):
+        super().__init__()
+        self.gpt = gpt
+        self.prompts = prompts
+        self.tree = prefix_tree(completions)
+
+    def forward(self) -> Tensor:
+        """(X, Y) log pi(y|x)."""
+        return completion_logps(self.gpt, self.prompts, self.tree)

@@ -1,0 +1,74 @@
+"""Run folders: one new folder a run, every file in it whole or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .validation import InputError
+
+
+def new_run_folder(output_dir: str | None, command: str) -> Path:
+    """Make the folder that a run writes into.
+
+    Args:
+        output_dir: the folder asked for, which must not exist or be empty; None takes the next free
+            `runs/COMMAND-NNN`.
+    Raises:
+        InputError: the folder holds something already, or is a file.
+    """
+    if output_dir is None:
+        number = 1
+        while True:
+            folder = Path("runs") / f"{command}-{number:03d}"
+            try:
+                folder.mkdir(parents=True)
+                return folder
+            except FileExistsError:
+                number += 1
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output-dir {folder}: is a file; name a folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise InputError(f"--output-dir {folder}: holds another run; name a new folder or empty this one.")
+    return folder
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in place in one move."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner may read
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file, indented, ending with a newline."""
+    write_atomically(path, lambda p: p.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+
+
+def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write an .npz file that numpy alone can read."""
+    write_atomically(path, lambda p: np.savez_compressed(p, **arrays))
+
+
+def write_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Write one JSON object a line; numbers that JSON has no word for (inf, nan) become null."""
+
+    def plain(value: Any) -> Any:
+        return None if isinstance(value, float) and not np.isfinite(value) else value
+
+    lines = [json.dumps({key: plain(value) for key, value in record.items()}) for record in records]
+    write_atomically(path, lambda p: p.write_text("".join(line + "\n" for line in lines), encoding="utf-8"))

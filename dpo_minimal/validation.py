@@ -1,0 +1,82 @@
+"""What every public function checks at its door, each failure one sentence that names the argument.
+
+The checks look at values, so on an accelerator each costs one synchronisation. They are here because
+the alternative is silent: `(B,)` against `(B, 1)` broadcasts to `(B, B)`, a NaN spreads, and an
+unnormalised table converges to the wrong policy.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+
+class InputError(ValueError):
+    """Bad input from the user: one sentence that names the place and the remedy."""
+
+
+def check_positive(name: str, value: float | Tensor) -> None:
+    """Require a positive finite number (or zero-dimensional tensor): beta, a temperature, ..."""
+    scalar = isinstance(value, Tensor) and value.dim() == 0
+    if isinstance(value, bool) or not (scalar or isinstance(value, Real)):
+        raise InputError(f"{name} must be a positive number, got {value!r}.")
+    if not 0 < float(value) < math.inf:
+        raise InputError(f"{name} must be a positive finite number, got {float(value)}.")
+
+
+def check_count(name: str, value: int, *, minimum: int = 1) -> None:
+    """Require an integer of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise InputError(f"{name} must be an integer of at least {minimum}, got {value!r}.")
+
+
+def check_flip_probability(value: float) -> None:
+    """Require a label-noise rate in [0, 1/2): from 1/2 on, labels carry no or the opposite information."""
+    if not isinstance(value, Real) or not 0 <= value < 0.5:
+        raise InputError(f"flip_probability must lie in [0, 0.5), got {value!r}.")
+
+
+def check_same_shape(**tensors: Tensor) -> None:
+    """Require non-empty float tensors of one shape and device, so that nothing broadcasts by accident."""
+    first_name, first = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise InputError(f"{name} must be a tensor, got {type(tensor).__name__}.")
+        if not tensor.is_floating_point():
+            raise InputError(f"{name} must have a float dtype, got {tensor.dtype}.")
+        if tensor.dim() == 0 or tensor.numel() == 0:
+            raise InputError(f"{name} must be a non-empty table, got shape {tuple(tensor.shape)}.")
+        if tensor.shape != first.shape:
+            raise InputError(
+                f"{name} has shape {tuple(tensor.shape)} but {first_name} has {tuple(first.shape)}; "
+                "give them the same shape."
+            )
+
+
+def check_finite(**tensors: Tensor) -> None:
+    """Require every entry to be finite."""
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor.detach()).all():
+            bad = (~torch.isfinite(tensor.detach())).nonzero()[0].tolist()
+            raise InputError(f"{name} must be finite, but entry {bad} is {tensor[tuple(bad)].item()}.")
+
+
+def check_log_distribution(**tables: Tensor) -> None:
+    """Require log-probabilities that sum to one over the last dimension; log 0 = -inf is allowed.
+
+    Tolerance 1e-4 (in half precision 16 unit roundoffs): far above the rounding of any table that was
+    normalised in its own dtype or in float32, far below what forgetting to normalise does.
+    """
+    for name, logps in tables.items():
+        values = logps.detach()
+        if torch.isnan(values).any() or (values == math.inf).any():
+            raise InputError(f"{name} must be log-probabilities, but it holds NaN or +inf.")
+        excess = values.double().logsumexp(-1).abs().max().item()
+        if not excess <= max(1e-4, 16 * torch.finfo(logps.dtype).eps):
+            raise InputError(
+                f"{name} must be log-probabilities that sum to one over the last dimension, but a log-sum "
+                f"is off by {excess:.3g} nats; apply log_softmax(-1) to unnormalised scores."
+            )

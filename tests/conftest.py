@@ -1,0 +1,8 @@
+"""Hypothesis draws the same examples each time, so a failing run fails again; torch stays on one thread."""
+
+import torch
+from hypothesis import settings
+
+settings.register_profile("default", max_examples=40, deadline=None, derandomize=True, print_blob=False)
+settings.load_profile("default")
+torch.set_num_threads(1)  # tables this small are faster on one core
