@@ -136,15 +136,16 @@ def standard_errors(scores: Tensor, rankings: Rankings) -> Tensor:
 
 def ipo_standard_errors(logratios: Tensor, rankings: Rankings, exists: Tensor, *, beta: float) -> Tensor:
     """Of mean-zero IPO log-ratios (X, Y): the sandwich L^+ V L^+, V the variance of the score under the
-    observed win rates [D12.1]."""
+    observed win rates, each with half a win added either way [D12.1]."""
     wins = win_counts(rankings, *exists.shape)
     games = wins + wins.mT
     laplacian = torch.diag_embed(games.sum(-1)) - games
     inverse = laplacian_inverse(laplacian, exists)
-    # An outcome of a pair moves the score by 1/(2 beta) - h (won) or -1/(2 beta) - h (lost).
+    # An outcome of a pair moves the score by 1/(2 beta) - h (won) or -1/(2 beta) - h (lost). Win rates are
+    # drawn half a win towards one half, or a unanimous pair would claim to be known exactly.
     gap = logratios.unsqueeze(-1) - logratios.unsqueeze(-2)
-    squared = wins * (1 / (2 * beta) - gap) ** 2
-    squared = squared + squared.mT
+    rate = (wins + 0.5) / (games + 1)
+    squared = games * (rate * (1 / (2 * beta) - gap) ** 2 + (1 - rate) * (1 / (2 * beta) + gap) ** 2)
     noise = torch.diag_embed(squared.sum(-1)) - squared
     variance = (inverse @ noise @ inverse).diagonal(dim1=-2, dim2=-1)
     return torch.where(exists, variance.clamp(min=0).sqrt(), 0)

@@ -68,9 +68,14 @@ def _policy_panel(axis, outcomes: list[Outcome]) -> None:
         x, y, start = (table[exists] / math.log(10) for table in (optimal, outcome.logps, outcome.ref_logps))
         if outcome.name in ("tabular", "gpt"):
             axis.scatter(x, start, s=14, color="0.75", zorder=1)
-        size = {"finite": 22, "gpt": 10}.get(outcome.name, 30)
-        colour, label = COLOURS[outcome.name], LABELS[outcome.name]
-        axis.scatter(x, y, s=size, color=colour, label=label, zorder=3 if outcome.name != "finite" else 2)
+        size = {"finite": 22, "gpt": 10, "plackett_luce": 70}.get(outcome.name, 30)
+        face = (
+            "none" if outcome.name == "plackett_luce" else COLOURS[outcome.name]
+        )  # rings: what is under shows
+        axis.scatter(
+            x, y, s=size, edgecolor=COLOURS[outcome.name], facecolor=face, label=LABELS[outcome.name],
+            zorder=2 if outcome.name == "finite" else 3,
+        )  # fmt: skip
         lowest = min(lowest, x.min().item(), y.min().item())
     axis.scatter([], [], s=40, color="0.75", label=r"before training: $\pi_{\rm ref}$")
     axis.plot([lowest, 0], [lowest, 0], color="black", linewidth=1, zorder=0)
@@ -81,17 +86,20 @@ def _policy_panel(axis, outcomes: list[Outcome]) -> None:
 
 
 def _distance_panel(axis, outcomes: list[Outcome]) -> None:
-    axis.set_title("… provably: distance, and its certificate (dashed)")
+    axis.set_title("… provably: distance, certificate above")
     for outcome in outcomes:
-        steps = [record["step"] for record in outcome.records if record["step"] > 0]
-        for key, style in (("distance/max_logp", "-"), ("distance/bound", "--")):
-            values = [record[key] for record in outcome.records if record["step"] > 0]
-            values = [value if math.isfinite(value) else math.nan for value in values]
-            target = "MLE" if outcome.target == "MLE" else r"$\pi^*$"
-            label = f"{LABELS[outcome.name]}, to {target}" if style == "-" else None
-            axis.plot(steps, values, style, color=COLOURS[outcome.name], label=label, alpha=0.9)
+        last = outcome.records[-1]["step"]
+        share = [100 * record["step"] / last for record in outcome.records]
+        target = "MLE" if outcome.target == "MLE" else r"$\pi^*$"
+        label = f"{LABELS[outcome.name]}, to {target}: {last} steps"
+        distances = [record["distance/max_logp"] for record in outcome.records]
+        bounds = [record["distance/bound"] for record in outcome.records]
+        bounds = [bound if math.isfinite(bound) else math.nan for bound in bounds]
+        axis.plot(share, distances, color=COLOURS[outcome.name], label=label)
+        axis.plot(share, bounds, "--", color="black", linewidth=1.2)
+    axis.plot([], [], "--", color="black", linewidth=1.2, label="certificate: proved upper bound")
     axis.set(
-        xscale="log", yscale="log", xlabel="optimisation step",
+        yscale="log", xlabel="optimisation steps done, % of each run",
         ylabel=r"$\max_{x,y} |\log \pi - \log \pi^{\rm target}|$, nats",
     )  # fmt: skip
     axis.legend(loc="lower left")
@@ -112,19 +120,28 @@ def _weight_panel(axis, outcomes: list[Outcome]) -> None:
 
 def _frontier_panel(axis, outcomes: list[Outcome]) -> None:
     axis.set_title("The optimum lies on the reward–KL frontier")
-    worlds = [outcome for outcome in outcomes if outcome.name in ("tabular", "gpt")]
-    for outcome in worlds:
-        betas = torch.logspace(-1.2, 3, 200, dtype=torch.float64) * outcome.beta
+    for outcome in outcomes:
+        if outcome.name not in ("tabular", "gpt"):
+            continue
+        betas = torch.logspace(-0.5, 3, 200, dtype=torch.float64) * outcome.beta
         kl, reward = reward_kl_frontier(outcome.ref_logps, outcome.rewards, betas)
         axis.plot(kl.mean(-1), reward.mean(-1), color="black", linewidth=1.5, zorder=1)
+        world = "GPT's world" if outcome.name == "gpt" else "table's world"
+        place = (kl[0].mean().item(), reward[0].mean().item())
+        axis.annotate(world, place, xytext=(8, 0), textcoords="offset points", va="center")
+    axis.set_xlim(right=1.25 * axis.get_xlim()[1])  # room for the names
     axis.plot([], [], color="black", linewidth=1.5, label="frontier: most reward at this KL")
     for outcome in outcomes:
         path = [(record["kl/policy_reference"], record["reward"]) for record in outcome.records]
         colour = COLOURS[outcome.name]
-        axis.plot(*zip(*path), color=colour, linewidth=2, zorder=2)
-        axis.scatter(*path[-1], s=160, color=colour, edgecolor="black", zorder=3, label=LABELS[outcome.name])
+        axis.plot(*zip(*path), color=colour, linewidth=2, alpha=0.6, zorder=2)
+        size = 420 if outcome.name == "plackett_luce" else 130  # a ring around the table's point: they agree
+        axis.scatter(
+            *path[-1], s=size, facecolor="none" if size > 130 else colour, edgecolor=colour, linewidth=2.5,
+            zorder=3, label=LABELS[outcome.name],
+        )  # fmt: skip
     axis.set(xlabel=r"KL$(\pi \| \pi_{\rm ref})$, nats, mean over prompts", ylabel="expected reward")
-    axis.legend(loc="lower right")
+    axis.legend(loc="lower right", markerscale=0.8)
 
 
 def ranking_figure(world: Bandit, rewards: Tensor, errors: Tensor, path: Path, *, most: int = 6) -> None:
@@ -143,10 +160,12 @@ def ranking_figure(world: Bandit, rewards: Tensor, errors: Tensor, path: Path, *
                 color=COLOURS["tabular"], markersize=9, capsize=4,
             )  # fmt: skip
             axis.set_yticks(range(heights[x]), [world.completions[x][y] for y in order.tolist()])
-            axis.invert_yaxis()
+            axis.set_ylim(heights[x] - 0.5, -0.5)  # best on top
             axis.axvline(0, color="black", linewidth=1)
             axis.set_title(world.prompts[x])
-        axes[-1, 0].set_xlabel("reward in nats of log-odds, mean zero per prompt, with 95 % intervals")
+        axes[-1, 0].set_xlabel(
+            r"reward $\beta\,\log\,\pi / \pi_{\rm ref}$, mean zero per prompt, with 95 % intervals"
+        )
         if shown < len(world.prompts):
             figure.suptitle(f"The first {shown} of {len(world.prompts)} prompts")
         _save(figure, path)

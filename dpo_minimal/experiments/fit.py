@@ -99,6 +99,10 @@ def fit(
 
     started = time.perf_counter()
     logps, bound, measured = measure()
+    if (
+        max_distance(logps, ref_logps) > 1e-6
+    ):  # else the first loss is not log 2, and beta means another thing
+        raise RuntimeError(f"{name}: training must start at the reference policy.")
     records = [{"step": 0, **measured}]
     stream = train(step_objective, optimizer, itertools.repeat(training, steps), scheduler=scheduler)
     # disable=None: no bar where the output is a file, so that logs stay readable

@@ -31,7 +31,7 @@ BOUND = 1e-8  # nats: closer than anybody reads, reached in seconds on well-conn
 
 def run(args: argparse.Namespace) -> Path:
     """Estimate rewards from comparisons, train a tabular policy on them by DPO (or IPO), compare the two."""
-    for option in ("table", "prompts", "completions", "pairs"):
+    for option in ("table", "prompts", "completions", "pairs", "seed"):
         if getattr(args, option) is not None:
             raise InputError(f"--{option} is not used with --comparisons; leave it out.")
     if args.quick:
