@@ -64,9 +64,10 @@ def curvature(scores: Tensor, rankings: Rankings) -> Curvature:
         if K == 2:  # 1 - sigmoid(u) loses digits; the loser's chance is that number exactly
             surprise = torch.cat([-chance[:, 1:], chance[:, 1:]], -1)
         gradient.index_put_((row, here), weight * surprise, accumulate=True)
-        covariance = weight.unsqueeze(-1) * (
-            torch.diag_embed(chance) - chance.unsqueeze(-1) * chance.unsqueeze(-2)
-        )
+        # Off the diagonal first: 1 - p_i on it would lose the digits of a nearly sure choice.
+        product = weight.unsqueeze(-1) * chance.unsqueeze(-1) * chance.unsqueeze(-2)
+        product = product - torch.diag_embed(product.diagonal(dim1=-2, dim2=-1))
+        covariance = torch.diag_embed(product.sum(-1)) - product
         index = row.unsqueeze(-1), here.unsqueeze(-1), here.unsqueeze(-2)
         hessian.index_put_(index, covariance, accumulate=True)
 
@@ -125,7 +126,8 @@ def certify(logps: Tensor, ref_logps: Tensor, rankings: Rankings, *, beta: float
         beta: > 0.
     Returns:
         Certificate; inf where x > 1/2 (separable data keep x > 1 for ever), where the comparisons do not
-        connect the prompt's completions, or where the prompt has none.
+        connect the prompt's completions, where the prompt has none, or where the Hessian is too nearly flat
+        for float64.
     Raises:
         InputError: shapes differ, beta <= 0, a compared log-probability is not finite.
     """
@@ -144,14 +146,18 @@ def certify(logps: Tensor, ref_logps: Tensor, rankings: Rankings, *, beta: float
     degree = (wins + wins.mT).sum(-1) / state.total.clamp(min=1e-300).unsqueeze(-1)
     trace = state.inverse.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=0)
     rounding = 4 * eps * degree.norm(dim=-1) * trace.sqrt()
-    x = rho * (decrement + rounding)
+    mean_curvature = state.hessian.diagonal(dim1=-2, dim2=-1).sum(-1) / state.compared.sum(-1)
+    condition = state.inverse.norm(dim=(-2, -1)) * mean_curvature
+    slack = 1 + 8 * eps * logps.shape[-1] * condition  # relative error of the inverse
+    x = slack * rho * (decrement + rounding)
 
     outside = ~state.compared
     step_range = step.masked_fill(outside, -math.inf).amax(-1) - step.masked_fill(outside, math.inf).amin(-1)
-    newton = step_range + rho * rounding + x / (1 - x) + torch.log1p(-x)
+    newton = slack * (step_range + rho * rounding) + x / (1 - x) + torch.log1p(-x)
     distance = torch.minimum(-torch.log1p(-x), newton)
     size = torch.where(state.compared, torch.maximum(logps.abs(), ref_logps.abs()), 0).amax(-1)
-    valid = whole & (x <= 0.5)
+    # Beyond a condition number of 1e8 the estimate of that error is no longer to be trusted: no bound then.
+    valid = whole & (condition <= 1e8) & (state.total > 0) & (x <= 0.5)
     return Certificate(
         logp_bound=torch.where(valid, distance / beta + 8 * eps * size, math.inf),
         loss_gap=torch.where(valid, (x + (1 - x) * torch.log1p(-x)) / rho**2, math.inf),

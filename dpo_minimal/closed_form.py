@@ -142,7 +142,7 @@ def rlhf_objective(logps: Tensor, ref_logps: Tensor, rewards: Tensor, *, beta: f
         InputError: as `log_partition`, and where logps is no distribution.
     """
     check_same_shape(logps=logps, ref_logps=ref_logps, rewards=rewards)
-    check_finite(rewards=rewards)
+    _check_world(ref_logps, rewards)
     check_positive("beta", beta)
     return (logps.exp() * rewards).sum(-1) - beta * kl_divergence(logps, ref_logps)
 
@@ -163,18 +163,23 @@ def best_of_n_logps(ref_logps: Tensor, rewards: Tensor, *, n: int) -> Tensor:
     """
     _check_world(ref_logps, rewards)
     check_count("n", n)
+    absent = ref_logps == -math.inf  # tied with the best: without probability that changes nothing
+    rewards = torch.where(absent, rewards.masked_fill(absent, -math.inf).amax(-1, keepdim=True), rewards)
     mine, other = rewards.unsqueeze(-1), rewards.unsqueeze(-2)
     everyone = ref_logps.unsqueeze(-2).expand(*ref_logps.shape, ref_logps.shape[-1])
     log_cdf = everyone.masked_fill(other > mine, -math.inf).logsumexp(-1)
     log_tied = everyone.masked_fill(other != mine, -math.inf).logsumexp(-1)
-    log_below = torch.log1p(-(log_tied - log_cdf).exp().clamp(max=1))  # log (F - p) / F, without cancellation
-    logps = ref_logps - log_tied + n * log_cdf + _log1mexp(n * log_below)
-    return logps.masked_fill(ref_logps == -math.inf, -math.inf)
+    worst = mine.squeeze(-1) == rewards.masked_fill(absent, math.inf).amin(-1, keepdim=True)  # F - p = 0
+    log_below = torch.log1p(-torch.where(worst, -1, log_tied - log_cdf).exp())  # log (F - p) / F
+    rise = torch.where(worst, 0, _log1mexp(n * log_below))
+    return (ref_logps - log_tied + n * log_cdf + rise).masked_fill(absent, -math.inf)
 
 
 def _log1mexp(x: Tensor) -> Tensor:
-    """log(1 - e^x) for x <= 0, accurate at both ends."""
-    return torch.where(x > -math.log(2), torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
+    """log(1 - e^x) for x < 0, accurate at both ends; each branch sees only its own half, for the gradient."""
+    near = x > -math.log(2)
+    close, far = torch.where(near, x, -1), torch.where(near, -1, x)
+    return torch.where(near, torch.log(-torch.expm1(close)), torch.log1p(-torch.exp(far)))
 
 
 def reward_kl_frontier(
@@ -193,9 +198,13 @@ def reward_kl_frontier(
         InputError: as `log_partition`, for any of the betas.
     """
     _check_world(ref_logps, rewards)
+    if not isinstance(betas, Sequence | Tensor) or (isinstance(betas, Tensor) and betas.dim() != 1):
+        raise InputError(f"betas must be a list or a one-dimensional tensor of numbers, got {betas!r}.")
+    if len(betas) == 0:
+        raise InputError("betas must hold at least one number.")
+    for beta in betas:
+        check_positive("betas", beta)
     betas = torch.as_tensor(betas, dtype=rewards.dtype, device=rewards.device)
-    if betas.dim() != 1 or betas.numel() == 0 or not (betas > 0).all() or not torch.isfinite(betas).all():
-        raise InputError("betas must be a non-empty list of positive finite numbers.")
     tilts = rewards / betas.view(-1, *[1] * rewards.dim())
     logps = (ref_logps + tilts).log_softmax(-1)
     return kl_divergence(logps, ref_logps.expand_as(logps)), (logps.exp() * rewards).sum(-1)
@@ -216,7 +225,8 @@ def next_token_logps(completion_logps: Tensor, completions: Tensor, lengths: Ten
         (..., Y, T): entry [..., y, t] is the log-probability of completion y's token t given its prefix,
         zero beyond its length. Summed over t it is completion_logps again.
     Raises:
-        InputError: completion_logps is no distribution with full support, or the shapes do not fit together.
+        InputError: completion_logps is no distribution with full support, the shapes do not fit together,
+            or the completions are not prefix-free.
     """
     check_same_shape(completion_logps=completion_logps)
     check_finite(completion_logps=completion_logps)
@@ -228,6 +238,8 @@ def next_token_logps(completion_logps: Tensor, completions: Tensor, lengths: Ten
             f"got {tuple(completions.shape)} and {tuple(lengths.shape)}."
         )
     T = completions.shape[1]
+    if (lengths < 1).any() or (lengths > T).any():
+        raise InputError(f"lengths must lie between 1 and {T}.")
     columns = []
     # Each completion's group: those that share its first t tokens.
     prefix = torch.zeros(Y, dtype=torch.long, device=completions.device)
@@ -239,6 +251,8 @@ def next_token_logps(completion_logps: Tensor, completions: Tensor, lengths: Ten
         after = _logsumexp_within_groups(completion_logps, prefix)
         columns.append(torch.where(lengths > t, after - before, 0))
         before = after
+    if not torch.equal(before.detach(), completion_logps.detach()):  # somebody is not alone at the end
+        raise InputError("completions must be prefix-free, but one of them begins (or repeats) another.")
     return torch.stack(columns, -1)
 
 

@@ -89,8 +89,7 @@ def maximum_likelihood(rankings: Rankings, exists: Tensor, names: Names | None =
         reach = step.amax(-1, keepdim=True) - step.amin(-1, keepdim=True)
         scores = scores + step * torch.where(reach > 1e-8, torch.log1p(reach) / reach, 1)
         if reach.max() < 1e-8:
-            mean = (scores * exists).sum(-1, keepdim=True) / exists.sum(-1, keepdim=True)
-            return torch.where(exists, scores - mean, 0)
+            return scores  # of mean zero, because every step was
     raise InputError(
         "the maximum-likelihood estimate exists but is out of numerical reach: some completion wins almost "
         "always; add comparisons or a prior."

@@ -160,8 +160,11 @@ def dpo_loss_from_indices(
     """
     check_same_shape(pi_logps=pi_logps, ref_logps=ref_logps)
     check_finite(pi_logps=pi_logps, ref_logps=ref_logps)
+    if pi_logps.dim() != 1:
+        raise InputError(f"pi_logps must have shape (B,), got {tuple(pi_logps.shape)}.")
     for name, index in (("yw_idxs", yw_idxs), ("yl_idxs", yl_idxs)):
-        if index.dtype not in (torch.int64, torch.int32) or index.dim() != 1 or index.shape != yw_idxs.shape:
+        integer = isinstance(index, Tensor) and index.dtype in (torch.int64, torch.int32)
+        if not integer or index.dim() != 1 or len(index) != len(yw_idxs):
             raise InputError(f"{name} must be a one-dimensional integer tensor as long as yw_idxs.")
         if index.numel() == 0 or index.min() < 0 or index.max() >= len(pi_logps):
             raise InputError(f"{name} must hold at least one index, all in [0, {len(pi_logps)}).")
@@ -187,6 +190,7 @@ def plackett_luce_loss(ranked_rewards: Tensor) -> Tensor:
 
     Args: ranked_rewards (B, K), best first. Returns losses (B,). Raises InputError on bad input.
     """
+    check_same_shape(ranked_rewards=ranked_rewards)
     return -plackett_luce_logprob(_widen(ranked_rewards)).to(ranked_rewards.dtype)
 
 

@@ -228,6 +228,7 @@ def expected_rankings(rewards: Tensor, slate: Slate) -> Rankings:
     """The population of rankings: all K! orders of each set with their Plackett-Luce probability (Eq. 18)
     [D8.1]. Returns E * K! rankings, weights summing to one."""
     check_same_shape(rewards=rewards)
+    check_finite(rewards=rewards)
     size = slate.items.shape[-1]
     orders = torch.tensor(list(itertools.permutations(range(size))))  # (K!, K)
     order = slate.items[:, orders].view(-1, size)

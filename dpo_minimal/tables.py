@@ -38,8 +38,8 @@ def load_table(path: str | Path) -> Bandit:
     reference = torch.zeros(len(cells), width, dtype=torch.float64)
     rewards = torch.zeros(len(cells), width, dtype=torch.float64)
     for x, completions in enumerate(cells.values()):
-        reference[x, : len(completions)] = torch.tensor([ref for ref, _ in completions.values()]).double()
-        rewards[x, : len(completions)] = torch.tensor([r for _, r in completions.values()]).double()
+        numbers = torch.tensor(list(completions.values()), dtype=torch.float64)  # (completions, 2)
+        reference[x, : len(completions)], rewards[x, : len(completions)] = numbers.unbind(-1)
     names = tuple(tuple(completions) for completions in cells.values())
     return Bandit(reference.log().log_softmax(-1), rewards, tuple(cells), names)
 
@@ -70,7 +70,9 @@ def load_comparisons(path: str | Path) -> tuple[Bandit, Rankings]:
     ref_logps = torch.where(exists, 0.0, -math.inf).double().log_softmax(-1)
     names = tuple(tuple(known) for known in numbers.values())
     world = Bandit(ref_logps, torch.zeros_like(ref_logps), tuple(numbers), names)
-    return world, tally(torch.tensor(prompts), torch.tensor(orders), torch.tensor(counts).double())
+    return world, tally(
+        torch.tensor(prompts), torch.tensor(orders), torch.tensor(counts, dtype=torch.float64)
+    )
 
 
 class _Row:

@@ -41,12 +41,16 @@ def train(
     Raises:
         InputError: loss or gradient is not finite; the parameters are as before that step.
     """
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise InputError(f"max_grad_norm must be positive, got {max_grad_norm}; None clips nothing.")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for step, batch in enumerate(batches, start=1):
         optimizer.zero_grad(set_to_none=True)
         loss, metrics = objective(batch)
         loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
+        grad_norm = torch.nn.utils.clip_grad_norm_(
+            parameters, math.inf if max_grad_norm is None else max_grad_norm
+        )
         if not math.isfinite(loss.item()) or not math.isfinite(grad_norm.item()):
             raise InputError(
                 f"step {step}: loss {loss.item():.4g} with gradient norm {grad_norm.item():.4g}; "

@@ -20,8 +20,9 @@ class InputError(ValueError):
 
 def check_positive(name: str, value: float | Tensor) -> None:
     """Require a positive finite number (or zero-dimensional tensor): beta, a temperature, ..."""
-    scalar = isinstance(value, Tensor) and value.dim() == 0
-    if isinstance(value, bool) or not (scalar or isinstance(value, Real)):
+    if isinstance(value, Tensor) and value.dim() == 0:
+        value = value.detach().item()
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise InputError(f"{name} must be a positive number, got {value!r}.")
     if not 0 < float(value) < math.inf:
         raise InputError(f"{name} must be a positive finite number, got {float(value)}.")
@@ -49,6 +50,8 @@ def check_same_shape(**tensors: Tensor) -> None:
             raise InputError(f"{name} must have a float dtype, got {tensor.dtype}.")
         if tensor.dim() == 0 or tensor.numel() == 0:
             raise InputError(f"{name} must be a non-empty table, got shape {tuple(tensor.shape)}.")
+        if tensor.device != first.device:
+            raise InputError(f"{name} is on {tensor.device} but {first_name} on {first.device}; move one.")
         if tensor.shape != first.shape:
             raise InputError(
                 f"{name} has shape {tuple(tensor.shape)} but {first_name} has {tuple(first.shape)}; "

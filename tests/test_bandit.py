@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import normal, worlds
 
 from dpo_minimal.bandit import (
     TabularPolicy,
@@ -35,7 +36,6 @@ from dpo_minimal.preferences import (
     tally,
 )
 from dpo_minimal.train import train
-from strategies import normal, worlds
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -205,6 +205,23 @@ def test_a_safe_step_never_raises_the_loss(kind, world):
     slack = 1e-13 * (1 + max(losses))
     assert all(after <= before + slack for before, after in itertools.pairwise(losses))
     assert losses[-1] < losses[0]  # random rankings agree with no random start
+
+
+@pytest.mark.parametrize("K", [2, 3, 5])
+def test_the_safe_step_bounds_the_curvature_of_rankings(K):
+    """Property 16: the last two of a ranking take part in K - 1 choices; at the reference their direction has
+    curvature beta^2 (1/2 + ... + 1/K), and the inverse of the safe step is above it, below four times it."""
+    beta, ref = 0.7, torch.zeros(1, K, dtype=torch.float64).log_softmax(-1)
+    data = rankings_of([0], [list(range(K))], [1.0])
+
+    def loss(logits):
+        return plackett_luce_objective(logits.log_softmax(-1), ref, data, beta=beta)[0]
+
+    hessian = torch.autograd.functional.hessian(loss, ref)[0, :, 0]
+    largest = torch.linalg.eigvalsh(hessian)[-1].item()
+    # by the sum over stages; second derivatives of a few logarithms
+    assert largest == pytest.approx(beta**2 * sum(1 / k for k in range(2, K + 1)), rel=1e-12)
+    assert 1 - 1e-12 <= 1 / (safe_learning_rate(data, beta=beta) * largest) < 4
 
 
 def test_safe_step_of_comparisons_is_two_over_beta_squared():

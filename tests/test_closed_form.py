@@ -116,7 +116,7 @@ def test_only_one_member_of_a_class_has_partition_one(world, constant):
 
 @given(worlds())
 def test_reward_from_its_optimum(world):
-    """Eq. 5, 17 (property 41): beta log(pi* / pi_ref) + beta log Z = r, and without log Z it is Eq. 8's f(r)."""
+    """Eq. 5, 17 (property 41): beta log(pi* / pi_ref) + beta log Z = r; without log Z it is Eq. 8's f(r)."""
     optimum = optimal_logps(world.ref_logps, world.rewards, beta=world.beta)
     implied = implicit_reward(optimum, world.ref_logps, beta=world.beta)
     value = soft_value(world.ref_logps, world.rewards, beta=world.beta)
@@ -209,7 +209,8 @@ def test_two_rounds_are_one_at_half_the_penalty(world):
 
 @given(worlds())
 def test_no_penalty_leaves_the_best_completion(world):
-    """Eq. 4 (property 49): as beta -> 0, 1 - pi*(best) <= e^{-gap / beta} / pi_ref(best), beta log Z -> max r."""
+    """Eq. 4 (property 49): as beta -> 0, 1 - pi*(best) <= e^{-gap / beta} / pi_ref(best), and the value
+    tends to max r."""
     top = world.rewards.topk(2, dim=-1)
     gap = (top.values[:, 0] - top.values[:, 1]).min().item()
     best_logp = world.ref_logps.gather(-1, top.indices[:, :1]).squeeze(-1)
@@ -251,11 +252,8 @@ def test_more_reward_more_probability(world, more):
     assert (change[:, 0] >= -slack).all()
     assert (change[:, 1:] <= slack).all()
     # Odds are tilted by exactly more / beta: log pi*(0) - log pi*(y) rises by that.
-    assert close(
-        change[:, :1] - change[:, 1:],
-        torch.tensor(more / world.beta),
-        3 * slack + 12 * EPS * more / world.beta,
-    )
+    tilt = more / world.beta
+    assert close(change[:, :1] - change[:, 1:], tilt, 3 * slack + 12 * EPS * tilt)
 
 
 @given(worlds(prompts=st.just(1), beta=st.floats(0.3, 5.0)))
@@ -331,7 +329,7 @@ def test_no_policy_lies_above_the_frontier(seed):
     logps = logps.log_softmax(-1)
     kl, reward = plain_kl(logps, ref), (logps.exp() * rewards).sum(-1)
 
-    # Bisect log beta: KL falls as beta rises. `low` keeps KL(low) >= the policy's, so its reward may be higher.
+    # Bisect log beta: KL falls as beta rises. `low` keeps KL(low) >= the policy's.
     low, high = (
         torch.full((count,), -7.0, dtype=torch.float64),
         torch.full((count,), 12.0, dtype=torch.float64),
@@ -498,13 +496,12 @@ def test_best_of_n_bounds(world, n, with_ties):
     kl = plain_kl(best, world.ref_logps)
     ref = world.ref_logps.exp()
     tied_for_best = rewards == rewards.amax(-1, keepdim=True)
-    ceiling = torch.minimum(torch.tensor(math.log(n) - (n - 1) / n), -(ref * tied_for_best).sum(-1).log())
+    ceiling = (-(ref * tied_for_best).sum(-1).log()).clamp(max=math.log(n) - (n - 1) / n)
     kl_tolerance = 12 * EPS * n * (1 + best.abs().max().item())  # each log-ratio has the error above
     assert (kl <= ceiling + kl_tolerance).all()
 
-    beats = (rewards.unsqueeze(-1) > rewards.unsqueeze(-2)) + 0.5 * (
-        rewards.unsqueeze(-1) == rewards.unsqueeze(-2)
-    )
+    mine, other = rewards.unsqueeze(-1), rewards.unsqueeze(-2)
+    beats = (mine > other).double() + 0.5 * (mine == other).double()
     win_rate = (best.exp() * (beats @ ref.unsqueeze(-1)).squeeze(-1)).sum(-1)
     assert (win_rate <= n / (n + 1) + tolerance).all() and (win_rate >= 0.5 - tolerance).all()
 
@@ -532,7 +529,7 @@ def test_best_of_n_keeps_small_probabilities(n):
 
 
 class Tree:
-    """A random prefix-free set with random conditionals, kept as a dictionary from prefix to token to log-prob.
+    """A random prefix-free set with random conditionals, kept as {prefix: {token: log-probability}}.
 
     Tokens of a completion are drawn from a vocabulary; the last token ends a completion early (EOS), and not
     every token exists at every prefix.

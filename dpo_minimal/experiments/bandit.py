@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import copy
 import platform
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -178,11 +179,11 @@ def versions() -> dict[str, str]:
 
 def check_device(device: str) -> None:
     """Raise InputError unless the device is there and has float64."""
-    kind = device.split(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise InputError(f"--device {device}: choose cpu or cuda.")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {device}: this machine has no CUDA device that torch can use; use cpu.")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise InputError(f"--device {device}: choose cpu or cuda (or cuda:N).")
+    number = int(device.partition(":")[2] or 0)
+    if device != "cpu" and number >= torch.cuda.device_count():
+        raise InputError(f"--device {device}: torch finds no such device on this machine; use cpu.")
 
 
 def _settings(args: argparse.Namespace) -> Settings:
@@ -242,7 +243,8 @@ def tabular(world: Bandit, settings: Settings) -> Outcome:
 def finite(world: Bandit, data: Rankings, estimate: Tensor, settings: Settings) -> Outcome:
     """The objective of sampled pairs; target pi_ref exp(r_hat / beta) / Z of the estimate [D11.1]."""
     target = optimal_logps(world.ref_logps, estimate, beta=settings.beta)
-    return _fit_table("finite", world, data, target, "MLE", settings)
+    outcome = _fit_table("finite", world, data, target, "MLE", settings)
+    return replace(outcome, rankings=data)  # with counts as weights, which the training normalised
 
 
 def ranking_size(world: Bandit) -> int:

@@ -1,0 +1,436 @@
+"""Plant a bug, and see that the test which claims to guard against it fails.
+
+Each row names a function, a piece of its source, what a mistaken author would have written instead, and
+the guard. The function's code object is replaced in place, so every importer sees the mistake.
+"""
+
+import inspect
+import textwrap
+from typing import NamedTuple
+
+import pytest
+import test_bandit
+import test_certificates
+import test_closed_form
+import test_finite_data
+import test_losses
+import test_model
+import test_policy
+import torch
+
+from dpo_minimal import (
+    bandit,
+    certificates,
+    closed_form,
+    finite_data,
+    losses,
+    model,
+    policy,
+    preferences,
+)
+from dpo_minimal.experiments import bandit as bandit_command
+
+
+class Mutant(NamedTuple):
+    """A bug: in `function`, `wrong` instead of `right`; `guard` must fail, called with `arguments`."""
+
+    name: str
+    function: object
+    right: str
+    wrong: str
+    guard: object
+    arguments: tuple = ()
+
+
+L = test_losses
+MUTANTS = [
+    # ---- the mutation table of the theory: bugs that people have published
+    Mutant(
+        "beta missing on the reference",
+        losses.dpo_loss,
+        "beta * policy_margin",
+        "beta * policy_margin - (1 - beta) * (reference_chosen_logps - reference_rejected_logps)",
+        L.test_dpo_value_in_exact_arithmetic,
+    ),
+    Mutant(
+        "reference ignored",
+        losses._logratios,
+        " - (reference_chosen - reference_rejected)",
+        "",
+        L.test_dpo_value_at_reference_is_log_2,
+    ),
+    Mutant(
+        "chosen and rejected swapped",
+        losses.dpo_loss,
+        "beta * policy_margin",
+        "-beta * policy_margin",
+        L.test_dpo_gradient_by_hand_autograd_and_differences,
+    ),
+    Mutant(
+        "weight of the winner's side",
+        losses.dpo_loss,
+        "torch.sigmoid(-margin)",
+        "torch.sigmoid(margin)",
+        L.test_dpo_gradient_by_hand_autograd_and_differences,
+    ),
+    Mutant(
+        "no logarithm",
+        losses.dpo_loss,
+        "-F.logsigmoid(margin)",
+        "-torch.sigmoid(margin)",
+        L.test_dpo_value_in_exact_arithmetic,
+    ),
+    Mutant(
+        "beta outside the sigmoid",
+        losses.dpo_loss,
+        "-F.logsigmoid(margin)",
+        "-beta * F.logsigmoid(margin / beta)",
+        L.test_dpo_value_in_exact_arithmetic,
+    ),
+    Mutant(
+        "softplus, linear above 20",
+        losses.dpo_loss,
+        "-F.logsigmoid(margin)",
+        "F.softplus(-margin)",
+        L.test_logistic_losses_have_no_jump_at_a_margin_of_20,
+    ),
+    Mutant(
+        "log of sigmoid",
+        losses.dpo_loss,
+        "-F.logsigmoid(margin)",
+        "-torch.sigmoid(margin).log()",
+        L.test_dpo_and_bradley_terry_at_extreme_margins,
+        (torch.float32, 1.0),
+    ),
+    Mutant(
+        "IPO target 1 / beta",
+        losses.ipo_loss,
+        "(logratio_margin - 1 / (2 * beta))",
+        "(logratio_margin - 1 / beta)",
+        L.test_ipo_value_in_exact_arithmetic,
+    ),
+    Mutant(
+        "IPO weight without the target",
+        losses.ipo_loss,
+        "1 / beta - 2 * logratio_margin",
+        "-2 * logratio_margin",
+        L.test_ipo_gradient_by_hand_autograd_and_differences,
+    ),
+    Mutant(
+        "half precision subtracted as it is",
+        losses._widen,
+        "tensor.float()",
+        "tensor",
+        L.test_half_precision_is_widened_before_subtracting,
+        (torch.bfloat16, 1.0),
+    ),
+    Mutant(
+        "readouts carry gradient",
+        losses._preference_loss,
+        "readout.detach()",
+        "readout",
+        L.test_readouts_are_detached_implicit_rewards,
+    ),
+    Mutant(
+        "rewards of the pair in the index form",
+        losses.dpo_loss_from_indices,
+        "pi_logps[yl_idxs]",
+        "pi_logps[yw_idxs]",
+        L.test_index_form_is_the_paired_form_with_repeated_indices,
+    ),
+    Mutant(
+        "Plackett-Luce suffix off by one",
+        preferences.plackett_luce_logprob,
+        "(ranked_rewards - still_there)",
+        "(ranked_rewards[..., :-1] - still_there[..., 1:])",
+        L.test_plackett_luce_sums_to_one_over_all_orders,
+    ),
+    Mutant(
+        "Plackett-Luce, worst first",
+        preferences.plackett_luce_logprob,
+        "ranked_rewards.flip(-1).logcumsumexp(-1).flip(-1)",
+        "ranked_rewards.logcumsumexp(-1)",
+        L.test_plackett_luce_value_by_a_loop_over_places,
+    ),
+    Mutant(
+        "Plackett-Luce weight of the first place only",
+        losses.plackett_luce_gradient_weights,
+        "chance.exp().sum(-2)",
+        "chance.exp()[..., 0, :]",
+        L.test_plackett_luce_dpo_gradient_by_hand_autograd_and_differences,
+    ),
+    Mutant(
+        "length mean instead of sum",
+        policy.completion_logps,
+        "masked_fill(~scored, 0).sum(-1)",
+        "masked_fill(~scored, 0).sum(-1) / lengths",
+        test_policy.test_probabilities_of_all_completions_sum_to_one,
+    ),
+    Mutant(
+        "prompt tokens scored",
+        policy.sequence_logps,
+        "position >= batch.prompt_lengths",
+        "position >= 1 + 0 * batch.prompt_lengths",
+        test_policy.test_prompt_tokens_are_context_and_are_not_scored,
+    ),
+    Mutant(
+        "labels shifted by one",
+        policy.sequence_logps,
+        "batch.ids[:, 1:][scored]",
+        "batch.ids[:, :-1][scored]",
+        test_policy.test_tree_sequence_and_loop_agree,
+    ),
+    Mutant(
+        "padding scored",
+        policy.sequence_logps,
+        "position < batch.lengths.unsqueeze(-1)",
+        "position < T",
+        test_policy.test_what_lies_beyond_the_length_does_not_matter,
+    ),
+    Mutant(
+        "summed in bfloat16",
+        policy._token_logps,
+        "logits.float()",
+        "logits",
+        test_policy.test_bfloat16_models_are_summed_in_float32,
+    ),
+    Mutant(
+        "siblings see each other",
+        policy.prefix_tree,
+        "F.pad(ancestors, (0, count))",
+        "F.pad(ancestors, (0, count), value=True)",
+        test_policy.test_tree_sequence_and_loop_agree,
+    ),
+    Mutant(
+        "tree positions off by one",
+        policy.completion_logps,
+        "P - 1 + tree.depth",
+        "P - 2 + tree.depth",
+        test_policy.test_tree_sequence_and_loop_agree,
+    ),
+    Mutant(
+        "completions of full length forgotten",
+        policy.enumerate_completions,
+        "range(max_length + 1)",
+        "range(max_length)",
+        test_policy.test_probabilities_of_all_completions_sum_to_one,
+    ),
+    Mutant(
+        "dropout left on",
+        model.MLP.forward,
+        'self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))',
+        'F.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")), 0.1)',
+        test_model.test_two_calls_in_training_mode_agree_bitwise,
+    ),
+    Mutant(
+        "not causal",
+        model.Attention.forward,
+        "is_causal=mask is None",
+        "is_causal=False",
+        test_model.test_later_tokens_change_nothing_before_them,
+        (torch.float64,),
+    ),
+    Mutant(
+        "exact GELU",
+        model.MLP.forward,
+        'approximate="tanh"',
+        'approximate="none"',
+        test_model.test_logits_equal_a_slow_second_implementation,
+    ),
+    Mutant(
+        "hard value for soft value",
+        closed_form._logsumexp_within_groups,
+        "(total.log() + top)",
+        "top",
+        test_closed_form.test_conditionals_of_the_optimum_are_the_soft_q_policy,
+    ),
+    Mutant(
+        "weight decay",
+        bandit_command._fit_table,
+        "nesterov=True",
+        "nesterov=True, weight_decay=0.01",
+        test_bandit.test_the_population_experiment_reaches_the_closed_form,
+        (0,),
+    ),
+    # ---- the closed forms, one altered at a time
+    Mutant(
+        "reward times beta",
+        closed_form.optimal_logps,
+        "rewards / beta",
+        "rewards * beta",
+        test_closed_form.test_optimum_is_the_normalised_tilt,
+    ),
+    Mutant(
+        "optimum without its reference",
+        closed_form.optimal_logps,
+        "ref_logps + rewards",
+        "rewards",
+        test_closed_form.test_optimum_is_the_normalised_tilt,
+    ),
+    Mutant(
+        "hard maximum for log Z",
+        closed_form.log_partition,
+        "logsumexp(-1)",
+        "amax(-1)",
+        test_closed_form.test_soft_value_is_the_maximum,
+    ),
+    Mutant(
+        "log Z without beta",
+        closed_form.soft_value,
+        "beta * log_partition",
+        "log_partition",
+        test_closed_form.test_soft_value_is_the_maximum,
+    ),
+    Mutant(
+        "implicit reward without beta",
+        closed_form.implicit_reward,
+        "beta * (logps - ref_logps)",
+        "logps - ref_logps",
+        test_closed_form.test_reward_from_its_optimum,
+    ),
+    Mutant(
+        "canonical reward with the wrong sign",
+        closed_form.canonical_reward,
+        "rewards - soft_value",
+        "rewards + soft_value",
+        test_closed_form.test_canonical_reward_has_partition_one,
+    ),
+    Mutant(
+        "KL the other way",
+        closed_form.rlhf_objective,
+        "kl_divergence(logps, ref_logps)",
+        "kl_divergence(ref_logps, logps)",
+        test_closed_form.test_objective_is_its_sum,
+    ),
+    Mutant(
+        "reward weighted twice",
+        closed_form.rlhf_objective,
+        "(logps.exp() * rewards)",
+        "(logps.exp() ** 2 * rewards)",
+        test_closed_form.test_objective_is_its_sum,
+    ),
+    Mutant(
+        "plain sum for KL",
+        closed_form.kl_divergence,
+        "p * (small + torch.expm1(-small))",
+        "p * small",
+        test_closed_form.test_divergence_of_close_policies_keeps_its_digits,
+    ),
+    Mutant(
+        "best of n, ties won by all",
+        closed_form.best_of_n_logps,
+        "ref_logps - log_tied",
+        "0 * log_tied",
+        test_closed_form.test_best_of_n_is_the_enumerated_law,
+    ),
+    Mutant(
+        "frontier at 1 / beta",
+        closed_form.reward_kl_frontier,
+        "rewards / betas.view",
+        "rewards * betas.view",
+        test_closed_form.test_slope_of_the_frontier,
+    ),
+    # ---- labels, certificates and estimates
+    Mutant(
+        "labels at temperature squared",
+        preferences._chance_of_first,
+        "/ temperature",
+        "/ temperature**2",
+        test_bandit.test_label_temperature_scales_the_reward,
+        (2.5,),
+    ),
+    Mutant(
+        "unsafe step",
+        bandit.safe_learning_rate,
+        "beta**2 / 2",
+        "beta**2 / 16",
+        test_bandit.test_a_safe_step_never_raises_the_loss,
+        ("dpo",),
+    ),
+    Mutant(
+        "bound not divided by beta",
+        certificates.certify,
+        "distance / beta",
+        "distance * beta",
+        test_certificates.test_the_bound_covers_the_distance_and_is_not_wasteful,
+        (2, 0.3),
+    ),
+    Mutant(
+        "bound without its second order",
+        certificates.certify,
+        "x / (1 - x) + torch.log1p(-x)",
+        "0 * x",
+        test_certificates.test_the_refined_distance_is_never_undercut,
+    ),
+    Mutant(
+        "bound beyond x = 1/2",
+        certificates.certify,
+        "(x <= 0.5)",
+        "(x <= 50)",
+        test_certificates.test_no_bound_anywhere_on_the_path_of_separable_data,
+    ),
+    Mutant(
+        "Hessian without its cross terms",
+        certificates.curvature,
+        "torch.diag_embed(product.sum(-1)) - product",
+        "torch.diag_embed(product.sum(-1))",
+        test_certificates.test_curvature_is_the_derivative_of_the_loss,
+        (3,),
+    ),
+    Mutant(
+        "existence not checked",
+        finite_data.require_estimate,
+        "if faults:",
+        "if False:",
+        test_finite_data.test_the_estimate_exists_exactly_where_ford_says,
+    ),
+    Mutant(
+        "undamped Newton",
+        finite_data.maximum_likelihood,
+        "torch.log1p(reach) / reach",
+        "1.0",
+        test_finite_data.test_very_uneven_data_are_estimated_from_afar,
+    ),
+    Mutant(
+        "errors of one comparison instead of all",
+        finite_data.standard_errors,
+        " / state.total.unsqueeze(-1)",
+        "",
+        test_finite_data.test_two_completions_have_textbook_errors,
+    ),
+    Mutant(
+        "IPO estimate at 1 / beta",
+        finite_data.ipo_estimate,
+        "(2 * beta)",
+        "beta",
+        test_finite_data.test_the_ipo_estimate_is_a_least_squares_fit,
+    ),
+    Mutant(
+        "law without beta",
+        finite_data.finite_data_law,
+        ".sqrt() / beta",
+        ".sqrt()",
+        test_finite_data.test_two_completions_have_textbook_errors,
+    ),
+]
+
+
+def plant(monkeypatch, function, right: str, wrong: str) -> None:
+    """Replace a function's code by that of its source with one piece altered."""
+    source = textwrap.dedent(inspect.getsource(function))
+    assert source.count(right) >= 1, f"{function.__qualname__} no longer contains {right!r}"
+    namespace = dict(function.__globals__)
+    exec(
+        compile("from __future__ import annotations\n" + source.replace(right, wrong), "mutant", "exec"),
+        namespace,
+    )
+    monkeypatch.setattr(function, "__code__", namespace[function.__name__].__code__)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_planted_bug_is_caught(monkeypatch, mutant):
+    """The guard passes as things stand (it is part of the suite) and fails with the bug."""
+    plant(monkeypatch, mutant.function, mutant.right, mutant.wrong)
+    # An assertion, Hypothesis's group of several, or pytest's own failure of a missing exception
+    with pytest.raises((Exception, pytest.fail.Exception)):
+        mutant.guard(*mutant.arguments)

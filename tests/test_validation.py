@@ -1,0 +1,263 @@
+"""Every bad input to the closed forms, the choice models and the losses: one sentence naming the argument."""
+
+import math
+
+import pytest
+import torch
+
+import dpo_minimal
+from dpo_minimal import closed_form, losses, preferences
+
+NAN, INF = math.nan, math.inf
+LOGPS = torch.tensor([[0.2, 0.3, 0.5], [0.1, 0.1, 0.8]]).log()  # (2, 3), each row a distribution
+REWARDS = torch.tensor([[0.0, 1.0, -1.0], [2.0, 0.5, 0.0]])
+ROW = torch.tensor([-1.0, -2.0, -3.0])  # (B,) log-probabilities, of a batch, not a distribution
+SLATE = preferences.all_sets(torch.ones(2, 3, dtype=torch.bool))
+EXISTS = torch.tensor([[True, True, True], [True, True, False]])
+COMPLETIONS, LENGTHS = torch.tensor([[0, 0], [0, 1], [1, 9]]), torch.tensor([2, 2, 1])
+
+
+def replaced(table, value):
+    """The table with one entry replaced."""
+    table = table.clone()
+    table.view(-1)[1] = value
+    return table
+
+
+def bad_tables(good, *, distribution=False, minus_inf=True, alone=False):
+    """What no function takes in place of this float table; `alone` if no other argument fixes its shape."""
+    bad = {
+        "nan": replaced(good, NAN),
+        "inf": replaced(good, INF),
+        "integers": torch.zeros(good.shape, dtype=torch.long),
+        "booleans": torch.zeros(good.shape, dtype=torch.bool),
+        "list": good.tolist(),
+        "none": None,
+        "scalar": torch.tensor(-1.0),
+        "empty": torch.zeros(*good.shape[:-1], 0),
+    }
+    if minus_inf:
+        bad["minus inf"] = replaced(good, -INF)
+    if not alone:
+        bad["column"] = good.unsqueeze(-1)  # (B, 1) against (B,) would broadcast to (B, B)
+        bad["longer"] = torch.cat([good, good], -1)
+    if distribution:
+        bad["unnormalised"] = good + 0.01
+        bad["probabilities"] = good.exp()
+        bad["nothing possible"] = torch.full(good.shape, -INF)
+    return bad
+
+
+BAD_POSITIVE = dict(
+    zero=0, zero_float=0.0, negative=-1.0, nan=NAN, inf=INF, bool=True, string="0.5", none=None, list=[0.5]
+) | dict(vector=torch.tensor([0.5, 0.5]), zero_tensor=torch.tensor(0.0))
+BAD_COUNT = dict(zero=0, negative=-1, real=2.0, bool=True, string="2", none=None, nan=NAN)
+BAD_FLIP = dict(
+    half=0.5, more=0.7, one=1, negative=-0.1, nan=NAN, string="0.1", none=None, inf=INF, bool=True
+)
+BAD_BETAS = dict(
+    empty=[], zero=[0.5, 0.0], negative=[-0.5], nan=[NAN], inf=[INF], bool=[True], string=["0.5"]
+) | dict(number=0.5, none=None, text="0.5", table=torch.ones(2, 2))
+
+
+def finite(good):
+    return bad_tables(good)
+
+
+def distribution(good):  # log 0 is allowed
+    return bad_tables(good, distribution=True, minus_inf=False)
+
+
+def cases(module, tables):
+    """{function: (good arguments, {argument: bad values})} as one list of test parameters."""
+    return [
+        pytest.param(getattr(module, function), {**good, name: value}, name, id=f"{function}-{name}-{label}")
+        for function, (good, bad) in tables.items()
+        for name, values in bad.items()
+        for label, value in values.items()
+    ]
+
+
+def assert_refused(function, arguments, name):
+    """InputError, which is a ValueError, with the argument's own name as a word of its message."""
+    assert issubclass(dpo_minimal.InputError, ValueError)
+    with pytest.raises(dpo_minimal.InputError, match=rf"(?<!\w){name}(?!\w)"):
+        function(**arguments)
+
+
+WORLD = dict(ref_logps=LOGPS, rewards=REWARDS, beta=0.5)
+BAD_WORLD = dict(ref_logps=distribution(LOGPS), rewards=finite(REWARDS), beta=BAD_POSITIVE)
+
+CLOSED_FORM = {
+    "log_partition": (WORLD, BAD_WORLD),
+    "soft_value": (WORLD, BAD_WORLD),
+    "optimal_logps": (WORLD, BAD_WORLD),
+    "canonical_reward": (WORLD, BAD_WORLD),
+    "implicit_reward": (
+        dict(logps=LOGPS, ref_logps=LOGPS, beta=0.5),
+        dict(logps=finite(LOGPS), ref_logps=finite(LOGPS), beta=BAD_POSITIVE),
+    ),
+    "kl_divergence": (
+        dict(logps=LOGPS, other_logps=LOGPS),
+        dict(logps=distribution(LOGPS), other_logps=distribution(LOGPS)),
+    ),
+    "rlhf_objective": (dict(logps=LOGPS, **WORLD), dict(logps=distribution(LOGPS), **BAD_WORLD)),
+    "best_of_n_logps": (
+        dict(ref_logps=LOGPS, rewards=REWARDS, n=2),
+        dict(ref_logps=distribution(LOGPS), rewards=finite(REWARDS), n=BAD_COUNT),
+    ),
+    "reward_kl_frontier": (
+        dict(ref_logps=LOGPS, rewards=REWARDS, betas=[0.5]),
+        dict(ref_logps=distribution(LOGPS), rewards=finite(REWARDS), betas=BAD_BETAS),
+    ),
+    "next_token_logps": (
+        dict(completion_logps=LOGPS, completions=COMPLETIONS, lengths=LENGTHS),
+        dict(
+            completion_logps=bad_tables(LOGPS, distribution=True, alone=True),
+            completions=dict(flat=COMPLETIONS[:, 0], too_few=COMPLETIONS[:2]),
+            lengths=dict(too_few=LENGTHS[:2], column=LENGTHS.unsqueeze(-1)),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize(("function", "arguments", "name"), cases(closed_form, CLOSED_FORM))
+def test_closed_forms_refuse(function, arguments, name):
+    """Eq. 3-5, 8-10: beta > 0, finite rewards, distributions that sum to one (pitfalls of properties 5-7)."""
+    assert_refused(function, arguments, name)
+
+
+def world_tables(good):  # (X, Y) rewards that a slate points into
+    return bad_tables(good, alone=True)
+
+
+PAIRS = dict(rewards=REWARDS, slate=SLATE, temperature=1.0, flip_probability=0.1)
+BAD_PAIRS = dict(rewards=world_tables(REWARDS), temperature=BAD_POSITIVE, flip_probability=BAD_FLIP)
+BAD_SIZE = BAD_COUNT | dict(one=1, too_large=3)
+PREFERENCES = {
+    "bradley_terry": (
+        dict(first_rewards=ROW, second_rewards=ROW),
+        dict(first_rewards=finite(ROW), second_rewards=finite(ROW)),
+    ),
+    "preference_matrix": (dict(rewards=REWARDS), dict(rewards=world_tables(REWARDS))),
+    "plackett_luce_logprob": (dict(ranked_rewards=REWARDS), dict(ranked_rewards=world_tables(REWARDS))),
+    "all_sets": (dict(exists=EXISTS), dict(size=BAD_SIZE)),
+    "random_cycles": (
+        dict(exists=EXISTS, cycles=1, generator=torch.Generator()),
+        dict(size=BAD_SIZE, cycles=BAD_COUNT),
+    ),
+    "expected_pairs": (PAIRS, BAD_PAIRS),
+    "sample_pairs": (dict(num_pairs=5, **PAIRS), dict(num_pairs=BAD_COUNT, **BAD_PAIRS)),
+    "expected_rankings": (dict(rewards=REWARDS, slate=SLATE), dict(rewards=world_tables(REWARDS))),
+    "sample_rankings": (
+        dict(rewards=REWARDS, num_rankings=5, slate=SLATE),
+        dict(rewards=world_tables(REWARDS), num_rankings=BAD_COUNT),
+    ),
+}
+
+
+@pytest.mark.parametrize(("function", "arguments", "name"), cases(preferences, PREFERENCES))
+def test_choice_models_refuse(function, arguments, name):
+    """Eq. 1, 18: finite rewards, positive temperature, label noise below one half (properties 33, 82)."""
+    assert_refused(function, arguments, name)
+
+
+PAIRED = [f"{who}_{which}_logps" for who in ("policy", "reference") for which in ("chosen", "rejected")]
+MARGIN = dict.fromkeys(PAIRED, ROW) | dict(beta=0.5)
+BAD_MARGIN = dict.fromkeys(PAIRED, finite(ROW)) | dict(beta=BAD_POSITIVE)
+INDEX = torch.tensor([0, 1])
+BAD_INDEX = dict(
+    beyond=torch.tensor([0, 3]),
+    negative=torch.tensor([0, -1]),
+    real=torch.tensor([0.0, 1.0]),
+    mask=torch.tensor([True, False]),
+    short_integers=torch.tensor([0, 1], dtype=torch.uint8),  # torch reads these as a mask
+    column=torch.tensor([[0], [1]]),
+    empty=torch.tensor([], dtype=torch.long),
+    scalar=torch.tensor(0),
+)
+RANKED = dict(policy_logps=LOGPS, reference_logps=LOGPS, beta=0.5)
+BAD_RANKED = dict(policy_logps=finite(LOGPS), reference_logps=finite(LOGPS), beta=BAD_POSITIVE)
+LOSSES = {
+    "dpo_loss": (MARGIN, BAD_MARGIN),
+    "ipo_loss": (MARGIN, BAD_MARGIN),
+    "dpo_loss_from_indices": (
+        dict(pi_logps=ROW, ref_logps=ROW, yw_idxs=INDEX, yl_idxs=INDEX.flip(0), beta=0.5),
+        dict(
+            pi_logps=finite(ROW),
+            ref_logps=finite(ROW),
+            yw_idxs=BAD_INDEX,
+            yl_idxs=BAD_INDEX | dict(longer=torch.tensor([0, 1, 2])),
+            beta=BAD_POSITIVE,
+        ),
+    ),
+    "bradley_terry_loss": (
+        dict(chosen_rewards=ROW, rejected_rewards=ROW),
+        dict(chosen_rewards=finite(ROW), rejected_rewards=finite(ROW)),
+    ),
+    "plackett_luce_loss": (dict(ranked_rewards=REWARDS), dict(ranked_rewards=world_tables(REWARDS))),
+    "plackett_luce_dpo_loss": (RANKED, BAD_RANKED),
+    "plackett_luce_gradient_weights": (RANKED, BAD_RANKED),
+}
+
+
+@pytest.mark.parametrize(("function", "arguments", "name"), cases(losses, LOSSES))
+def test_losses_refuse(function, arguments, name):
+    """Eq. 2, 7, 20: finite log-probabilities of one shape, beta > 0, indices in range (property 79)."""
+    assert_refused(function, arguments, name)
+
+
+GOOD = [
+    pytest.param(getattr(module, function), good, id=function)
+    for module, table in ((closed_form, CLOSED_FORM), (preferences, PREFERENCES), (losses, LOSSES))
+    for function, (good, _) in table.items()
+]
+
+
+@pytest.mark.parametrize(("function", "arguments"), GOOD)
+def test_good_arguments_pass_through_unchanged(function, arguments):
+    """The tables above differ from these arguments in one place each, and these are answered with finite
+    numbers and left as they were."""
+    before = {name: value.clone() for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+    result = function(**arguments)
+    for output in [result] if isinstance(result, torch.Tensor) else result:
+        assert output.numel() > 0 and torch.isfinite(output).all()
+    assert all(torch.equal(arguments[name], value) for name, value in before.items())
+
+
+def test_message_says_where_and_what():
+    """The sentence gives the first bad entry's place and value, the two shapes, or how far a sum is off."""
+    with pytest.raises(
+        dpo_minimal.InputError, match=r"^rewards must be finite, but entry \[0, 1\] is nan\.$"
+    ):
+        closed_form.optimal_logps(LOGPS, replaced(REWARDS, NAN), beta=0.5)
+    with pytest.raises(dpo_minimal.InputError, match=r"shape \(3, 1\) but policy_chosen_logps has \(3,\)"):
+        losses.dpo_loss(ROW, ROW, ROW.unsqueeze(-1), ROW, beta=0.5)
+    with pytest.raises(
+        dpo_minimal.InputError, match=r"a log-sum is off by 0\.01 nats; apply log_softmax\(-1\)"
+    ):
+        closed_form.optimal_logps(LOGPS + 0.01, REWARDS, beta=0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_rounded_tables_are_still_distributions(dtype):
+    """Property 75: a table normalised in its own dtype, or in float64 and rounded to it, is accepted, and a
+    table off by far more than that rounding is not."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(50, 200, generator=generator, dtype=torch.float64)
+    rewards = torch.zeros(50, 200, dtype=dtype)
+    for table in (logits.log_softmax(-1).to(dtype), logits.to(dtype).log_softmax(-1)):
+        # log Z is 0 up to the rounding of entries near 10, a relative eps each.
+        size = 10 * torch.finfo(dtype).eps
+        assert closed_form.log_partition(table, rewards, beta=1.0).abs().max() <= size
+        with pytest.raises(
+            dpo_minimal.InputError, match="ref_logps must be log-probabilities that sum to one"
+        ):
+            closed_form.log_partition(table + max(4e-4, 4 * size), rewards, beta=1.0)
+
+
+def test_whole_numbers_and_tensors_are_numbers():
+    """Eq. 4: beta = 2, 2.0 and a zero-dimensional tensor mean the same, in every dtype."""
+    expected = closed_form.optimal_logps(LOGPS, REWARDS, beta=2.0)
+    for beta in (2, torch.tensor(2.0), torch.tensor(2, dtype=torch.float64), torch.tensor(2)):
+        assert torch.equal(closed_form.optimal_logps(LOGPS, REWARDS, beta=beta), expected)
