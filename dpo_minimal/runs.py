@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from .validation import InputError
+from .version import __version__
 
 
 def new_run_folder(output_dir: str | None, command: str) -> Path:
@@ -72,3 +75,13 @@ def write_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
     lines = [json.dumps({key: plain(value) for key, value in record.items()}) for record in records]
     write_atomically(path, lambda p: p.write_text("".join(line + "\n" for line in lines), encoding="utf-8"))
+
+
+def versions() -> dict[str, str]:
+    """What a later reader needs to get the same numbers."""
+    return {
+        "dpo_minimal": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }

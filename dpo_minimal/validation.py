@@ -8,6 +8,7 @@ unnormalised table converges to the wrong policy.
 from __future__ import annotations
 
 import math
+import re
 from numbers import Real
 
 import torch
@@ -38,6 +39,15 @@ def check_flip_probability(value: float) -> None:
     """Require a label-noise rate in [0, 1/2): from 1/2 on, labels carry no or the opposite information."""
     if not isinstance(value, Real) or not 0 <= value < 0.5:
         raise InputError(f"flip_probability must lie in [0, 0.5), got {value!r}.")
+
+
+def check_device(device: str) -> None:
+    """Require --device to name a device that is there and has float64."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise InputError(f"--device {device}: choose cpu or cuda (or cuda:N).")
+    number = int(device.partition(":")[2] or 0)
+    if device != "cpu" and number >= torch.cuda.device_count():
+        raise InputError(f"--device {device}: torch finds no such device on this machine; use cpu.")
 
 
 def check_same_shape(**tensors: Tensor) -> None:

@@ -16,7 +16,7 @@ from strategies import generators, normal
 from dpo_minimal.bandit import TabularPolicy, ipo_objective, random_bandit, safe_learning_rate
 from dpo_minimal.certificates import curvature, largest_resistance
 from dpo_minimal.closed_form import optimal_logps
-from dpo_minimal.experiments.bandit import Settings, finite
+from dpo_minimal.experiments.convergence import Settings, finite
 from dpo_minimal.finite_data import (
     add_prior,
     chi_square_quantile,

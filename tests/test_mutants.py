@@ -28,7 +28,7 @@ from dpo_minimal import (
     policy,
     preferences,
 )
-from dpo_minimal.experiments import bandit as bandit_command
+from dpo_minimal.experiments import convergence
 from dpo_minimal.validation import InputError
 
 
@@ -248,7 +248,7 @@ MUTANTS = [
     ),
     Mutant(
         "weight decay",
-        bandit_command._fit_table,
+        convergence._fit_table,
         "nesterov=True",
         "nesterov=True, weight_decay=1e-4",
         test_bandit.test_the_population_experiment_reaches_the_closed_form,

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dpo_minimal.bandit import random_bandit
 from dpo_minimal.closed_form import next_token_logps
-from dpo_minimal.experiments import bandit
+from dpo_minimal.experiments import convergence
 from dpo_minimal.model import GPT, GPTConfig
 from dpo_minimal.policy import (
     Completions,
@@ -502,17 +503,17 @@ def test_the_reference_stays_frozen_through_training(monkeypatch):
     """#77, pitfall 13: a reference that is the policy itself, not a copy, moves along with it, and the loss
     stays at ln 2 although "training" runs. Hashes of its parameters and its table must not move."""
     seen = []
-    make_world = bandit.gpt_world
+    make_world = convergence.gpt_world
 
     def spy(settings):
         world = make_world(settings)
         seen.append((world[0], digest(world[0])))
         return world
 
-    monkeypatch.setattr(bandit, "gpt_world", spy)
-    monkeypatch.setattr(bandit, "MAX_LENGTH", 2)  # 21 completions instead of 341
-    settings = bandit.Settings(beta=0.5, pairs=1, table_steps=1, gpt_steps=20, seed=3, device="cpu")
-    outcome = bandit.gpt_population(settings)
+    monkeypatch.setattr(convergence, "gpt_world", spy)
+    monkeypatch.setattr(convergence, "MAX_LENGTH", 2)  # 21 completions instead of 341
+    settings = convergence.Settings(beta=0.5, pairs=1, table_steps=1, gpt_steps=20, seed=3, device="cpu")
+    outcome = convergence.gpt_population(settings)
     ((reference, before),) = seen
     _, prompts, completions, _, _ = make_world(settings)
     assert digest(reference) == before
@@ -529,9 +530,9 @@ def test_the_reference_stays_frozen_through_training(monkeypatch):
 
 def test_a_tables_reference_stays_frozen_through_training():
     """#77 for the table: the policy's logits start as a copy, so training must not write into the world."""
-    settings = bandit.Settings(beta=0.5, pairs=1, table_steps=20, gpt_steps=1, seed=3, device="cpu")
-    world = bandit.random_bandit(2, 4, generator=torch.Generator().manual_seed(0))
+    settings = convergence.Settings(beta=0.5, pairs=1, table_steps=20, gpt_steps=1, seed=3, device="cpu")
+    world = random_bandit(2, 4, generator=torch.Generator().manual_seed(0))
     before = world.ref_logps.clone()
-    outcome = bandit.tabular(world, settings)
+    outcome = convergence.tabular(world, settings)
     assert torch.equal(world.ref_logps, before) and torch.equal(outcome.ref_logps, before)
     assert (outcome.logps - before).abs().max() > 0.1

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from dpo_minimal.experiments import bandit
+from dpo_minimal.experiments import convergence
 from dpo_minimal.train import train
 from dpo_minimal.validation import InputError
 
@@ -236,13 +236,15 @@ def test_training_stops_before_a_step_that_is_not_finite(kind, limit):
 def test_the_same_seed_gives_the_same_numbers(monkeypatch):
     """#80: a hidden source of randomness (dropout, an unseeded generator, torch's global stream) makes runs
     unrepeatable. Bitwise on a CPU, whatever was drawn from the global stream before."""
-    monkeypatch.setattr(bandit, "MAX_LENGTH", 2)  # 21 completions instead of 341
+    monkeypatch.setattr(convergence, "MAX_LENGTH", 2)  # 21 completions instead of 341
 
     def run(seed: int, disturbance: int):
-        settings = bandit.Settings(beta=0.5, pairs=1, table_steps=1, gpt_steps=12, seed=seed, device="cpu")
+        settings = convergence.Settings(
+            beta=0.5, pairs=1, table_steps=1, gpt_steps=12, seed=seed, device="cpu"
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(disturbance)
-            return bandit.gpt_population(settings)
+            return convergence.gpt_population(settings)
 
     first, again, other = run(1, 0), run(1, 99), run(2, 0)
     assert first.records == again.records
@@ -253,27 +255,27 @@ def test_the_same_seed_gives_the_same_numbers(monkeypatch):
 
 def test_training_leaves_the_global_random_stream_alone(monkeypatch):
     """#80: an experiment that advances torch's global stream makes the next one depend on whether it ran."""
-    monkeypatch.setattr(bandit, "MAX_LENGTH", 2)
-    settings = bandit.Settings(beta=0.5, pairs=1, table_steps=1, gpt_steps=2, seed=0, device="cpu")
+    monkeypatch.setattr(convergence, "MAX_LENGTH", 2)
+    settings = convergence.Settings(beta=0.5, pairs=1, table_steps=1, gpt_steps=2, seed=0, device="cpu")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         before = torch.get_rng_state()
-        bandit.gpt_population(settings)
+        convergence.gpt_population(settings)
         assert torch.equal(torch.get_rng_state(), before)
 
 
 # ------------------------------------------------------------------------------------- the experiment
 
 
-def settings_of(seed: int, steps: int = 2500) -> bandit.Settings:
-    return bandit.Settings(beta=0.5, pairs=1, table_steps=1, gpt_steps=steps, seed=seed, device="cpu")
+def settings_of(seed: int, steps: int = 2500) -> convergence.Settings:
+    return convergence.Settings(beta=0.5, pairs=1, table_steps=1, gpt_steps=steps, seed=seed, device="cpu")
 
 
 def test_eight_hundred_steps_of_the_gpt_experiment_are_certified():
     """Fails if DPO on a network heads anywhere but to pi* (beta lost, reference ignored, outcomes swapped:
     the distance then ends above 0.1), or if the certificate claims more than is true. Where there is no
     certificate yet, the divergence must at least have fallen a hundredfold."""
-    outcome = bandit.gpt_population(settings_of(seed=0, steps=800))
+    outcome = convergence.gpt_population(settings_of(seed=0, steps=800))
     first, last = outcome.records[0], outcome.records[-1]
     assert last["step"] == 800
     if math.isfinite(last["distance/bound"]):
@@ -289,7 +291,7 @@ def test_eight_hundred_steps_of_the_gpt_experiment_are_certified():
 def test_ten_seeds_of_the_gpt_experiment(seed):
     """The headline: a GPT trained by DPO ends at pi_ref exp(r / beta) / Z, for ten seeds of reference,
     rewards, prompts and comparisons. Fails if a learning rate works for some seeds only."""
-    outcome = bandit.gpt_population(settings_of(seed))
+    outcome = convergence.gpt_population(settings_of(seed))
     # pi* from the definition, not from the package's closed form
     optimal = (outcome.ref_logps + outcome.rewards / outcome.beta).log_softmax(-1)
     logps = outcome.logps
@@ -302,3 +304,20 @@ def test_ten_seeds_of_the_gpt_experiment(seed):
     bound = outcome.logp_bound
     assert torch.isfinite(bound).all()
     assert (distance.amax(-1) <= bound).all()
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_gpts_reference_is_far_from_uniform(seed):
+    """A nearly uniform reference would hide a bug that ignores it. Averaged over contexts of the GPT
+    experiment, next-token distributions diverge from uniform by over a quarter of log 5, their maximum."""
+    reference, prompts, completions, _, _ = convergence.gpt_world(settings_of(seed))
+    divergences = []
+    for length in range(completions.ids.shape[1]):
+        longer = completions.ids[completions.lengths > length, :length]
+        contexts = {tuple(context) for context in longer.tolist()}
+        for prompt in prompts.tolist():
+            ids = torch.tensor([[*prompt, *context] for context in sorted(contexts)])
+            with torch.no_grad():
+                logps = reference(ids)[:, -1].log_softmax(-1)
+            divergences.append((logps.exp() * logps).sum(-1) + math.log(logps.shape[-1]))
+    assert torch.cat(divergences).mean() > math.log(5) / 4

@@ -7,53 +7,30 @@ preference probabilities, a table on sampled pairs, a GPT on exact probabilities
 from __future__ import annotations
 
 import argparse
-import copy
-import platform
-import re
-from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .. import __version__
-from ..bandit import (
-    Bandit,
-    TabularPolicy,
-    dpo_objective,
-    plackett_luce_objective,
-    random_bandit,
-    safe_learning_rate,
-)
+from ..bandit import Bandit, random_bandit
 from ..closed_form import kl_divergence, optimal_logps
 from ..finite_data import FiniteDataLaw, finite_data_law, maximum_likelihood
-from ..model import GPT, GPTConfig
-from ..policy import Completions, EnumeratedPolicy, enumerate_completions
-from ..preferences import (
-    Rankings,
-    all_sets,
-    expected_pairs,
-    expected_rankings,
-    random_cycles,
-    sample_pairs,
-)
-from ..runs import new_run_folder, write_arrays, write_json, write_records
+from ..preferences import all_sets, sample_pairs
+from ..runs import new_run_folder, versions, write_arrays, write_json, write_records
 from ..tables import load_table
-from ..validation import InputError, check_count, check_positive
-from .fit import Outcome, expected_reward, fit, float64_table, max_distance
-
-# The table's training stops here: far below what anybody needs, far above float64's rounding.
-TABULAR_BOUND = 1e-11
-RANKED = 4  # completions a ranking holds
-
-# The GPT's world. Five tokens and at most four of them make 341 completions a prompt; the width is far
-# above V - 1 = 4, so every next-token distribution is within reach of the last layer.
-VOCAB, EOS, MAX_LENGTH, PROMPT_LENGTH, GPT_PROMPTS = 5, 4, 4, 2, 4
-GPT_SHAPE = GPTConfig(vocab_size=VOCAB, block_size=PROMPT_LENGTH + MAX_LENGTH, n_layer=2, n_head=4, n_embd=32)
-SHARPNESS = 3.0  # final LayerNorm gain of the reference: its conditionals are then far from uniform
-CYCLES = 4  # random rings of compared completions: 8 comparisons for each completion instead of 340
-GPT_LEARNING_RATE = 7e-3  # Adam, warmed up over the first 4 % of the steps, then falling linearly to zero
+from ..validation import InputError, check_count, check_device, check_positive
+from . import ranking
+from .convergence import (
+    GPT_PROMPTS,
+    Settings,
+    finite,
+    gpt_population,
+    plackett_luce,
+    ranking_size,
+    seeded_generator,
+    tabular,
+)
+from .fit import Outcome, expected_reward, max_distance
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,31 +78,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The checked options of one run, written to config.json."""
-
-    beta: float
-    pairs: int
-    table_steps: int
-    gpt_steps: int
-    seed: int
-    device: str
-
-
 def run(args: argparse.Namespace) -> Path:
     """Check everything, then run the experiments and write the run folder, which is returned."""
     if args.comparisons is not None:
-        from .ranking import run as run_ranking
-
-        return run_ranking(args)
+        return ranking.run(args)
     for option in ("loss", "prior"):
         if getattr(args, option) is not None:
             raise InputError(f"--{option} is used only with --comparisons; leave it out.")
     settings = _settings(args)
     world = _world(args, settings)
     data = sample_pairs(
-        world.rewards, settings.pairs, slate=all_sets(world.exists), generator=_generator(settings, "pairs")
+        world.rewards,
+        settings.pairs,
+        slate=all_sets(world.exists),
+        generator=seeded_generator(settings, "pairs"),
     )
     try:
         estimate = maximum_likelihood(data, world.exists, (world.prompts, world.completions))
@@ -167,25 +133,6 @@ def run(args: argparse.Namespace) -> Path:
     return folder
 
 
-def versions() -> dict[str, str]:
-    """What a later reader needs to get the same numbers."""
-    return {
-        "dpo_minimal": __version__,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def check_device(device: str) -> None:
-    """Raise InputError unless the device is there and has float64."""
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise InputError(f"--device {device}: choose cpu or cuda (or cuda:N).")
-    number = int(device.partition(":")[2] or 0)
-    if device != "cpu" and number >= torch.cuda.device_count():
-        raise InputError(f"--device {device}: torch finds no such device on this machine; use cpu.")
-
-
 def _settings(args: argparse.Namespace) -> Settings:
     check_positive("--beta", args.beta)
     check_device(args.device)
@@ -220,104 +167,7 @@ def _world(args: argparse.Namespace, settings: Settings) -> Bandit:
     completions = 16 if args.completions is None else args.completions
     check_count("--prompts", prompts)
     check_count("--completions", completions, minimum=2)
-    return random_bandit(prompts, completions, generator=_generator(settings, "world"))
-
-
-def _generator(settings: Settings, purpose: str) -> torch.Generator:
-    """An independent stream of random numbers for each purpose, so that one experiment's draws do not
-    depend on whether another ran."""
-    number = ("world", "pairs", "gpt", "rankings").index(purpose)
-    return torch.Generator().manual_seed(4 * settings.seed + number)
-
-
-# ----------------------------------------------------------------------------------- the four experiments
-
-
-def tabular(world: Bandit, settings: Settings) -> Outcome:
-    """The population objective of all pairs, on a table of logits; target pi* [D4.2]."""
-    rankings = expected_pairs(world.rewards, all_sets(world.exists))
-    optimal = optimal_logps(world.ref_logps, world.rewards, beta=settings.beta)
-    return _fit_table("tabular", world, rankings, optimal, "pi*", settings)
-
-
-def finite(world: Bandit, data: Rankings, estimate: Tensor, settings: Settings) -> Outcome:
-    """The objective of sampled pairs; target pi_ref exp(r_hat / beta) / Z of the estimate [D11.1]."""
-    target = optimal_logps(world.ref_logps, estimate, beta=settings.beta)
-    outcome = _fit_table("finite", world, data, target, "MLE", settings)
-    return replace(outcome, rankings=data)  # with counts as weights, which the training normalised
-
-
-def ranking_size(world: Bandit) -> int:
-    """Rankings of four, or of as many completions as every prompt has."""
-    return min(RANKED, int(world.exists.sum(-1).min()))
-
-
-def plackett_luce(world: Bandit, settings: Settings, size: int) -> Outcome:
-    """Rankings of `size` neighbours along random rings, all orders with their probability [D8.2]."""
-    generator = _generator(settings, "rankings")
-    slate = random_cycles(world.exists, cycles=2, size=size, generator=generator)
-    rankings = expected_rankings(world.rewards, slate)
-    optimal = optimal_logps(world.ref_logps, world.rewards, beta=settings.beta)
-    return _fit_table("plackett_luce", world, rankings, optimal, "pi*", settings, plackett_luce_objective)
-
-
-def _fit_table(
-    name: str, world: Bandit, rankings: Rankings, target_logps: Tensor, target: str, settings: Settings,
-    objective=dpo_objective,
-) -> Outcome:  # fmt: skip
-    ref_logps, rewards, target_logps = (
-        table.to(settings.device) for table in (world.ref_logps, world.rewards, target_logps)
-    )
-    rankings = rankings.normalised_by_prompt().to(settings.device)
-    policy = TabularPolicy(ref_logps)
-    learning_rate = safe_learning_rate(rankings, beta=settings.beta)
-    optimizer = torch.optim.SGD(policy.parameters(), lr=learning_rate, momentum=0.9, nesterov=True)
-    return fit(
-        name, policy, optimizer, rankings,
-        objective=objective, ref_logps=ref_logps, rewards=rewards, target_logps=target_logps, target=target,
-        beta=settings.beta, steps=settings.table_steps, measure_every=5, stop_at_bound=TABULAR_BOUND,
-    )  # fmt: skip
-
-
-def gpt_world(settings: Settings) -> tuple[GPT, Tensor, Completions, Tensor, Rankings]:
-    """The reference GPT, its prompts, all completions, their rewards, and the population of comparisons.
-
-    Rewards are independent N(0, beta^2) for every completion: no structure that a network could guess,
-    and a spread of pi* / pi_ref that is the same for every beta.
-    """
-    generator = _generator(settings, "gpt")
-    with torch.random.fork_rng(devices=[]):  # GPT draws its weights from torch's global stream
-        torch.manual_seed(4 * settings.seed + 2)
-        reference = GPT(GPT_SHAPE)
-    with torch.no_grad():
-        reference.ln_f.weight.mul_(SHARPNESS)
-    words = VOCAB - 1
-    prompts = torch.randperm(words**PROMPT_LENGTH, generator=generator)[:GPT_PROMPTS].sort().values
-    prompts = torch.stack([prompts // words, prompts % words], -1)
-    completions = enumerate_completions(VOCAB, MAX_LENGTH, EOS)
-    X, Y = GPT_PROMPTS, len(completions.ids)
-    rewards = settings.beta * torch.randn(X, Y, generator=generator, dtype=torch.float64)
-    slate = random_cycles(torch.ones(X, Y, dtype=torch.bool), cycles=CYCLES, generator=generator)
-    return reference, prompts, completions, rewards, expected_pairs(rewards, slate)
-
-
-def gpt_population(settings: Settings) -> Outcome:
-    """The population objective on a GPT, all of whose completions are enumerated; target pi* [D9.1]."""
-    reference, prompts, completions, rewards, rankings = gpt_world(settings)
-    device = settings.device
-    completions = Completions(*(field.to(device) for field in completions))
-    policy = EnumeratedPolicy(copy.deepcopy(reference), prompts.to(device), completions).to(device)
-    ref_logps, rewards, rankings = float64_table(policy), rewards.to(device), rankings.to(device)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=GPT_LEARNING_RATE, betas=(0.9, 0.95), fused=True)
-    steps = settings.gpt_steps
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / (0.04 * steps)) * (1 - step / steps)
-    )
-    return fit(
-        "gpt", policy, optimizer, rankings, objective=dpo_objective, ref_logps=ref_logps, rewards=rewards,
-        target_logps=optimal_logps(ref_logps, rewards, beta=settings.beta), target="pi*", beta=settings.beta,
-        steps=steps, measure_every=max(1, steps // 50), scheduler=schedule,
-    )  # fmt: skip
+    return random_bandit(prompts, completions, generator=seeded_generator(settings, "world"))
 
 
 # --------------------------------------------------------------------------------------------- reporting

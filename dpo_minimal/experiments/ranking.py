@@ -19,10 +19,9 @@ from ..finite_data import (
     standard_errors,
 )
 from ..preferences import win_counts
-from ..runs import new_run_folder, write_atomically, write_json, write_records
+from ..runs import new_run_folder, versions, write_atomically, write_json, write_records
 from ..tables import load_comparisons
-from ..validation import InputError, check_count, check_positive
-from .bandit import check_device, versions
+from ..validation import InputError, check_count, check_device, check_positive
 from .fit import fit, max_distance
 
 COLUMNS = ["prompt", "completion", "wins", "losses", "reward", "standard_error", "reference", "policy"]
