@@ -273,7 +273,7 @@ def test_other_options_leave_the_same_world(capsys):
             assert np.array_equal(few[key], many[key]), key
 
 
-def test_quick_means_eight_hundred_steps(monkeypatch, capsys):
+def test_quick_means_a_smaller_gpt_world_and_fewer_steps(monkeypatch, capsys):
     """An option silently ignored (pitfall 10)."""
     seen = []
     monkeypatch.setattr(bandit, "tabular", lambda world, settings: seen.append(settings) or stop())
@@ -283,8 +283,12 @@ def test_quick_means_eight_hundred_steps(monkeypatch, capsys):
 
     for options in ([], ["--quick"], ["--steps", "7"]):
         assert main([*options, "--pairs", "2000", "--prompts", "1", "--completions", "2"]) == 2
-    assert [settings.gpt_steps for settings in seen] == [2500, 800, 7]
+    assert [settings.gpt_steps for settings in seen] == [2500, 1000, 7]
     assert [settings.table_steps for settings in seen] == [2000, 2000, 7]
+    monkeypatch.undo()  # the true MAX_LENGTH
+    counts = [len(convergence.gpt_world(settings)[2].ids) for settings in seen]
+    by_length = [4**t for t in range(5)]  # strings of t words; the longest ones are cut, the others ended
+    assert counts == [sum(by_length), sum(by_length[:4]), sum(by_length)]
 
 
 # ---------------------------------------------------------------------------------- the command as a program

@@ -32,6 +32,7 @@ RANKED = 4  # completions a ranking holds
 # The GPT's world. Five tokens and at most four of them make 341 completions a prompt; the width is far
 # above V - 1 = 4, so every next-token distribution is within reach of the last layer.
 VOCAB, EOS, MAX_LENGTH, PROMPT_LENGTH, GPT_PROMPTS = 5, 4, 4, 2, 4
+QUICK_MAX_LENGTH = 3  # 85 completions a prompt
 GPT_SHAPE = GPTConfig(vocab_size=VOCAB, block_size=PROMPT_LENGTH + MAX_LENGTH, n_layer=2, n_head=4, n_embd=32)
 SHARPNESS = 5.0  # final LayerNorm gain of the reference: its conditionals are then far from uniform
 CYCLES = 4  # random rings of compared completions: 8 comparisons for each completion instead of 340
@@ -48,6 +49,7 @@ class Settings:
     gpt_steps: int
     seed: int
     device: str
+    quick: bool = False  # a smaller world for the GPT
 
 
 PURPOSES = ("world", "pairs", "gpt_weights", "gpt_world", "rankings")
@@ -120,7 +122,8 @@ def gpt_world(settings: Settings) -> tuple[GPT, Tensor, Completions, Tensor, Ran
     words = VOCAB - 1
     prompts = torch.randperm(words**PROMPT_LENGTH, generator=generator)[:GPT_PROMPTS].sort().values
     prompts = torch.stack([prompts // words, prompts % words], -1)
-    completions = enumerate_completions(VOCAB, MAX_LENGTH, EOS)
+    max_length = QUICK_MAX_LENGTH if settings.quick else MAX_LENGTH
+    completions = enumerate_completions(VOCAB, max_length, EOS)
     X, Y = GPT_PROMPTS, len(completions.ids)
     rewards = settings.beta * torch.randn(X, Y, generator=generator, dtype=torch.float64)
     slate = random_cycles(torch.ones(X, Y, dtype=torch.bool), cycles=CYCLES, generator=generator)
