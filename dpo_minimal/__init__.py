@@ -26,13 +26,27 @@ from .losses import (
     plackett_luce_loss,
 )
 from .model import GPT, GPTConfig
-from .policy import completion_logps, enumerate_completions, sequence_logps
+from .policy import (
+    Completions,
+    EnumeratedPolicy,
+    SequenceBatch,
+    completion_logps,
+    enumerate_completions,
+    sequence_logps,
+)
 from .preferences import (
+    Rankings,
+    Slate,
+    all_sets,
     bradley_terry,
+    expected_pairs,
+    expected_rankings,
     plackett_luce_logprob,
     preference_matrix,
+    random_cycles,
     sample_pairs,
     sample_rankings,
+    tally,
 )
 from .train import train
 from .validation import InputError
@@ -41,11 +55,17 @@ from .version import __version__
 __all__ = [
     "GPT",
     "Bandit",
+    "Completions",
+    "EnumeratedPolicy",
     "GPTConfig",
     "InputError",
     "PreferenceLoss",
+    "Rankings",
+    "SequenceBatch",
+    "Slate",
     "TabularPolicy",
     "__version__",
+    "all_sets",
     "best_of_n_logps",
     "bradley_terry",
     "bradley_terry_loss",
@@ -55,6 +75,8 @@ __all__ = [
     "dpo_loss",
     "dpo_loss_from_indices",
     "enumerate_completions",
+    "expected_pairs",
+    "expected_rankings",
     "implicit_reward",
     "ipo_loss",
     "kl_divergence",
@@ -68,11 +90,13 @@ __all__ = [
     "plackett_luce_loss",
     "preference_matrix",
     "random_bandit",
+    "random_cycles",
     "reward_kl_frontier",
     "rlhf_objective",
     "sample_pairs",
     "sample_rankings",
     "sequence_logps",
     "soft_value",
+    "tally",
     "train",
 ]

@@ -18,7 +18,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dpo-minimal",
         description="Direct Preference Optimization from scratch, checked against the closed-form optimum.",
-        epilog="Without a command, bandit is run. `dpo-minimal COMMAND --help` explains each.",
+        epilog="Without a command, bandit is run, with whatever options follow; "
+        "`python -m dpo_minimal bandit --help` lists them.",
     )
     parser.add_argument("--version", action="version", version=f"dpo-minimal {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

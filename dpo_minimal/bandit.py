@@ -88,15 +88,15 @@ def random_bandit(
 
 
 class TabularPolicy(nn.Module):
-    """One logit for each prompt and completion, started at the reference: pi = softmax(logits)."""
+    """One number for each prompt and completion, started at the reference: pi = softmax(theta)."""
 
     def __init__(self, ref_logps: Tensor):
         super().__init__()
-        self.logits = nn.Parameter(ref_logps.clone())
+        self.theta = nn.Parameter(ref_logps.clone())
 
     def forward(self) -> Tensor:
         """(X, Y) log pi(y|x); completions that do not exist stay at -inf."""
-        return self.logits.log_softmax(-1)
+        return self.theta.log_softmax(-1)
 
 
 def dpo_on_table(logps: Tensor, ref_logps: Tensor, rankings: Rankings, *, beta: float) -> PreferenceLoss:

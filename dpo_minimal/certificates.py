@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .preferences import Rankings, win_counts
-from .validation import check_finite, check_positive, check_same_shape
+from .validation import check_finite, check_log_distribution, check_positive, check_same_shape
 
 
 class Curvature(NamedTuple):
@@ -129,10 +129,11 @@ def certify(logps: Tensor, ref_logps: Tensor, rankings: Rankings, *, beta: float
         connect the prompt's completions, where the prompt has none, or where the Hessian is too nearly flat
         for float64.
     Raises:
-        InputError: shapes differ, beta <= 0, a compared log-probability is not finite.
+        InputError: shapes differ, a table is no distribution, beta <= 0, a compared log-probability is -inf.
     """
     check_positive("beta", beta)
     check_same_shape(logps=logps, ref_logps=ref_logps)
+    check_log_distribution(logps=logps, ref_logps=ref_logps)
     logps, ref_logps = logps.detach().double(), ref_logps.detach().double()
     state = curvature(beta * (logps - ref_logps), rankings)
     wins = win_counts(rankings, *logps.shape)
@@ -156,10 +157,11 @@ def certify(logps: Tensor, ref_logps: Tensor, rankings: Rankings, *, beta: float
     newton = slack * (step_range + rho * rounding) + x / (1 - x) + torch.log1p(-x)
     distance = torch.minimum(-torch.log1p(-x), newton)
     size = torch.where(state.compared, torch.maximum(logps.abs(), ref_logps.abs()), 0).amax(-1)
+    excess = logps.logsumexp(-1).abs()  # scores do not see how far the table is from summing to one
     # Beyond a condition number of 1e8 the estimate of that error is no longer to be trusted: no bound then.
     valid = whole & (condition <= 1e8) & (state.total > 0) & (x <= 0.5)
     return Certificate(
-        logp_bound=torch.where(valid, distance / beta + 8 * eps * size, math.inf),
+        logp_bound=torch.where(valid, distance / beta + 8 * eps * size + excess, math.inf),
         loss_gap=torch.where(valid, (x + (1 - x) * torch.log1p(-x)) / rho**2, math.inf),
         x=torch.where(torch.isnan(x), math.inf, x),
     )

@@ -23,6 +23,7 @@ from .validation import (
     check_log_distribution,
     check_positive,
     check_same_shape,
+    widen,
 )
 
 
@@ -30,6 +31,16 @@ def _check_world(ref_logps: Tensor, rewards: Tensor) -> None:
     check_same_shape(ref_logps=ref_logps, rewards=rewards)
     check_finite(rewards=rewards)
     check_log_distribution(ref_logps=ref_logps)
+
+
+def _tilt(ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
+    """log (pi_ref exp(r / beta)), checked."""
+    _check_world(ref_logps, rewards)
+    check_positive("beta", beta)
+    tilt = rewards / beta
+    if not torch.isfinite(tilt.detach()).all():
+        raise InputError(f"beta = {float(beta):g} is too small for these rewards: r / beta overflows.")
+    return ref_logps + tilt
 
 
 def log_partition(ref_logps: Tensor, rewards: Tensor, *, beta: float) -> Tensor:
@@ -49,9 +60,7 @@ def log_partition(ref_logps: Tensor, rewards: Tensor, *, beta: float) -> Tensor:
         >>> log_partition(ref, torch.zeros(2), beta=0.5).abs().item() < 1e-6   # no reward: Z = 1
         True
     """
-    _check_world(ref_logps, rewards)
-    check_positive("beta", beta)
-    return (ref_logps + rewards / beta).logsumexp(-1)
+    return _tilt(ref_logps, rewards, beta).logsumexp(-1)
 
 
 def soft_value(ref_logps: Tensor, rewards: Tensor, *, beta: float) -> Tensor:
@@ -73,9 +82,7 @@ def optimal_logps(ref_logps: Tensor, rewards: Tensor, *, beta: float) -> Tensor:
         >>> optimal_logps(ref, rewards, beta=1.0).exp()
         tensor([0.2500, 0.7500])
     """
-    _check_world(ref_logps, rewards)
-    check_positive("beta", beta)
-    return (ref_logps + rewards / beta).log_softmax(-1)
+    return _tilt(ref_logps, rewards, beta).log_softmax(-1)
 
 
 def implicit_reward(logps: Tensor, ref_logps: Tensor, *, beta: float) -> Tensor:
@@ -163,6 +170,7 @@ def best_of_n_logps(ref_logps: Tensor, rewards: Tensor, *, n: int) -> Tensor:
     """
     _check_world(ref_logps, rewards)
     check_count("n", n)
+    dtype, ref_logps = ref_logps.dtype, widen(ref_logps).log_softmax(-1)  # n-th powers magnify rounding
     absent = ref_logps == -math.inf  # tied with the best: without probability that changes nothing
     rewards = torch.where(absent, rewards.masked_fill(absent, -math.inf).amax(-1, keepdim=True), rewards)
     mine, other = rewards.unsqueeze(-1), rewards.unsqueeze(-2)
@@ -172,7 +180,8 @@ def best_of_n_logps(ref_logps: Tensor, rewards: Tensor, *, n: int) -> Tensor:
     worst = mine.squeeze(-1) == rewards.masked_fill(absent, math.inf).amin(-1, keepdim=True)  # F - p = 0
     log_below = torch.log1p(-torch.where(worst, -1, log_tied - log_cdf).exp())  # log (F - p) / F
     rise = torch.where(worst, 0, _log1mexp(n * log_below))
-    return (ref_logps - log_tied + n * log_cdf + rise).masked_fill(absent, -math.inf)
+    logps = (ref_logps - log_tied + n * log_cdf + rise).masked_fill(absent, -math.inf)
+    return logps.log_softmax(-1).to(dtype)
 
 
 def _log1mexp(x: Tensor) -> Tensor:
@@ -245,14 +254,14 @@ def next_token_logps(completion_logps: Tensor, completions: Tensor, lengths: Ten
     prefix = torch.zeros(Y, dtype=torch.long, device=completions.device)
     before = _logsumexp_within_groups(completion_logps, prefix)
     for t in range(T):
-        # A completion that has ended is alone in its group: in a prefix-free set nobody shares all of it.
         token = torch.where(lengths > t, completions[:, t], -1)
         _, prefix = torch.unique(torch.stack([prefix, token], 1), dim=0, return_inverse=True)
         after = _logsumexp_within_groups(completion_logps, prefix)
         columns.append(torch.where(lengths > t, after - before, 0))
         before = after
-    if not torch.equal(before.detach(), completion_logps.detach()):  # somebody is not alone at the end
-        raise InputError("completions must be prefix-free, but one of them begins (or repeats) another.")
+        ended = lengths == t + 1  # nobody else may have all of its tokens
+        if not torch.equal(after.detach()[..., ended], completion_logps.detach()[..., ended]):
+            raise InputError("completions must be prefix-free, but one of them begins or repeats another.")
     return torch.stack(columns, -1)
 
 

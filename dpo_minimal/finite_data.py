@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .certificates import connected, curvature, laplacian_inverse
+from .certificates import connected, curvature, laplacian_inverse, largest_resistance
 from .preferences import Rankings, all_sets, tally, win_counts
 from .validation import InputError, check_count, check_positive
 
@@ -151,7 +151,7 @@ def ipo_standard_errors(logratios: Tensor, rankings: Rankings, exists: Tensor, *
 
 
 class FiniteDataLaw(NamedTuple):
-    """How far the estimate may be from the truth at a stated false-alarm rate [D11.4].
+    """How far the estimate may be from the truth at a stated false-alarm rate, for many rankings [D11.4].
 
     Fields:
         score: the score statistic sum_x N_x g' H^+ g at the truth; its mean is exactly `degrees`.
@@ -160,6 +160,9 @@ class FiniteDataLaw(NamedTuple):
         logp_deviation: (X, Y) standard deviation of log pi_hat(y|x) around log pi*(y|x).
         logp_limit: (X, Y) that deviation times the normal quantile at which all entries together exceed
             with at most the false-alarm rate.
+        plenty: the least number of rankings of a prompt over its largest resistance rho^2. The limits are
+            those of the normal law, which the estimate follows for many rankings; below some 8 they are
+            rough, and only the score statistic, whose mean is exact, should be judged.
     """
 
     score: float
@@ -167,6 +170,7 @@ class FiniteDataLaw(NamedTuple):
     score_limit: float
     logp_deviation: Tensor
     logp_limit: Tensor
+    plenty: float
 
 
 def finite_data_law(
@@ -181,6 +185,8 @@ def finite_data_law(
         rankings: the data, weights as counts.
         beta: > 0.
         false_alarm: probability with which correct code may exceed the limits.
+    Returns:
+        FiniteDataLaw. Raises InputError where beta <= 0.
     """
     check_positive("beta", beta)
     state = curvature(beta * (optimal - ref_logps), rankings)
@@ -195,9 +201,9 @@ def finite_data_law(
     deviation = (variance.clamp(min=0) / state.total.unsqueeze(-1)).sqrt() / beta
     deviation = torch.where(state.compared, deviation, 0)
     quantile = normal_quantile(1 - false_alarm / (2 * int(state.compared.sum())))
-    return FiniteDataLaw(
-        score, degrees, chi_square_quantile(1 - false_alarm, degrees), deviation, quantile * deviation
-    )
+    plenty = (state.total / largest_resistance(state))[state.total > 0].min().item()
+    limit = chi_square_quantile(1 - false_alarm, degrees)
+    return FiniteDataLaw(score, degrees, limit, deviation, quantile * deviation, plenty)
 
 
 def normal_quantile(probability: float) -> float:

@@ -5,8 +5,8 @@ the losses, the implicit rewards and the *gradient weight*: the hand-derived coe
 -grad(log pi(y_w) - log pi(y_l)) in the loss's gradient, i.e. how hard this example pulls.
 
 Shapes: B examples, K ranked answers. Log-probabilities are sums over a completion's tokens, in nats.
-Half-precision inputs are subtracted and squashed in float32 (the spacing of bfloat16 near 500 is 2) and
-the results returned in the dtype that came in.
+Half-precision inputs are subtracted and squashed in float32 and the results returned in the dtype that
+came in (float16 holds losses up to 65504). Further leading dimensions are allowed everywhere.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .preferences import plackett_luce_logprob
-from .validation import InputError, check_finite, check_positive, check_same_shape
+from .validation import InputError, check_finite, check_positive, check_same_shape, widen
 
 
 class PreferenceLoss(NamedTuple):
@@ -67,10 +67,10 @@ def dpo_loss(
         >>> at_reference.losses, at_reference.gradient_weights                 # log 2 and beta / 2
         (tensor([0.6931]), tensor([0.0500]))
     """
-    policy_margin, chosen_logratio, rejected_logratio = _logratios(
+    logratio_margin, chosen_logratio, rejected_logratio = _logratios(
         policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, beta
     )
-    margin = beta * policy_margin
+    margin = beta * logratio_margin
     return _preference_loss(
         policy_chosen_logps.dtype,
         losses=-F.logsigmoid(margin),  # not softplus(-margin): torch linearises softplus above 20
@@ -124,7 +124,7 @@ def _logratios(
     check_positive("beta", beta)
     check_same_shape(**named)
     check_finite(**named)
-    policy_chosen, policy_rejected, reference_chosen, reference_rejected = map(_widen, named.values())
+    policy_chosen, policy_rejected, reference_chosen, reference_rejected = map(widen, named.values())
     # Policy against policy first: these two share the model's rounding, and sizes up to 1e4 cancel here.
     margin = (policy_chosen - policy_rejected) - (reference_chosen - reference_rejected)
     return margin, policy_chosen - reference_chosen, policy_rejected - reference_rejected
@@ -136,11 +136,6 @@ def _preference_loss(
     """Back to the dtype that came in; everything but the losses detached."""
     readouts = (chosen_rewards, rejected_rewards, gradient_weights)
     return PreferenceLoss(losses.to(dtype), *(readout.detach().to(dtype) for readout in readouts))
-
-
-def _widen(tensor: Tensor) -> Tensor:
-    """Half precision to float32; wider dtypes as they are."""
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 def dpo_loss_from_indices(
@@ -171,7 +166,7 @@ def dpo_loss_from_indices(
     losses = dpo_loss(
         pi_logps[yw_idxs], pi_logps[yl_idxs], ref_logps[yw_idxs], ref_logps[yl_idxs], beta=beta
     ).losses
-    rewards = beta * (_widen(pi_logps) - _widen(ref_logps)).detach()
+    rewards = beta * (widen(pi_logps) - widen(ref_logps)).detach()
     return losses, rewards.to(pi_logps.dtype)
 
 
@@ -182,7 +177,7 @@ def bradley_terry_loss(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tens
     """
     check_same_shape(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards)
     check_finite(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards)
-    return -F.logsigmoid(_widen(chosen_rewards) - _widen(rejected_rewards)).to(chosen_rewards.dtype)
+    return -F.logsigmoid(widen(chosen_rewards) - widen(rejected_rewards)).to(chosen_rewards.dtype)
 
 
 def plackett_luce_loss(ranked_rewards: Tensor) -> Tensor:
@@ -191,7 +186,7 @@ def plackett_luce_loss(ranked_rewards: Tensor) -> Tensor:
     Args: ranked_rewards (B, K), best first. Returns losses (B,). Raises InputError on bad input.
     """
     check_same_shape(ranked_rewards=ranked_rewards)
-    return -plackett_luce_logprob(_widen(ranked_rewards)).to(ranked_rewards.dtype)
+    return -plackett_luce_logprob(widen(ranked_rewards)).to(ranked_rewards.dtype)
 
 
 def plackett_luce_dpo_loss(policy_logps: Tensor, reference_logps: Tensor, *, beta: float) -> Tensor:
@@ -230,4 +225,4 @@ def _ranked_rewards(policy_logps: Tensor, reference_logps: Tensor, beta: float) 
     check_positive("beta", beta)
     check_same_shape(policy_logps=policy_logps, reference_logps=reference_logps)
     check_finite(policy_logps=policy_logps, reference_logps=reference_logps)
-    return beta * (_widen(policy_logps) - _widen(reference_logps))
+    return beta * (widen(policy_logps) - widen(reference_logps))

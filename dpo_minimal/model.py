@@ -20,12 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .validation import InputError
+
 
 @dataclass(frozen=True)
 class GPTConfig:
     """The five numbers that fix a GPT-2's shape; `GPTConfig.preset("gpt2")` gives the released ones.
 
-    Raises ValueError where a number is not a positive integer or n_head does not divide n_embd.
+    Raises InputError where a number is not a positive integer or n_head does not divide n_embd.
     """
 
     vocab_size: int
@@ -37,9 +39,9 @@ class GPTConfig:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"GPTConfig: {name} must be a positive integer, got {value!r}.")
+                raise InputError(f"GPTConfig: {name} must be a positive integer, got {value!r}.")
         if self.n_embd % self.n_head:
-            raise ValueError(
+            raise InputError(
                 f"GPTConfig: n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})."
             )
 
@@ -47,7 +49,7 @@ class GPTConfig:
     def preset(cls, name: str) -> GPTConfig:
         """The shape of a released model: "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl"."""
         if name not in _PRESETS:
-            raise ValueError(f"GPTConfig: no preset {name!r}; choose one of {', '.join(_PRESETS)}.")
+            raise InputError(f"GPTConfig: no preset {name!r}; choose one of {', '.join(_PRESETS)}.")
         n_layer, n_head, n_embd = _PRESETS[name]
         return cls(vocab_size=50257, block_size=1024, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
 
@@ -152,14 +154,14 @@ class GPT(nn.Module):
             mask: (T, T) boolean, True where row may read column; by default causal. The two together
                 let one call hold a whole tree of continuations (policy.py).
         Raises:
-            ValueError: ids of another shape, or positions beyond the context.
+            InputError: ids of another shape, or positions beyond the context.
         """
         if ids.dim() != 2 or ids.numel() == 0:
-            raise ValueError(f"GPT: ids must have shape (B, T) and not be empty, got {tuple(ids.shape)}.")
+            raise InputError(f"GPT: ids must have shape (B, T) and not be empty, got {tuple(ids.shape)}.")
         T = ids.shape[1]
         longest = T if positions is None else int(positions.max()) + 1
         if longest > self.config.block_size:
-            raise ValueError(
+            raise InputError(
                 f"GPT: a sequence of {longest} tokens exceeds the context of {self.config.block_size}; "
                 "shorten it or raise block_size."
             )

@@ -106,13 +106,16 @@ def _distance_panel(axis, outcomes: list[Outcome]) -> None:
 
 
 def _weight_panel(axis, outcomes: list[Outcome]) -> None:
-    axis.set_title(r"Gradient weight $\beta\,\sigma(-\mathrm{margin})$, mean over pairs")
+    axis.set_title(r"Gradient weight $\beta\,\sigma(-\mathrm{margin})$, mean")
     for outcome in outcomes:
         steps = [max(record["step"], 0.7) for record in outcome.records]
         weights = [record["dpo/gradient_weight"] / outcome.beta for record in outcome.records]
-        axis.plot(steps, weights, color=COLOURS[outcome.name], label=LABELS[outcome.name])
+        label = LABELS[outcome.name] + (", best answer" if outcome.name == "plackett_luce" else "")
+        axis.plot(steps, weights, color=COLOURS[outcome.name], label=label)
     axis.axhline(0.5, color="black", linewidth=1, linestyle=":")
-    axis.text(0.98, 0.5, "½ at the reference", ha="right", va="bottom", transform=axis.get_yaxis_transform())
+    axis.text(
+        0.98, 0.5, "½: a pair at the reference", ha="right", va="bottom", transform=axis.get_yaxis_transform()
+    )
     axis.set(xscale="log", xlabel="optimisation step (start at the left edge)", ylabel=r"weight $/\,\beta$")
     axis.set_ylim(0, None)
     axis.legend(loc="lower left")
@@ -163,9 +166,7 @@ def ranking_figure(world: Bandit, rewards: Tensor, errors: Tensor, path: Path, *
             axis.set_ylim(heights[x] - 0.5, -0.5)  # best on top
             axis.axvline(0, color="black", linewidth=1)
             axis.set_title(world.prompts[x])
-        axes[-1, 0].set_xlabel(
-            r"reward $\beta\,\log\,\pi / \pi_{\rm ref}$, mean zero per prompt, with 95 % intervals"
-        )
+        axes[-1, 0].set_xlabel("estimated reward, mean zero per prompt, with 95 % intervals")
         if shown < len(world.prompts):
             figure.suptitle(f"The first {shown} of {len(world.prompts)} prompts")
         _save(figure, path)

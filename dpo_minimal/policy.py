@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .model import GPT
-from .validation import InputError, check_count
+from .validation import InputError, check_count, widen
 
 
 class SequenceBatch(NamedTuple):
@@ -60,9 +60,7 @@ def sequence_logps(model: GPT, batch: SequenceBatch) -> Tensor:
 
 def _token_logps(model: GPT, hidden: Tensor, targets: Tensor) -> Tensor:
     """(tokens, C), (tokens,) -> (tokens,): log-softmax and gather in one, in float32 or wider."""
-    logits = model.project(hidden)
-    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-    return -F.cross_entropy(logits, targets, reduction="none")
+    return -F.cross_entropy(widen(model.project(hidden)), targets, reduction="none")
 
 
 # ------------------------------------------------------------------------------- every completion there is
@@ -180,8 +178,7 @@ def completion_logps(model: GPT, prompts: Tensor, completions: Completions | Pre
     mask[:, :P] = True
     mask[:P, :P] = torch.ones(P, P, dtype=torch.bool, device=device).tril()
     hidden = model.hidden(nodes, positions, mask)[:, P - 1 :]  # (X, N, C): the root is the prompt's end
-    logits = model.project(hidden)
-    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    logits = widen(model.project(hidden))
     node_logps = logits.log_softmax(-1).flatten(1)  # (X, N * V)
     token_logps = node_logps[:, tree.context * logits.shape[-1] + ids]  # (X, Y, T)
     scored = torch.arange(ids.shape[1], device=device) < lengths.unsqueeze(-1)
@@ -189,7 +186,10 @@ def completion_logps(model: GPT, prompts: Tensor, completions: Completions | Pre
 
 
 class EnumeratedPolicy(nn.Module):
-    """A GPT as a bandit policy: called, it gives the (X, Y) table of all completions of fixed prompts."""
+    """A GPT as a bandit policy: called, it gives the (X, Y) table of all completions of fixed prompts.
+
+    Prompts and completions must be on the GPT's device; moving the module moves the GPT alone.
+    """
 
     def __init__(self, gpt: GPT, prompts: Tensor, completions: Completions):
         super().__init__()

@@ -17,6 +17,18 @@ from .validation import InputError
 from .version import __version__
 
 
+def refuse_used_folder(output_dir: str | None) -> None:
+    """Raise InputError where `new_run_folder` would, without making anything: to be called before work."""
+    if output_dir is None:
+        return
+    folder = Path(output_dir)
+    blocking = next((path for path in (folder, *folder.parents) if path.exists()), None)
+    if blocking is not None and not blocking.is_dir():
+        raise InputError(f"--output-dir {folder}: {blocking} is a file; name a folder.")
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"--output-dir {folder}: holds another run; name a new folder or empty this one.")
+
+
 def new_run_folder(output_dir: str | None, command: str) -> Path:
     """Make the folder that a run writes into.
 
@@ -35,12 +47,9 @@ def new_run_folder(output_dir: str | None, command: str) -> Path:
                 return folder
             except FileExistsError:
                 number += 1
+    refuse_used_folder(output_dir)
     folder = Path(output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output-dir {folder}: is a file; name a folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        raise InputError(f"--output-dir {folder}: holds another run; name a new folder or empty this one.")
     return folder
 
 

@@ -127,6 +127,8 @@ def _rows(path: str | Path, *, required: tuple[str, ...], optional: tuple[str, .
                 raise InputError(f"{path}: has no rows below its header.")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file.") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}).") from None
     except UnicodeDecodeError:
         raise InputError(f"{path}: is not UTF-8 text; save it as CSV in UTF-8.") from None
     except csv.Error as error:

@@ -1,4 +1,4 @@
-"""What every public function checks at its door, each failure one sentence that names the argument.
+"""What every public function does at its door: check, with one sentence that names the argument, and widen.
 
 The checks look at values, so on an accelerator each costs one synchronisation. They are here because
 the alternative is silent: `(B,)` against `(B, 1)` broadcasts to `(B, B)`, a NaN spreads, and an
@@ -93,3 +93,8 @@ def check_log_distribution(**tables: Tensor) -> None:
                 f"{name} must be log-probabilities that sum to one over the last dimension, but a log-sum "
                 f"is off by {excess:.3g} nats; apply log_softmax(-1) to unnormalised scores."
             )
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """Half precision to float32, wider dtypes as they are: the spacing of bfloat16 near 500 is 2."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor

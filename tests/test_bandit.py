@@ -131,9 +131,9 @@ def test_tabular_gradient_is_the_weighted_difference_of_indicators(world):
         weights += share * pull
     # A dozen sums of numbers up to beta, whose arguments are differences of log-probabilities below 40.
     tolerance = 1e-13 * world.beta * (1 + world.beta)
-    torch.testing.assert_close(policy.logits.grad, expected, rtol=0, atol=tolerance)
+    torch.testing.assert_close(policy.theta.grad, expected, rtol=0, atol=tolerance)
     torch.testing.assert_close(mean_weight, weights, rtol=0, atol=tolerance)
-    assert policy.logits.grad.sum(-1).abs().max() <= tolerance
+    assert policy.theta.grad.sum(-1).abs().max() <= tolerance
 
 
 @given(worlds(prompts=st.just(1), completions=st.integers(2, 5)))
@@ -248,7 +248,7 @@ def test_adding_a_constant_to_the_logits_changes_nothing(world, shift):
         policy = TabularPolicy(start)
         loss, _ = dpo_objective(policy(), world.ref_logps, rankings, beta=world.beta)
         loss.backward()
-        results.append((loss.detach(), policy.logits.grad))
+        results.append((loss.detach(), policy.theta.grad))
     # theta + c rounds each logit to an ulp of 128; the loss's slope is at most 2 beta, the gradient's beta^2
     rounding = 8 * EPS * 128
     torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=2 * world.beta * rounding)
@@ -281,7 +281,7 @@ def test_repeating_the_data_or_counting_it_is_the_same(world):
         policy = TabularPolicy(world.logps)
         loss, _ = dpo_objective(policy(), world.ref_logps, data, beta=world.beta)
         loss.backward()
-        results.append((loss.detach(), policy.logits.grad))
+        results.append((loss.detach(), policy.theta.grad))
     for loss, gradient in results[1:]:
         # the same numbers summed in another order, at most a hundred of them
         torch.testing.assert_close(loss, results[0][0], rtol=1e-14, atol=0)
@@ -350,7 +350,7 @@ def test_pairs_of_equal_completions_only_add_log_two():
         value, _ = dpo_objective(policy(), ref, data, beta=beta)
         value.backward()
         loss.append(value.item())
-        gradient.append(policy.logits.grad)
+        gradient.append(policy.theta.grad)
     # a sum of twenty numbers of order one
     assert loss[1] == pytest.approx((1 - share) * loss[0] + share * math.log(2), abs=1e-14)
     torch.testing.assert_close(gradient[1], (1 - share) * gradient[0], rtol=0, atol=1e-14)
@@ -361,7 +361,7 @@ def test_pairs_of_equal_completions_only_add_log_two():
 
 @pytest.mark.parametrize("seed", range(10))
 def test_the_population_experiment_reaches_the_closed_form(seed):
-    """Property 24 and layer one: 8 prompts x 16 completions, exact probabilities; the trained table is
+    """Property 24: 8 prompts x 16 completions, exact probabilities; the trained table is
     pi_ref e^{r / beta} / Z within the certificate and within 1e-9 nats."""
     world = random_bandit(8, 16, generator=generator_of(4 * seed))
     settings = Settings(beta=0.5, pairs=1, table_steps=2000, gpt_steps=1, seed=seed, device="cpu")
@@ -377,7 +377,7 @@ def test_the_population_experiment_reaches_the_closed_form(seed):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_ranking_experiment_reaches_the_closed_form(seed):
-    """H4: the population optimum of the Plackett-Luce objective, rankings of four, is pi* too."""
+    """[D8.2] the population optimum of the Plackett-Luce objective, rankings of four, is pi* too."""
     world = random_bandit(4, 8, generator=generator_of(seed))
     settings = Settings(beta=0.5, pairs=1, table_steps=2000, gpt_steps=1, seed=seed, device="cpu")
     outcome = plackett_luce(world, settings, 4)
@@ -420,7 +420,7 @@ def test_the_population_optimum_does_not_depend_on_the_pairs_shown(shown, beta):
 
 @pytest.mark.parametrize("K", [2, 3, 4])
 def test_rankings_of_any_size_have_the_same_optimum(K):
-    """H4: the population optimum of Plackett-Luce DPO is pi*, for K = 2, 3 and 4."""
+    """[D8.2] the population optimum of Plackett-Luce DPO is pi*, for K = 2, 3 and 4."""
     generator = generator_of(K)
     world = random_bandit(2, 5, generator=generator)
     rankings = expected_rankings(world.rewards, all_sets(world.exists, size=K))
@@ -433,7 +433,7 @@ def test_rankings_of_any_size_have_the_same_optimum(K):
 
 @pytest.mark.parametrize("temperature", [0.5, 3.0])
 def test_label_temperature_scales_the_reward(temperature):
-    """I12: labels drawn from Bradley-Terry at temperature T lead to pi_ref e^{r / (T beta)} / Z."""
+    """[D2.3] labels drawn from Bradley-Terry at temperature T lead to pi_ref e^{r / (T beta)} / Z."""
     world = random_bandit(2, 4, generator=generator_of(8))
     rankings = expected_pairs(world.rewards, all_sets(world.exists), temperature=temperature)
     logps = descend(TabularPolicy(world.ref_logps), rankings, world.ref_logps, 0.8, steps=5000, stop_at=1e-10)
@@ -498,7 +498,7 @@ def disconnected():
 
 
 def test_gradient_descent_keeps_each_components_sum_and_so_has_a_closed_form():
-    """Property 18 and A4: on a disconnected graph gradient descent ends at
+    """Property 18: on a disconnected graph gradient descent ends at
     theta_ref + (r - mean of r over the component) / beta, which is not pi*; no certificate is issued."""
     ref, rewards, data, components = disconnected()
     beta = 0.7
@@ -510,10 +510,10 @@ def test_gradient_descent_keeps_each_components_sum_and_so_has_a_closed_form():
         logps = descend(policy, data, ref, beta, steps=3000, **options)
         # Each step's gradient sums to zero but for an ulp of a number below one, 3000 of them.
         for members in components:
-            drift = (policy.logits - ref)[:, members].sum().item()
+            drift = (policy.theta - ref)[:, members].sum().item()
             assert abs(drift) <= 3000 * EPS
         # linear convergence at a rate below 0.98 in the plain run: rounding only is left
-        torch.testing.assert_close(policy.logits.detach(), expected, rtol=0, atol=1e-10)
+        torch.testing.assert_close(policy.theta.detach(), expected, rtol=0, atol=1e-10)
         assert certify(logps, ref, data, beta=beta).logp_bound.item() == math.inf
     assert distance(logps, tilt(ref, rewards, beta)) > 0.05
 
@@ -529,7 +529,7 @@ def test_adam_leaves_the_components_sum_for_another_minimiser_of_equal_loss():
         return dpo_objective(policy(), ref, batch, beta=0.7)[0], {}
 
     last = list(train(step_objective, optimizer, itertools.repeat(data, 3000)))[-1]
-    drifts = [abs((policy.logits - ref)[:, members].sum().item()) for members in components]
+    drifts = [abs((policy.theta - ref)[:, members].sum().item()) for members in components]
     assert max(drifts) > 1e-3
     floor, _ = dpo_objective(tilt(ref, rewards, 0.7), ref, data, beta=0.7)
     # Adam with a constant rate hovers within its rate of the optimum, so the loss within rate^2 of it
@@ -625,7 +625,7 @@ def test_a_pair_with_one_winner_diverges_at_the_known_rate():
 
 @given(worlds(prompts=st.just(1), completions=st.integers(2, 6)), st.floats(0.01, 100))
 def test_the_margin_of_a_single_pair_rises_at_every_step(world, rate):
-    """Property 51 and M4: gradient descent on one pair raises the margin at every step, whatever the step
+    """Property 51: gradient descent on one pair raises the margin at every step, whatever the step
     size, and on a table the chosen answer never falls and the rejected never rises."""
     ref = world.ref_logps
     data = pairs((0, 1, 1.0))

@@ -134,7 +134,7 @@ def test_curvature_keeps_the_digits_of_a_sure_comparison():
 
 @given(generators, st.integers(2, 8))
 def test_laplacian_inverse_is_the_pseudo_inverse(generator, Y):
-    """Section 0's Laplacian inverse: on connected graphs with edge weights within a factor of ten, the
+    """[D11.2] The Laplacian inverse: on connected graphs with edge weights within a factor of ten, the
     rank-one correction equals the pseudo-inverse, also with completions left out."""
     present = torch.rand(3, Y, generator=generator) < 0.7
     present[:, :2] = True  # at least one edge
@@ -151,7 +151,7 @@ def test_laplacian_inverse_is_the_pseudo_inverse(generator, Y):
 
 @pytest.mark.parametrize("tiny", [1e-6, 1e-10, 1e-13])
 def test_laplacian_inverse_does_not_cut_off_flat_directions(tiny):
-    """Section 3.4: a path with edges of weight 1 and `tiny` has resistances 1 and 1 / tiny across them; with
+    """[D11.2] a path with edges of weight 1 and `tiny` has resistances 1 and 1 / tiny across them; with
     a cut-off the second would be small, and divergent data would be certified."""
     laplacian = torch.tensor([[[1.0, -1, 0], [-1, 1 + tiny, -tiny], [0, -tiny, tiny]]], dtype=torch.float64)
     inverse = laplacian_inverse(laplacian, torch.ones(1, 3, dtype=torch.bool))[0]
@@ -178,13 +178,13 @@ def test_connected_follows_the_longest_chain():
     assert torch.equal(connected(chain)[0], torch.ones(37, 37, dtype=torch.bool).triu())
 
 
-# ----------------------------------------------------------------------------- never below the truth (T1)
+# ----------------------------------------------------------------------------- never below the truth
 
 
 @pytest.mark.parametrize("beta", [0.3, 2.0])
 @pytest.mark.parametrize("K", [2, 3, 4])
 def test_the_bound_covers_the_distance_and_is_not_wasteful(K, beta):
-    """Property 81 (T1, T2): over 600 random starts at 1e-9 to 10 nats from the optimum, for pairs and
+    """Property 81 [D11.2]: over 600 random starts at 1e-9 to 10 nats from the optimum, for pairs and
     rankings alike, the log-probability bound covers the true distance wherever it is finite, its median
     excess is below a factor of two, and the divergences obey D^2 / 8."""
     X, Y = 600, 5
@@ -275,8 +275,8 @@ def test_the_refined_distance_is_never_undercut():
 
 
 def test_a_known_loss_gap_bounds_the_distance_from_anywhere():
-    """T1b: with rho taken at the optimum and y = rho^2 times the loss gap, the range of score differences is
-    at most y/2 + sqrt(y^2/4 + 2y), near the optimum and far from it."""
+    """[D11.2] with rho taken at the optimum and y = rho^2 times the loss gap, the range of score differences
+    is at most y/2 + sqrt(y^2/4 + 2y), near the optimum and far from it."""
     X, Y = 600, 5
     generator = generator_of(31)
     rewards = normal(X, Y, generator=generator, scale=1.0)
@@ -344,7 +344,7 @@ def test_at_the_optimum_the_bound_covers_rounding(world):
 
 
 def test_no_bound_where_comparisons_do_not_connect():
-    """Section 3.4: inf for a graph in two parts, for a completion never compared, for a prompt without data;
+    """[D11.2] inf for a graph in two parts, for a completion never compared, for a prompt without data;
     the prompt beside them that is connected gets its bound."""
     ref = torch.full((4, 4), -math.log(4), dtype=torch.float64)
     both_ways = [(0, 0, 1), (0, 2, 3), (1, 0, 1), (1, 1, 2), (3, 0, 1), (3, 1, 2), (3, 2, 3)]
@@ -358,7 +358,7 @@ def test_no_bound_where_comparisons_do_not_connect():
 
 
 def test_no_bound_for_a_prompt_with_a_single_completion_and_no_data():
-    """Section 3.4: a prompt without comparisons gets inf, also where it has one completion only."""
+    """[D11.2] a prompt without comparisons gets inf, also where it has one completion only."""
     ref = torch.tensor([[0.5, 0.5], [1.0, 0.0]], dtype=torch.float64).log()
     data = Rankings(torch.tensor([0, 0]), torch.tensor([[0, 1], [1, 0]]), torch.ones(2, dtype=torch.float64))
     certificate = certify(ref, ref, data, beta=1.0)
@@ -391,7 +391,7 @@ def one_each(X, *edges):
 
 
 def test_no_bound_anywhere_on_the_path_of_a_pair_that_one_side_always_won():
-    """T3: with one comparison x = 1 / sigmoid(u) exactly, above one for every margin: no minimiser, no
+    """[D11.2] with one comparison x = 1 / sigmoid(u) exactly, above one for every margin: no minimiser, no
     bound, however small the gradient."""
     X = len(MARGINS)
     ref = torch.full((X, 2), -math.log(2), dtype=torch.float64)
@@ -406,7 +406,7 @@ def test_no_bound_anywhere_on_the_path_of_a_pair_that_one_side_always_won():
 
 
 def test_no_bound_where_one_of_two_edges_is_separable():
-    """T3: an even pair beside a pair that one side always won: the flat direction is a vanishing part of
+    """[D11.2] an even pair beside a pair that one side always won: the flat direction is a vanishing part of
     the Hessian, and still nothing may be certified at any margin."""
     X = len(MARGINS)
     ref = torch.full((X, 3), -math.log(3), dtype=torch.float64)
@@ -430,7 +430,7 @@ def test_the_bound_is_not_fooled_by_a_policy_far_from_the_optimum():
 
 
 def test_no_bound_anywhere_on_the_path_of_separable_data():
-    """T3: gradient descent on chains of one-way wins never passes for converged, over 1000 steps and at
+    """[D11.2] gradient descent on chains of one-way wins never passes for converged, over 1000 steps and at
     scores far along the direction it takes."""
     chain = torch.tensor([[0, 1], [1, 2], [2, 3], [0, 2]])
     data = Rankings(torch.zeros(4, dtype=torch.long), chain, torch.ones(4, dtype=torch.float64)).normalised()
@@ -454,7 +454,7 @@ def test_no_bound_anywhere_on_the_path_of_separable_data():
 
 
 def test_certify_refuses_bad_input():
-    """Section 3.4's conditions: equal shapes, beta > 0, finite compared log-probabilities."""
+    """[D11.2] The conditions: equal shapes, beta > 0, finite compared log-probabilities."""
     ref = torch.full((1, 3), -math.log(3), dtype=torch.float64)
     data = Rankings(torch.zeros(1, dtype=torch.long), torch.tensor([[0, 1]]), torch.ones(1).double())
     gone = torch.tensor([[0.5, 0.0, 0.5]], dtype=torch.float64).log()
@@ -467,8 +467,8 @@ def test_certify_refuses_bad_input():
 
 
 def test_a_network_is_certified_in_function_space():
-    """T9: a GPT whose completions are all enumerated is judged like a table. Trained from the reference by
-    Adam, its bound covers its distance to pi*, and shrinks to a small multiple of it."""
+    """[D11.2] a GPT whose completions are all enumerated is judged like a table. Trained from the reference
+    by Adam, its bound covers its distance to pi*, and shrinks to a small multiple of it."""
     beta = 0.5
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -503,3 +503,24 @@ def test_a_network_is_certified_in_function_space():
     assert bounds[-1] <= 1e-3  # a thousandth of a nat, from a start more than half a nat away
     assert gap_to(ref, optimal).max() > 0.5
     assert (bound <= 3 * truth + 1e-12).all()  # the median of bound over truth is below 2 elsewhere
+
+
+def test_a_table_that_is_off_normal_gets_a_wider_bound_or_none():
+    """[D11.2] scores ignore a shift of the whole table, its distance to pi* does not: a small excess is added
+    to the bound, a large one is refused, and so is a NaN that no comparison touches."""
+    generator = generator_of(11)
+    ref, rewards = (normal(2, 5, generator=generator, scale=1.0) for _ in range(2))
+    ref = ref.log_softmax(-1)
+    rankings = expected_pairs(rewards, all_sets(torch.ones(2, 5, dtype=torch.bool)))
+    optimal = tilt(ref, rewards, 0.7)
+    bound = certify(optimal + 5e-5, ref, rankings, beta=0.7).logp_bound
+    # the shift itself, and rounding at the optimum
+    assert (bound >= 5e-5).all() and (bound <= 5e-5 + 1e-11).all()
+    single = certify(optimal.float(), ref.float(), rankings, beta=0.7).logp_bound
+    assert ((optimal.float().double() - optimal).abs().amax(-1) <= single).all()
+    with pytest.raises(InputError, match=r"^logps must"):
+        certify(optimal + 5, ref, rankings, beta=0.7)
+    hole = ref.clone()
+    hole[0, 4] = math.nan
+    with pytest.raises(InputError, match=r"^ref_logps must"):
+        certify(optimal, hole, rankings, beta=0.7)

@@ -23,6 +23,7 @@ from dpo_minimal.closed_form import (
     soft_value,
 )
 from dpo_minimal.policy import enumerate_completions
+from dpo_minimal.validation import InputError
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -742,3 +743,33 @@ def test_narrow_dtypes_are_kept_and_accurate(name, dtype):
     expected = FUNCTIONS[name](*[table.double() for table in narrow])
     # A dozen roundings of numbers no larger than about ten.
     assert close(actual.double(), expected, 12 * torch.finfo(dtype).eps * 10)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_best_of_many_sums_to_one(dtype):
+    """Property 64: the n-th power magnifies what the reference lacks to one; the result still sums to one."""
+    generator = torch.Generator().manual_seed(1)
+    ref = normal(1000, generator=generator).log_softmax(-1).to(dtype)
+    rewards = normal(1000, generator=generator).to(dtype)
+    logps = best_of_n_logps(ref, rewards, n=100_000)
+    # a thousand roundings of the output dtype, which cancel like their square root
+    assert abs(logps.double().exp().sum() - 1) <= 32 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize(
+    ("ids", "lengths"),
+    [([[0, 0], [0, 1], [1, 0]], [1, 2, 2]), ([[0, 1], [0, 1], [1, 0]], [2, 2, 2])],
+    ids=["one begins another", "one twice"],
+)
+def test_conditionals_need_a_prefix_free_set(ids, lengths):
+    """Eq. 4 (property 66): where one completion begins another its prefix would count both."""
+    logps = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
+    with pytest.raises(InputError, match="prefix-free"):
+        next_token_logps(logps, torch.tensor(ids), torch.tensor(lengths))
+
+
+def test_an_overflowing_tilt_is_refused():
+    """Eq. 4: r / beta beyond the dtype would make pi* NaN."""
+    table = torch.tensor([0.5, 0.5]).log()
+    with pytest.raises(InputError, match="beta"):
+        optimal_logps(table, torch.tensor([1.0, -1.0]), beta=1e-40)

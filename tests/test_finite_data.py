@@ -99,7 +99,7 @@ def settings(seed):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_trained_policy_is_the_tilt_of_the_estimate(seed):
-    """Layer two: a table trained on 20000 sampled pairs is pi_ref e^{r_hat / beta} / Z of the estimate,
+    """[D11.1] A table trained on 20000 sampled pairs is pi_ref e^{r_hat / beta} / Z of the estimate,
     which Zermelo's iteration finds from the same counts, within its certificate."""
     world = random_bandit(8, 16, generator=generator_of(4 * seed))
     data = sample_pairs(world.rewards, 20_000, slate=all_sets(world.exists), generator=generator_of(seed))
@@ -117,7 +117,7 @@ def test_the_trained_policy_is_the_tilt_of_the_estimate(seed):
 
 @given(generators, st.integers(2, 7))
 def test_newton_agrees_with_zermelo(generator, Y):
-    """B3: two unrelated iterations reach one maximum-likelihood estimate."""
+    """[D11.1] two unrelated iterations reach one maximum-likelihood estimate."""
     wins = torch.randint(1, 20, (2, Y, Y), generator=generator).double() * (1 - torch.eye(Y).double())
     estimate = maximum_likelihood(from_wins(wins), ones(2, Y))
     # Zermelo's own stopping error, above
@@ -161,7 +161,7 @@ def test_a_pair_that_one_side_almost_always_wins():
 
 
 def test_very_uneven_data_are_estimated_from_afar():
-    """B3 and T1's damping: with counts from 1 to 10^6 Newton's plain step would overshoot; the estimate still
+    """[D11.1] with counts from 1 to 10^6 Newton's plain step would overshoot; the estimate still
     balances observed and expected wins, in 200 random data sets."""
     generator = generator_of(8)
     wins = (10 ** (6 * torch.rand(200, 4, 4, generator=generator, dtype=torch.float64))).round()
@@ -176,7 +176,7 @@ def test_very_uneven_data_are_estimated_from_afar():
 
 
 def test_estimates_of_rankings_are_stationary():
-    """Section 2(h): the Plackett-Luce estimate balances observed and expected places: the gradient of the
+    """[D8.2] the Plackett-Luce estimate balances observed and expected places: the gradient of the
     negative log-likelihood by autograd vanishes there, for rankings of three and four."""
     rewards = normal(2, 5, generator=generator_of(1), scale=1.0)
     for K in (3, 4):
@@ -275,8 +275,8 @@ def test_the_message_names_prompts_completions_and_a_way_out():
 
 
 def test_a_prior_makes_the_estimate_exist_and_shrinks_it():
-    """B1 with imaginary wins: a prior of a wins each way turns n1 : n2 into log((n1 + a) / (n2 + a)), exists
-    for unanimous data, and adds 2 a for each pair of completions of a prompt."""
+    """[D11.1] With imaginary wins: a prior of a wins each way turns n1 : n2 into log((n1 + a) / (n2 + a)),
+    exists for unanimous data, and adds 2 a for each pair of completions of a prompt."""
     exists = torch.tensor([[True, True, False], [True, True, True]])
     wins = torch.zeros(2, 3, 3, dtype=torch.float64)
     wins[0, 0, 1] = 6  # unanimous
@@ -302,7 +302,7 @@ def test_a_prior_makes_the_estimate_exist_and_shrinks_it():
 
 @given(generators, st.integers(2, 6), st.floats(0.05, 5.0))
 def test_the_ipo_estimate_is_a_least_squares_fit(generator, Y, beta):
-    """Property 57 and C4: the estimate is the minimum-norm least-squares solution of h = +-1 / (2 beta),
+    """Property 57: the estimate is the minimum-norm least-squares solution of h = +-1 / (2 beta),
     row by row."""
     wins = torch.randint(0, 4, (1, Y, Y), generator=generator).double() * (1 - torch.eye(Y).double())
     wins[0, torch.arange(Y - 1), torch.arange(1, Y)] += 1  # connected
@@ -317,8 +317,8 @@ def test_the_ipo_estimate_is_a_least_squares_fit(generator, Y, beta):
 
 
 def test_gradient_descent_on_ipo_reaches_the_estimate():
-    """C4: gradient descent from the reference ends at the Laplacian solve, unanimous pairs included, at any
-    beta."""
+    """[D12.1] gradient descent from the reference ends at the Laplacian solve, unanimous pairs included, at
+    any beta."""
     generator = generator_of(3)
     world = random_bandit(2, 4, generator=generator)
     data = sample_pairs(world.rewards, 60, slate=all_sets(world.exists), generator=generator)
@@ -336,13 +336,13 @@ def test_gradient_descent_on_ipo_reaches_the_estimate():
             pass
         # mean-zero log-ratios of the logits: gradient descent keeps their sum. Linear convergence at 0.97
         # or better a step leaves rounding of numbers below 1 / beta
-        ratios = (policy.logits - world.ref_logps).detach()
+        ratios = (policy.theta - world.ref_logps).detach()
         torch.testing.assert_close(ratios, estimate, rtol=0, atol=1e-11 / beta)
 
 
 @given(generators, st.integers(2, 7), st.floats(0.05, 5.0))
 def test_ipo_on_a_tree(generator, Y, beta):
-    """Property 58 and C5: on a tree each gap is (2 p_hat - 1) / (2 beta); 1 / (2 beta) where unanimous."""
+    """Property 58: on a tree each gap is (2 p_hat - 1) / (2 beta); 1 / (2 beta) where unanimous."""
     parent = [int(torch.randint(child, (1,), generator=generator)) for child in range(1, Y)]
     wins = torch.zeros(1, Y, Y, dtype=torch.float64)
     for child, above in enumerate(parent, start=1):
@@ -358,8 +358,8 @@ def test_ipo_on_a_tree(generator, Y, beta):
 
 
 def test_ipo_with_independent_draws_tilts_by_the_win_rate():
-    """Property 57 and C2: where both completions are drawn from mu the estimate is P(y beats mu) / beta up
-    to a constant; on a path of pairs it is not (C3)."""
+    """Property 57: where both completions are drawn from mu the estimate is P(y beats mu) / beta up
+    to a constant; on a path of pairs it is not."""
     generator = generator_of(12)
     rewards = normal(1, 5, generator=generator, scale=1.0)
     mu = normal(1, 5, generator=generator, scale=1.0).softmax(-1)[0]
@@ -378,7 +378,7 @@ def test_ipo_with_independent_draws_tilts_by_the_win_rate():
 
 
 def test_the_score_statistic_has_its_exact_mean_and_variance():
-    """Property 82 (S3b): at the truth the score statistic N g' I^+ g of N = 40 pairs has mean exactly K - 1
+    """Property 82: at the truth the score statistic N g' I^+ g of N = 40 pairs has mean exactly K - 1
     and variance exactly 2 (K - 1)(1 - 1/N) + (E q1^2 - (K - 1)^2) / N, in 40000 simulated data sets."""
     K, N, R = 4, 40, 40_000
     generator = generator_of(41)
@@ -438,7 +438,7 @@ def test_the_packages_score_statistic_given_the_pairs_shown():
 
 @pytest.mark.parametrize("seed", range(10))
 def test_twenty_thousand_pairs_stay_within_their_limits(seed):
-    """Layer three, items 1 and 2: in the sampled experiment no completion's log-probability is further from
+    """In the sampled experiment no completion's log-probability is further from
     pi* than its limit, and the score statistic is below its own, at a false-alarm rate of 1e-6 each."""
     world = random_bandit(8, 16, generator=generator_of(4 * seed))
     data = sample_pairs(
@@ -482,7 +482,7 @@ def assert_unit_variance(z, rewards):
 
 
 def test_the_deviation_of_log_probabilities_is_calibrated(simulation):
-    """S5: log pi_hat(y) - log pi*(y) has variance (e_y - pi*)' I^+ (e_y - pi*) / (N beta^2)."""
+    """[D11.4] log pi_hat(y) - log pi*(y) has variance (e_y - pi*)' I^+ (e_y - pi*) / (N beta^2)."""
     rewards, ref, data = simulation
     X, beta = REPLICATES, 0.7
     ref = ref.expand(X, 4)
@@ -496,7 +496,7 @@ def test_the_deviation_of_log_probabilities_is_calibrated(simulation):
 
 
 def test_standard_errors_are_calibrated(simulation):
-    """Section 3.1: mean-zero estimated rewards have variance diag(I^+) / N, taken at the estimate."""
+    """[D11.3] mean-zero estimated rewards have variance diag(I^+) / N, taken at the estimate."""
     rewards, _, data = simulation
     estimate = maximum_likelihood(data, ones(REPLICATES, 4))
     errors = standard_errors(estimate, data)
@@ -504,7 +504,7 @@ def test_standard_errors_are_calibrated(simulation):
 
 
 def test_ipo_standard_errors_are_calibrated(simulation):
-    """S10: mean-zero IPO log-ratios have the sandwich variance A^+ V A^+ / N, around the population's
+    """[D12.1] mean-zero IPO log-ratios have the sandwich variance A^+ V A^+ / N, around the population's
     estimate for the same pairs."""
     rewards, _, data = simulation
     beta = 0.4
@@ -512,8 +512,8 @@ def test_ipo_standard_errors_are_calibrated(simulation):
     truth = ipo_estimate(population, ones(1, 4), beta=beta)
     estimate = ipo_estimate(data, ones(REPLICATES, 4), beta=beta)
     errors = ipo_standard_errors(estimate, data, ones(REPLICATES, 4), beta=beta)
-    # The pairs shown are fixed here, where the misfit of a pair, d / (2 beta) - h, does not vary: S10's V for
-    # drawn pairs is larger by its square, so the z-scores may be too small by that share and no larger.
+    # The pairs shown are fixed here, where the misfit of a pair, d / (2 beta) - h, does not vary: [D12.1]'s V
+    # for drawn pairs is larger by its square, so the z-scores may be too small by that share and no larger.
     p = torch.sigmoid(rewards.unsqueeze(-1) - rewards)
     gap = truth[0].unsqueeze(-1) - truth[0]
     misfit = ((2 * p - 1) / (2 * beta) - gap) ** 2
@@ -530,7 +530,7 @@ def test_ipo_standard_errors_are_calibrated(simulation):
 
 
 def test_two_completions_have_textbook_errors():
-    """B1, C5 and the delta method at K = 2: n1 : n2 wins give the gap a variance of 1/n1 + 1/n2, DPO's
+    """[D11.3] The delta method at K = 2: n1 : n2 wins give the gap a variance of 1/n1 + 1/n2, DPO's
     log-probabilities (1 - pi) times that deviation over beta, and IPO's gap 4 p (1 - p) / (4 beta^2 N)."""
     n1, n2, beta = 3000.0, 1000.0, 0.3
     data = from_wins(torch.tensor([[[0.0, n1], [n2, 0.0]]], dtype=torch.float64))
@@ -558,7 +558,7 @@ def test_two_completions_have_textbook_errors():
 
 
 def test_errors_shrink_with_the_root_of_the_data():
-    """Section 3.1: four times the counts halve every standard error and deviation."""
+    """[D11.3] four times the counts halve every standard error and deviation."""
     rewards = normal(1, 5, generator=generator_of(6), scale=1.0)
     ref = torch.full((1, 5), -math.log(5), dtype=torch.float64)
     data = sample_pairs(rewards, 2000, slate=all_sets(ones(1, 5)), generator=generator_of(7))

@@ -745,7 +745,7 @@ def test_ipo_value_in_exact_arithmetic(example):
 
 @given(pairs(), st.integers(-4, 4))
 def test_ipo_is_zero_at_its_target_and_only_there(example, power):
-    """IPO, C1: loss, weight and gradient vanish at h = 1/(2 beta); at the reference the loss is the target
+    """[D12.1] loss, weight and gradient vanish at h = 1/(2 beta); at the reference the loss is the target
     squared. beta a power of two and logs on a grid, so that the target is met exactly."""
     beta = 2.0**power
     table = on_grid(example.table)
@@ -793,7 +793,7 @@ def test_ipo_weight_changes_sign_past_the_target(example, power, steps):
 
 @given(worlds(prompts=st.just(1)))
 def test_ipo_expectation_is_least_squares_on_preferences(world):
-    """IPO, C1: E = sum over pairs of m [(h - d/(2 beta))^2 + (1 - d^2)/(4 beta^2)], with d = 2 p - 1."""
+    """[D12.1] E = sum over pairs of m [(h - d/(2 beta))^2 + (1 - d^2)/(4 beta^2)], with d = 2 p - 1."""
     K, beta, target = world.rewards.shape[-1], world.beta, 1 / (2 * world.beta)
     policy, reference, rewards = world.logps[0], world.ref_logps[0], world.rewards[0].tolist()
     i, j = torch.combinations(torch.arange(K), 2).T

@@ -197,7 +197,7 @@ def test_the_head_is_the_token_embedding():
 
 
 def test_two_calls_in_training_mode_agree_bitwise():
-    """Pitfall 3: dropout makes policy and reference disagree at step 0, and the loss there is not ln 2."""
+    """Dropout makes policy and reference disagree at step 0, and the loss there is not ln 2."""
     gpt = loud_gpt().train()
     ids = random_ids(2, 6)
     with torch.no_grad():

@@ -27,6 +27,7 @@ from dpo_minimal import (
     model,
     policy,
     preferences,
+    validation,
 )
 from dpo_minimal.experiments import convergence
 from dpo_minimal.validation import InputError
@@ -49,8 +50,8 @@ MUTANTS = [
     Mutant(
         "beta missing on the reference",
         losses.dpo_loss,
-        "beta * policy_margin",
-        "beta * policy_margin - (1 - beta) * (reference_chosen_logps - reference_rejected_logps)",
+        "beta * logratio_margin",
+        "beta * logratio_margin - (1 - beta) * (reference_chosen_logps - reference_rejected_logps)",
         L.test_dpo_value_in_exact_arithmetic,
     ),
     Mutant(
@@ -63,8 +64,8 @@ MUTANTS = [
     Mutant(
         "chosen and rejected swapped",
         losses.dpo_loss,
-        "beta * policy_margin",
-        "-beta * policy_margin",
+        "beta * logratio_margin",
+        "-beta * logratio_margin",
         L.test_dpo_gradient_by_hand_autograd_and_differences,
     ),
     Mutant(
@@ -119,7 +120,7 @@ MUTANTS = [
     ),
     Mutant(
         "half precision subtracted as it is",
-        losses._widen,
+        validation.widen,
         "tensor.float()",
         "tensor",
         L.test_half_precision_is_widened_before_subtracting,
@@ -192,8 +193,8 @@ MUTANTS = [
     Mutant(
         "summed in bfloat16",
         policy._token_logps,
-        "logits.float()",
-        "logits",
+        "widen(model.project(hidden))",
+        "model.project(hidden)",
         test_policy.test_bfloat16_models_are_summed_in_float32,
     ),
     Mutant(
@@ -257,16 +258,16 @@ MUTANTS = [
     # ---- the closed forms, one altered at a time
     Mutant(
         "reward times beta",
-        closed_form.optimal_logps,
+        closed_form._tilt,
         "rewards / beta",
         "rewards * beta",
         test_closed_form.test_optimum_is_the_normalised_tilt,
     ),
     Mutant(
         "optimum without its reference",
-        closed_form.optimal_logps,
-        "ref_logps + rewards",
-        "rewards",
+        closed_form._tilt,
+        "ref_logps + tilt",
+        "tilt",
         test_closed_form.test_optimum_is_the_normalised_tilt,
     ),
     Mutant(

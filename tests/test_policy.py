@@ -136,7 +136,7 @@ def test_enumeration_refuses_what_makes_no_sense(arguments, named):
 @pytest.mark.parametrize("seed", range(3))
 def test_probabilities_of_all_completions_sum_to_one(seed):
     """#68. Fails on a label shift, a mean in place of a sum, end-of-text scored twice or never, prompt
-    tokens counted, or completions of unequal length mishandled (pitfalls 4 and 8)."""
+    tokens counted, or completions of unequal length mishandled."""
     gpt = loud(GPT(SMALL), seed)
     with torch.no_grad():
         tree = completion_logps(gpt, PROMPTS, ALL)
@@ -292,7 +292,7 @@ def test_conditionals_of_the_table_are_the_networks_own():
 
 
 def test_what_lies_beyond_the_length_does_not_matter():
-    """#69: padding or stale ids read as text (pitfall 8: masking by token id instead of by length)."""
+    """#69: padding or stale ids read as text (masking by token id instead of by length)."""
     gpt = loud(GPT(SMALL))
     with torch.no_grad():
         expected = sequence_logps(gpt, ragged_batch(pad=0, extra=2))
@@ -387,7 +387,7 @@ def test_an_impossible_token_in_the_padding_gives_no_nan():
 
 
 def test_end_of_text_is_scored_exactly_once():
-    """Pitfall 8: doubled, missing, or masked because it doubles as padding. Adding it to a completion must
+    """Doubled, missing, or masked because it doubles as padding. Adding it to a completion must
     add its own conditional, and a completion cut at the maximal length has none."""
     gpt = loud(GPT(SMALL))
     prompt = PROMPTS[:1]
@@ -458,7 +458,7 @@ def test_dtype_follows_the_model_from_float32_up():
     ],
 )
 def test_sequences_that_cannot_be_scored_are_refused(prompt_lengths, lengths, named):
-    """Pitfall 5: an empty completion would be scored 0, the log-probability of certainty; (1,) lengths would
+    """An empty completion would be scored 0, the log-probability of certainty; (1,) lengths would
     broadcast to all rows."""
     batch = SequenceBatch(
         torch.zeros(2, 5, dtype=torch.long), torch.tensor(prompt_lengths), torch.tensor(lengths)
@@ -500,7 +500,7 @@ def digest(module: torch.nn.Module) -> str:
 
 
 def test_the_reference_stays_frozen_through_training(monkeypatch):
-    """#77, pitfall 13: a reference that is the policy itself, not a copy, moves along with it, and the loss
+    """#77: a reference that is the policy itself, not a copy, moves along with it, and the loss
     stays at ln 2 although "training" runs. Hashes of its parameters and its table must not move."""
     seen = []
     make_world = convergence.gpt_world

@@ -43,7 +43,7 @@ def regression(seed: int = 0):
 
 def test_record_describes_the_policy_before_the_step():
     """A loss read after the step would belong to other parameters than the metrics beside it, and the first
-    record would not be the one of the untrained policy (ln 2, pitfall 2)."""
+    record would not be the one of the untrained policy (ln 2)."""
     p = parameter(2.0)
     stream = train(half_square(p), torch.optim.SGD([p], lr=0.5), [10, 11, 12])
     value = 2.0
@@ -128,7 +128,7 @@ def test_a_gradient_within_the_limit_is_left_alone(limit):
 
 
 def test_a_limit_of_zero_is_not_the_same_as_no_limit():
-    """Pitfall 10: an option silently ignored. Zero is a number, so it must be obeyed or refused; treating it
+    """An option silently ignored. Zero is a number, so it must be obeyed or refused; treating it
     like None trains with unclipped gradients although a limit was given."""
     p = parameter(3.0, 4.0)
     try:

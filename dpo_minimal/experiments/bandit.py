@@ -7,6 +7,7 @@ preference probabilities, a table on sampled pairs, a GPT on exact probabilities
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 import torch
@@ -14,9 +15,9 @@ from torch import Tensor
 
 from ..bandit import Bandit, random_bandit
 from ..closed_form import kl_divergence, optimal_logps
-from ..finite_data import FiniteDataLaw, finite_data_law, maximum_likelihood
-from ..preferences import all_sets, sample_pairs
-from ..runs import new_run_folder, versions, write_arrays, write_json, write_records
+from ..finite_data import finite_data_law, maximum_likelihood
+from ..preferences import Rankings, all_sets, sample_pairs
+from ..runs import new_run_folder, refuse_used_folder, versions, write_arrays, write_json, write_records
 from ..tables import load_table
 from ..validation import InputError, check_count, check_device, check_positive
 from . import ranking
@@ -51,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training = parser.add_argument_group("training")
     training.add_argument(
         "--beta", type=float, default=0.5,
-        help="strength of the KL penalty (default %(default)s; the paper's 0.1 works too, but not being 1 "
-        "is what matters here: at 1, forgetting beta goes unnoticed)",
+        help="strength of the KL penalty, 1e-4 to 1e4 (default %(default)s instead of the paper's 0.1, for a "
+        "pi* that a figure can show; not 1, where a forgotten beta would go unnoticed)",
     )  # fmt: skip
     training.add_argument("--pairs", type=int, metavar="N", help="pairs to sample (default 20000)")
     training.add_argument(
@@ -66,7 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     training.add_argument(
         "--prior", type=float, metavar="WINS",
-        help="with --comparisons: add this many imaginary wins each way between any two completions",
+        help="with --comparisons: add this many imaginary wins each way between any two completions "
+        "(the standard errors count them as data)",
     )  # fmt: skip
     run = parser.add_argument_group("run")
     run.add_argument("--seed", type=int, help="the same seed gives the same numbers (default 0)")
@@ -86,48 +88,49 @@ def run(args: argparse.Namespace) -> Path:
         if getattr(args, option) is not None:
             raise InputError(f"--{option} is used only with --comparisons; leave it out.")
     settings = _settings(args)
+    refuse_used_folder(args.output_dir)
     world = _world(args, settings)
-    data = sample_pairs(
-        world.rewards,
-        settings.pairs,
-        slate=all_sets(world.exists),
-        generator=seeded_generator(settings, "pairs"),
-    )
+    generator = seeded_generator(settings, "pairs")
+    data = sample_pairs(world.rewards, settings.pairs, slate=all_sets(world.exists), generator=generator)
+    estimate, missing = None, None
     try:
         estimate = maximum_likelihood(data, world.exists, (world.prompts, world.completions))
     except InputError as error:
-        raise InputError(f"--pairs {settings.pairs} are too few for this world: {error}") from None
+        missing = f"with {settings.pairs} sampled pairs {error}"
+        if args.table is None:
+            raise InputError(f"raise --pairs: {missing}") from None
     folder = new_run_folder(args.output_dir, "bandit")
-    config = {"command": "bandit", **vars(args), **vars(settings), **versions()}
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", {"command": "bandit", **vars(args), **vars(settings), **versions()})
 
     X, Y = world.rewards.shape
-    gpt = args.table is None
-    print(f"Training towards pi* = pi_ref exp(r / beta) / Z with beta = {settings.beta:g}.\n")
-    outcomes = []
-
-    def note(text: str) -> None:
-        print(f"{len(outcomes) + 1}. {text}", flush=True)
-
-    note(f"tabular: {X} prompts x {Y} completions, every pair with its exact probability (float64).")
-    outcomes.append(tabular(world, settings))
-    note(f"finite: {settings.pairs} sampled pairs; the target is their maximum-likelihood estimate.")
-    outcomes.append(finite(world, data, estimate, settings))
-    if gpt:
-        note(
-            f"gpt: all completions of a GPT-2 for {GPT_PROMPTS} prompts, exact probabilities on a sparse "
-            "graph of pairs (float32, judged in float64)."
-        )
-        outcomes.append(gpt_population(settings))
     size = ranking_size(world)
-    note(f"plackett_luce: rankings of {size} with their exact probability (float64).")
-    outcomes.append(plackett_luce(world, settings, size))
+    experiments = {
+        f"tabular: {X} prompts x {Y} completions, every pair with its exact probability (float64).":
+            lambda: tabular(world, settings),
+        f"finite: {settings.pairs} sampled pairs; the target is their maximum-likelihood estimate (float64).":
+            lambda: finite(world, data, estimate, settings),
+        f"gpt: a GPT-2 and all its completions for {GPT_PROMPTS} prompts, exact probabilities on a sparse "
+        "graph of pairs (trained in float32, judged in float64).":
+            lambda: gpt_population(settings),
+        f"plackett_luce: rankings of {size} with their exact probability (float64).":
+            lambda: plackett_luce(world, settings, size),
+    }  # fmt: skip
+    print(f"Training towards pi* = pi_ref exp(r / beta) / Z with beta = {settings.beta:g}.\n", flush=True)
+    outcomes = []
+    for explanation, experiment in experiments.items():
+        name = explanation.partition(":")[0]
+        if name == "gpt" and args.table is not None:
+            continue
+        if name == "finite" and estimate is None:
+            print(f"   finite: left out, because {missing} (--pairs sets their number)")
+            continue
+        print(f"{len(outcomes) + 1}. {explanation}", flush=True)
+        outcomes.append(experiment())
 
-    law = finite_data_law(
-        optimal_logps(world.ref_logps, world.rewards, beta=settings.beta),
-        world.ref_logps, data, beta=settings.beta,
-    )  # fmt: skip
-    print("\n" + results_table(outcomes, law))
+    print("\n" + results_table(outcomes))
+    if estimate is not None:
+        print(_statistical_line(world, data, estimate, settings))
+    print(_verdict(outcomes))
     _write(folder, outcomes)
     print(f"\nWrote {folder}/bandit.png, result.npz, metrics.jsonl and config.json.")
     return folder
@@ -135,6 +138,10 @@ def run(args: argparse.Namespace) -> Path:
 
 def _settings(args: argparse.Namespace) -> Settings:
     check_positive("--beta", args.beta)
+    if not 1e-4 <= args.beta <= 1e4:
+        raise InputError(
+            f"--beta must lie between 1e-4 and 1e4, where float64 has digits left, got {args.beta}."
+        )
     check_device(args.device)
     pairs = 20_000 if args.pairs is None else args.pairs
     check_count("--pairs", pairs)
@@ -174,43 +181,74 @@ def _world(args: argparse.Namespace, settings: Settings) -> Bandit:
 # --------------------------------------------------------------------------------------------- reporting
 
 
-def results_table(outcomes: list[Outcome], law: FiniteDataLaw) -> str:
+def results_table(outcomes: list[Outcome]) -> str:
     """The table that the command prints, with a line of explanation for what is not obvious in it."""
     header = (
-        f"{'experiment':<22}{'max|dlogp|':>11}{'bound':>10}{'TV':>9}{'KL(p|t)':>9}{'KL(t|p)':>9}"
-        f"{'reward':>9}{'(best)':>9}{'KL(p|ref)':>10}{'(best)':>9}{'weight':>15}{'sec':>6}"
+        f"{'experiment':<21} {'max|dlogp|':>10} {'bound':>9} {'TV':>8} {'KL(p|t)':>8} {'KL(t|p)':>8} "
+        f"{'reward':>8} {'(best)':>8} {'KL(p|ref)':>9} {'(best)':>8} {'weight':>16} {'sec':>5}"
     )
     lines = [header, "-" * len(header)]
     for outcome in outcomes:
-        lines.append(_row(outcome, outcome.target_logps, outcome.target, outcome.logp_bound.max().item()))
-        if outcome.name == "finite":
+        lines.append(
+            _row(outcome, outcome.logps, outcome.target_logps, f"{outcome.name} -> {outcome.target}")
+        )
+        if outcome.target != "pi*":
             optimal = optimal_logps(outcome.ref_logps, outcome.rewards, beta=outcome.beta)
-            lines.append(_row(outcome, optimal, "pi*", law.logp_limit.max().item()))
-            distance = torch.where(law.logp_limit > 0, outcome.logps - optimal, 0).abs()
-            excess = (distance / law.logp_limit.clamp(min=1e-300)).max()
+            lines.append(_row(outcome, outcome.target_logps, optimal, f"  {outcome.target} -> pi*"))
     lines += [
         "",
-        "max|dlogp|: largest |log policy - log target| in nats; bound: what the certificate proves about it",
-        "  (for finite -> pi*: the statistical limit of the least certain completion, false alarms 1e-6);",
-        "TV: total variation; p policy, t target; weight: mean gradient weight at the start and at the end.",
-        f"Sampled pairs against pi*: the worst completion is at {excess:.0%} of its own limit; score "
-        f"statistic {law.score:.1f}, expected {law.degrees}, limit {law.score_limit:.1f}.",
+        "max|dlogp|: largest |log p - log t| in nats, policy p against target t; bound: what p's gradient",
+        "proves about it; TV: total variation; (best): of the target; weight: mean gradient weight, first",
+        "and last (of rankings: that of the best answer); sec: training and measuring.",
     ]
     return "\n".join(lines)
 
 
-def _row(outcome: Outcome, target: Tensor, target_name: str, bound: float) -> str:
-    logps, ref_logps, rewards = outcome.logps, outcome.ref_logps, outcome.rewards
-    start, end = (outcome.records[k]["dpo/gradient_weight"] for k in (0, -1))
+def _row(outcome: Outcome, logps: Tensor, target: Tensor, label: str) -> str:
+    ref_logps, rewards = outcome.ref_logps, outcome.rewards
     variation = ((logps.exp() - target.exp()).abs().sum(-1) / 2).max().item()
     kls = (kl_divergence(logps, target).max().item(), kl_divergence(target, logps).max().item())
+    trained = logps is outcome.logps
+    bound = f"{outcome.logp_bound.max().item():.1e}" if trained else "-"
+    weights = [outcome.records[k]["dpo/gradient_weight"] for k in (0, -1)]
+    weight = f"{weights[0]:.4g} -> {weights[1]:.4g}" if trained else "-"
     return (
-        f"{outcome.name + ' -> ' + target_name:<22}{max_distance(logps, target):>11.1e}{bound:>10.1e}"
-        f"{variation:>9.1e}{kls[0]:>9.1e}{kls[1]:>9.1e}"
-        f"{expected_reward(logps, rewards):>9.4f}{expected_reward(target, rewards):>9.4f}"
-        f"{kl_divergence(logps, ref_logps).mean():>10.4f}{kl_divergence(target, ref_logps).mean():>9.4f}"
-        f"{start:>8.3f}{end:>7.3f}{outcome.seconds:>6.1f}"
+        f"{label:<21} {max_distance(logps, target):>10.1e} {bound:>9} "
+        f"{variation:>8.1e} {kls[0]:>8.1e} {kls[1]:>8.1e} "
+        f"{expected_reward(logps, rewards):>8.4f} {expected_reward(target, rewards):>8.4f} "
+        f"{kl_divergence(logps, ref_logps).mean():>9.4f} {kl_divergence(target, ref_logps).mean():>8.4f} "
+        f"{weight:>16} {f'{outcome.seconds:.1f}' if trained else '-':>5}"
     )
+
+
+def _statistical_line(world: Bandit, data: Rankings, estimate: Tensor, settings: Settings) -> str:
+    """Is the estimate as close to pi* as the number of pairs demands?"""
+    optimal = optimal_logps(world.ref_logps, world.rewards, beta=settings.beta)
+    estimated = optimal_logps(world.ref_logps, estimate, beta=settings.beta)
+    law = finite_data_law(optimal, world.ref_logps, data, beta=settings.beta)
+    distance = torch.where(law.logp_limit > 0, estimated - optimal, 0).abs()
+    share = (distance / law.logp_limit.clamp(min=1e-300)).max().item()
+    line = (
+        f"MLE -> pi* at a false-alarm rate of 1e-6: score statistic {law.score:.1f}, expected {law.degrees}, "
+        f"limit {law.score_limit:.1f}; "
+    )
+    if law.plenty < 8:
+        return line + "too few pairs for a limit on each log-probability."
+    return line + f"worst log-probability at {share:.0%} of its own limit."
+
+
+def _verdict(outcomes: list[Outcome]) -> str:
+    """Did every training arrive: KL <= 1e-6, 1e-3 nats where the target has 1e-4 or more, certified?"""
+    late = []
+    for outcome in outcomes:
+        likely = outcome.target_logps >= math.log(1e-4)
+        distance = torch.where(likely, outcome.logps - outcome.target_logps, 0).abs().max()
+        divergence = kl_divergence(outcome.logps, outcome.target_logps).max()
+        if divergence > 1e-6 or distance > 1e-3 or not outcome.logp_bound.isfinite().all():
+            late.append(outcome.name)
+    if late:
+        return f"NOT CONVERGED: {', '.join(late)}; raise --steps."
+    return "Every training reached its target, within its bound."
 
 
 def _write(folder: Path, outcomes: list[Outcome]) -> None:

@@ -26,7 +26,7 @@ from ..preferences import Rankings, all_sets, expected_pairs, expected_rankings,
 from .fit import Outcome, fit, float64_table
 
 # The table's training stops here: far below what anybody needs, far above float64's rounding.
-TABULAR_BOUND = 1e-11
+TABULAR_BOUND = 1e-11  # or 1e-12 / beta where that is more: the rounding of scores grows like 1 / beta
 RANKED = 4  # completions a ranking holds
 
 # The GPT's world. Five tokens and at most four of them make 341 completions a prompt; the width is far
@@ -103,15 +103,17 @@ def _fit_table(
     return fit(
         name, policy, optimizer, rankings,
         objective=objective, ref_logps=ref_logps, rewards=rewards, target_logps=target_logps, target=target,
-        beta=settings.beta, steps=settings.table_steps, measure_every=5, stop_at_bound=TABULAR_BOUND,
+        beta=settings.beta, steps=settings.table_steps, measure_every=5,
+        stop_at_bound=max(TABULAR_BOUND, 1e-12 / settings.beta),
     )  # fmt: skip
 
 
 def gpt_world(settings: Settings) -> tuple[GPT, Tensor, Completions, Tensor, Rankings]:
     """The reference GPT, its prompts, all completions, their rewards, and the population of comparisons.
 
-    Rewards are independent N(0, beta^2) for every completion: no structure that a network could guess,
-    and a spread of pi* / pi_ref that is the same for every beta.
+    Rewards are independent for every completion, with no structure that a network could guess. Their
+    deviation is beta, for a spread of pi* / pi_ref that is the same for every beta, but at most one: beyond,
+    labels would be all but certain and pairs say little.
     """
     generator = seeded_generator(settings, "gpt_world")
     with torch.random.fork_rng(devices=[]):  # GPT draws its weights from torch's global stream
@@ -125,7 +127,7 @@ def gpt_world(settings: Settings) -> tuple[GPT, Tensor, Completions, Tensor, Ran
     max_length = QUICK_MAX_LENGTH if settings.quick else MAX_LENGTH
     completions = enumerate_completions(VOCAB, max_length, EOS)
     X, Y = GPT_PROMPTS, len(completions.ids)
-    rewards = settings.beta * torch.randn(X, Y, generator=generator, dtype=torch.float64)
+    rewards = min(settings.beta, 1) * torch.randn(X, Y, generator=generator, dtype=torch.float64)
     slate = random_cycles(torch.ones(X, Y, dtype=torch.bool), cycles=CYCLES, generator=generator)
     return reference, prompts, completions, rewards, expected_pairs(rewards, slate)
 
@@ -137,7 +139,11 @@ def gpt_population(settings: Settings) -> Outcome:
     completions = Completions(*(field.to(device) for field in completions))
     policy = EnumeratedPolicy(copy.deepcopy(reference), prompts.to(device), completions).to(device)
     ref_logps, rewards, rankings = float64_table(policy), rewards.to(device), rankings.to(device)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=GPT_LEARNING_RATE, betas=(0.9, 0.95), fused=True)
+    # Gradients shrink like beta * deviation of rewards; Adam's floor must shrink along.
+    floor = 1e-8 * settings.beta * min(settings.beta, 1)
+    optimizer = torch.optim.Adam(
+        policy.parameters(), lr=GPT_LEARNING_RATE, betas=(0.9, 0.95), eps=floor, fused=True
+    )
     steps = settings.gpt_steps
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / (0.04 * steps)) * (1 - step / steps)

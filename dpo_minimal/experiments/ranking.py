@@ -19,7 +19,7 @@ from ..finite_data import (
     standard_errors,
 )
 from ..preferences import win_counts
-from ..runs import new_run_folder, versions, write_atomically, write_json, write_records
+from ..runs import new_run_folder, refuse_used_folder, versions, write_atomically, write_json, write_records
 from ..tables import load_comparisons
 from ..validation import InputError, check_count, check_device, check_positive
 from .fit import fit, max_distance
@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> Path:
     loss = args.loss or "dpo"
     check_positive("--beta", args.beta)
     check_device(args.device)
+    refuse_used_folder(args.output_dir)
     steps = 20_000 if args.steps is None else args.steps
     check_count("--steps", steps)
     world, data = load_comparisons(args.comparisons)
@@ -59,10 +60,9 @@ def run(args: argparse.Namespace) -> Path:
 
     folder = new_run_folder(args.output_dir, "ranking")
     write_json(folder / "config.json", {"command": "bandit", **vars(args), "steps": steps, **versions()})
-    count = int(data.weight.sum())
     print(
-        f"{count} comparisons of {int(world.exists.sum())} completions for {len(world.prompts)} prompts; "
-        f"training a table by {loss.upper()} with beta = {args.beta:g}.",
+        f"{data.weight.sum():g} comparisons of {int(world.exists.sum())} completions "
+        f"for {len(world.prompts)} prompts; training a table by {loss.upper()} with beta = {args.beta:g}.",
         flush=True,
     )
     training = weighted.normalised_by_prompt().to(args.device)
@@ -75,13 +75,13 @@ def run(args: argparse.Namespace) -> Path:
         objective=dpo_objective if loss == "dpo" else ipo_objective,
         ref_logps=ref_logps, rewards=rewards.to(args.device), target_logps=target_on_device,
         target="estimate", beta=args.beta, steps=steps, measure_every=20, stop_at_bound=BOUND,
-        stop_at_distance=BOUND,
+        stop_at_distance=BOUND, certified=loss == "dpo",
     )  # fmt: skip
     distance = max_distance(outcome.logps, target)
     print(f"Trained policy against the closed form of the estimate: max |dlogp| {distance:.1e} nats", end="")
     print(f", certified below {outcome.logp_bound.max():.1e}." if loss == "dpo" else ".")
     if distance > 1e-6:
-        print("That is not converged: some completions win almost always; raise --steps or set --prior.")
+        print("That is not converged: raise --steps or, where a completion wins almost always, set --prior.")
 
     wins = win_counts(data, *world.rewards.shape)
     _write_csv(folder / "ranking.csv", world, wins, rewards, errors, outcome.logps)
