@@ -35,7 +35,7 @@ def groups_at_fault(wins: Tensor) -> list[tuple[list[int], str]]:
         inside[list(group)] = True
         won, lost = wins[inside][:, ~inside].sum() > 0, wins[~inside][:, inside].sum() > 0
         if not (won and lost):
-            fault = "never lost to" if won else "never beat" if lost else "were never compared with"
+            fault = "never lost to" if won else "never beat" if lost else "never met"
             faults.append((list(group), f"{fault} the others"))
     return faults
 
@@ -56,7 +56,9 @@ def require_estimate(wins: Tensor, exists: Tensor, names: Names | None = None, *
     for x in missing.flatten(1).any(-1).nonzero().flatten().tolist():
         members = exists[x].nonzero().flatten().tolist()
         labels = names[1][x] if names else [f"y{y}" for y in range(exists.shape[1])]
-        for group, fault in groups_at_fault(wins[x][members][:, members].cpu()):
+        found = groups_at_fault(wins[x][members][:, members].cpu())
+        few = [(group, fault) for group, fault in found if 2 * len(group) <= len(members)]
+        for group, fault in few or found:  # what a few did wrong tells more than what all the others did
             listed = ", ".join(labels[members[y]] for y in group[:6]) + (", ..." if len(group) > 6 else "")
             faults.append(f"prompt {names[0][x] if names else f'x{x}'}: {listed} {fault}")
     if faults:

@@ -565,9 +565,7 @@ def test_comparisons_that_do_not_connect_are_refused_by_every_loss(capsys):
     """Two groups that never met: no loss says which is better, so IPO must refuse as well."""
     path = write_games([("p", "a", "b", 2), ("p", "b", "a", 1), ("p", "c", "d", 1), ("p", "d", "c", 1)])
     for loss in ("dpo", "ipo"):
-        assert_refused(
-            capsys, ["--comparisons", path, "--loss", loss], "never compared", "a, b", loss.upper()
-        )
+        assert_refused(capsys, ["--comparisons", path, "--loss", loss], "never met", "a, b", loss.upper())
 
 
 def test_bad_files_are_refused_with_line_and_column(capsys):

@@ -247,7 +247,10 @@ def _verdict(outcomes: list[Outcome]) -> str:
         if divergence > 1e-6 or distance > 1e-3 or not outcome.logp_bound.isfinite().all():
             late.append(outcome.name)
     if late:
-        return f"NOT CONVERGED: {', '.join(late)}; raise --steps."
+        return (
+            f"NOT CONVERGED: {', '.join(late)}; raise --steps, or scale the rewards down: pairs whose outcome "
+            "is all but certain teach next to nothing."
+        )
     return "Every training reached its target, within its bound."
 
 
