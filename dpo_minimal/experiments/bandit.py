@@ -248,8 +248,8 @@ def _verdict(outcomes: list[Outcome]) -> str:
             late.append(outcome.name)
     if late:
         return (
-            f"NOT CONVERGED: {', '.join(late)}; raise --steps, or scale the rewards down: pairs whose outcome "
-            "is all but certain teach next to nothing."
+            f"NOT CONVERGED: {', '.join(late)}; raise --steps, or scale the rewards down: pairs whose "
+            "outcome is all but certain teach next to nothing."
         )
     return "Every training reached its target, within its bound."
 
