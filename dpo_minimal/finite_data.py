@@ -15,7 +15,7 @@ from .certificates import connected, curvature, laplacian_inverse, largest_resis
 from .preferences import Rankings, all_sets, tally, win_counts
 from .validation import InputError, check_count, check_positive
 
-Names = tuple  # (names of the prompts, names of each prompt's completions)
+Names = tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]  # of the prompts, of each one's completions
 
 
 def groups_at_fault(wins: Tensor) -> list[tuple[list[int], str]]:

@@ -88,29 +88,18 @@ def fit(
 
     def measure() -> tuple[Tensor, Tensor, Record]:
         logps = float64_table(policy)
-        loss, weight = objective(logps, ref_logps, rankings, beta=beta)
+        with torch.no_grad():
+            loss, weight = objective(logps, ref_logps, rankings, beta=beta)
         bound = torch.full_like(logps[:, 0], math.inf)
         if certified:
             bound = certify(logps, ref_logps, rankings, beta=beta).logp_bound
-        return (
-            logps,
-            bound,
-            {
-                "loss": loss.item(),
-                "dpo/gradient_weight": weight.item(),
-                "distance/max_logp": max_distance(logps, target_logps),
-                "distance/bound": bound.max().item(),
-                "kl/policy_target": kl_divergence(logps, target_logps).max().item(),
-                "kl/policy_reference": kl_divergence(logps, ref_logps).mean().item(),
-                "reward": expected_reward(logps, rewards).item(),
-            },
-        )
+        record = {"loss": loss.item(), "dpo/gradient_weight": weight.item()}
+        record |= {"distance/bound": bound.max().item()}
+        return logps, bound, record | distances(logps, ref_logps, rewards, target_logps)
 
     started = time.perf_counter()
     logps, bound, measured = measure()
-    if (
-        max_distance(logps, ref_logps) > 1e-6
-    ):  # else the first loss is not log 2, and beta means another thing
+    if max_distance(logps, ref_logps) > 1e-6:  # else the first loss is not log 2: the wrong reference
         raise RuntimeError(f"{name}: training must start at the reference policy.")
     records = [{"step": 0, **measured}]
     stream = train(step_objective, optimizer, itertools.repeat(training, steps), scheduler=scheduler)
@@ -134,6 +123,16 @@ def float64_table(policy: nn.Module) -> Tensor:
         if next(policy.parameters()).dtype == torch.float64:
             return policy()
         return copy.deepcopy(policy).double()()
+
+
+def distances(logps: Tensor, ref_logps: Tensor, rewards: Tensor, target_logps: Tensor) -> Record:
+    """Where a policy (X, Y) stands: the worst prompt's distance to the target, means for the frontier."""
+    return {
+        "distance/max_logp": max_distance(logps, target_logps),
+        "kl/policy_target": kl_divergence(logps, target_logps).max().item(),
+        "kl/policy_reference": kl_divergence(logps, ref_logps).mean().item(),
+        "reward": expected_reward(logps, rewards).item(),
+    }
 
 
 def max_distance(logps: Tensor, target_logps: Tensor) -> float:
