@@ -11,7 +11,7 @@ Tags such as [D3.2] point into derivations.md; equation numbers are those of Raf
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -192,7 +192,7 @@ def _log1mexp(x: Tensor) -> Tensor:
 
 
 def reward_kl_frontier(
-    ref_logps: Tensor, rewards: Tensor, betas: Sequence[float] | Tensor
+    ref_logps: Tensor, rewards: Tensor, betas: Iterable[float] | Tensor
 ) -> tuple[Tensor, Tensor]:
     """The best reachable trade-off: KL(pi*_beta || pi_ref) and E[r] under pi*_beta for each beta [D10.1].
 
@@ -200,15 +200,16 @@ def reward_kl_frontier(
 
     Args:
         ref_logps, rewards: (..., Y).
-        betas: positive numbers, a sequence or a one-dimensional tensor.
+        betas: positive numbers: a list, an array or a one-dimensional tensor.
     Returns:
         (kl, reward), each (len(betas), ...), in nats and units of reward.
     Raises:
         InputError: as `log_partition`, for any of the betas.
     """
     _check_world(ref_logps, rewards)
-    if not isinstance(betas, Sequence | Tensor) or (isinstance(betas, Tensor) and betas.dim() != 1):
+    if (isinstance(betas, Tensor) and betas.dim() != 1) or not isinstance(betas, Iterable):
         raise InputError(f"betas must be a list or a one-dimensional tensor of numbers, got {betas!r}.")
+    betas = betas if isinstance(betas, Tensor) else list(betas)
     if len(betas) == 0:
         raise InputError("betas must hold at least one number.")
     for beta in betas:
