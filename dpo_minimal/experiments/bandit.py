@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(the standard errors count them as data)",
     )  # fmt: skip
     run = parser.add_argument_group("run")
-    run.add_argument("--seed", type=int, help="the same seed gives the same numbers (default 0)")
+    run.add_argument("--seed", type=int, help="the same seed gives the same numbers, on a CPU (default 0)")
     run.add_argument("--output-dir", metavar="DIR", help="new folder to write to (default runs/bandit-NNN)")
     run.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     run.add_argument(
