@@ -8,6 +8,7 @@ import re
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.image
@@ -18,6 +19,7 @@ import torch
 import dpo_minimal
 from dpo_minimal import runs
 from dpo_minimal.__main__ import main
+from dpo_minimal.bandit import random_bandit
 from dpo_minimal.experiments import bandit, convergence
 from dpo_minimal.validation import InputError
 
@@ -294,6 +296,19 @@ def test_quick_means_a_smaller_gpt_world_and_fewer_steps(monkeypatch, capsys):
     counts = [len(convergence.gpt_world(settings)[2].ids) for settings in seen]
     by_length = [4**t for t in range(5)]  # strings of t words; the longest ones are cut, the others ended
     assert counts == [sum(by_length), sum(by_length[:4]), sum(by_length)]
+
+
+def test_the_verdict_is_earned():
+    """The closing line must say what the numbers say: not converged after one step, and a distance beyond a
+    certificate is no success, however small."""
+    settings = convergence.Settings(beta=0.5, pairs=1, table_steps=500, gpt_steps=1, seed=0, device="cpu")
+    world = random_bandit(2, 4, generator=torch.Generator().manual_seed(0))
+    done = convergence.tabular(world, settings)
+    begun = convergence.tabular(world, replace(settings, table_steps=1))
+    assert bandit._verdict([done]).startswith("Every training reached its target")
+    assert bandit._verdict([done, begun]).startswith("NOT CONVERGED: tabular")
+    assert (done.logps != done.target_logps).any()
+    assert bandit._verdict([replace(done, logp_bound=torch.zeros(2))]).startswith("BEYOND ITS BOUND: tabular")
 
 
 # ---------------------------------------------------------------------------------- the command as a program

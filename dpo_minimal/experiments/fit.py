@@ -59,7 +59,6 @@ def fit(
     steps: int,
     measure_every: int,
     stop_at_bound: float = 0.0,
-    stop_at_distance: float = 0.0,
     certified: bool = True,
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
 ) -> Outcome:
@@ -72,7 +71,6 @@ def fit(
         ref_logps, rewards, target_logps: (X, Y) float64, on the rankings' device.
         measure_every: steps between two measurements; the first few steps are measured more densely.
         stop_at_bound: end early once the certificate promises this many nats everywhere.
-        stop_at_distance: or once the target is this many nats away.
         certified: False for objectives that are no Plackett-Luce likelihood, such as IPO; no bound then.
     Returns:
         Outcome, its last record that of the final policy.
@@ -110,7 +108,7 @@ def fit(
             continue
         logps, bound, measured = measure()
         records.append({**record, **measured})
-        if bound.max() <= stop_at_bound or measured["distance/max_logp"] <= stop_at_distance:
+        if bound.max() <= stop_at_bound:
             break
     seconds = time.perf_counter() - started
     tables = (table.cpu() for table in (ref_logps, rewards, logps, target_logps, bound))
