@@ -4,8 +4,6 @@ Each row names a function, a piece of its source, what a mistaken author would h
 the guard. The function's code object is replaced in place, so every importer sees the mistake.
 """
 
-import inspect
-import textwrap
 from typing import NamedTuple
 
 import pytest
@@ -17,6 +15,7 @@ import test_losses
 import test_model
 import test_policy
 import torch
+from planting import CAUGHT, plant
 
 from dpo_minimal import (
     bandit,
@@ -30,7 +29,6 @@ from dpo_minimal import (
     validation,
 )
 from dpo_minimal.experiments import convergence
-from dpo_minimal.validation import InputError
 
 
 class Mutant(NamedTuple):
@@ -417,23 +415,6 @@ MUTANTS = [
         test_finite_data.test_two_completions_have_textbook_errors,
     ),
 ]
-
-
-# An assertion, Hypothesis's group of several, "did not raise", or a check of the package's own. Any other
-# exception would mean that the mutant or the call of its guard is broken.
-CAUGHT = (AssertionError, ExceptionGroup, pytest.fail.Exception, InputError)
-
-
-def plant(monkeypatch, function, right: str, wrong: str) -> None:
-    """Replace a function's code by that of its source with one piece altered."""
-    source = textwrap.dedent(inspect.getsource(function))
-    assert source.count(right) >= 1, f"{function.__qualname__} no longer contains {right!r}"
-    namespace = dict(function.__globals__)
-    exec(
-        compile("from __future__ import annotations\n" + source.replace(right, wrong), "mutant", "exec"),
-        namespace,
-    )
-    monkeypatch.setattr(function, "__code__", namespace[function.__name__].__code__)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
