@@ -8,10 +8,16 @@ import sys
 import torch
 
 from . import __version__
-from .experiments import bandit
+from .experiments import bandit, statistics
 from .validation import InputError
 
-COMMANDS = {"bandit": (bandit, "train towards the closed-form optimum and prove that it is reached")}
+COMMANDS = {
+    "bandit": (bandit, "train towards the closed-form optimum and prove that it is reached"),
+    "statistics": (
+        statistics,
+        "what finite data determine: thousands of data sets against the laws of theory",
+    ),
+}
 
 
 def _parser() -> argparse.ArgumentParser:

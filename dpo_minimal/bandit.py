@@ -33,7 +33,7 @@ from .validation import (
 
 @dataclass(frozen=True)
 class Bandit:
-    """Prompts, completions, a reference policy and a reward.
+    """Prompts, completions, a reference policy and a reward [D1.1].
 
     Fields:
         ref_logps: (X, Y) log pi_ref(y|x); -inf where a prompt has fewer than Y completions.
@@ -67,7 +67,8 @@ def random_bandit(
     reference_scale: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Bandit:
-    """A random world in float64: rewards N(0, reward_scale^2), reference softmax of N(0, reference_scale^2).
+    """A random world in float64: rewards N(0, reward_scale^2), reference softmax of N(0, reference_scale^2)
+    [D1.2].
 
     Args: sizes >= 1 and >= 2; scales > 0; generator for reproducible draws. Raises InputError.
     """
@@ -88,7 +89,7 @@ def random_bandit(
 
 
 class TabularPolicy(nn.Module):
-    """One number for each prompt and completion, started at the reference: pi = softmax(theta)."""
+    """One number for each prompt and completion, started at the reference: pi = softmax(theta) [D1.3]."""
 
     def __init__(self, ref_logps: Tensor):
         super().__init__()
@@ -100,7 +101,7 @@ class TabularPolicy(nn.Module):
 
 
 def dpo_on_table(logps: Tensor, ref_logps: Tensor, rankings: Rankings, *, beta: float) -> PreferenceLoss:
-    """`dpo_loss` of every comparison at once, (E,) each (Eq. 7) [D4.2].
+    """`dpo_loss` of every comparison at once, (E,) each (Eq. 7) [D4.3].
 
     Args:
         logps, ref_logps: (X, Y) policy and reference tables.
@@ -115,7 +116,7 @@ def _pairwise(loss, logps: Tensor, ref_logps: Tensor, rankings: Rankings, beta: 
 
 
 def dpo_objective(logps: Tensor, ref_logps: Tensor, rankings: Rankings, *, beta: float):
-    """The expected DPO loss over all pairs, population or data alike: sum of weight * loss (Eq. 7) [D4.2].
+    """The expected DPO loss over all pairs, population or data alike: sum of weight * loss (Eq. 7) [D4.4].
 
     Returns:
         (scalar loss, scalar mean gradient weight), the mean taken with the same weights, detached.
@@ -131,7 +132,7 @@ def ipo_objective(logps: Tensor, ref_logps: Tensor, rankings: Rankings, *, beta:
 
 
 def plackett_luce_objective(logps: Tensor, ref_logps: Tensor, rankings: Rankings, *, beta: float):
-    """The expected Plackett-Luce DPO loss over rankings of any K (Eq. 20) [D8.2].
+    """The expected Plackett-Luce DPO loss over rankings of any K (Eq. 20) [D8.3].
 
     Returns:
         (scalar loss, scalar mean gradient weight of the top-ranked answer, detached).
@@ -143,7 +144,7 @@ def plackett_luce_objective(logps: Tensor, ref_logps: Tensor, rankings: Rankings
 
 
 def safe_learning_rate(rankings: Rankings, *, beta: float | None) -> float:
-    """A step of gradient descent on a `TabularPolicy` that never raises the loss [D5.1].
+    """A step of gradient descent on a `TabularPolicy` that never raises the loss [D5.2, D12.1].
 
     Per unit of weight a completion takes part in, the Hessian's largest eigenvalue is at most beta^2 / 2
     for the (Plackett-Luce) DPO loss, by Gershgorin's circles, and 4 for IPO's; the step is its inverse.

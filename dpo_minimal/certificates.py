@@ -20,7 +20,7 @@ from .validation import check_finite, check_log_distribution, check_positive, ch
 
 
 class Curvature(NamedTuple):
-    """First and second derivative of the loss in the scores, one prompt a row.
+    """First and second derivative of the loss in the scores, one prompt a row [D5.2].
 
     Fields:
         gradient: (X, Y).
@@ -39,7 +39,7 @@ class Curvature(NamedTuple):
 
 
 def curvature(scores: Tensor, rankings: Rankings) -> Curvature:
-    """Gradient and Hessian of the mean negative log-likelihood at any scores, in closed form [D5.1, D8.2].
+    """Gradient and Hessian of the mean negative log-likelihood at any scores, in closed form [D5.2, D8.4].
 
     Args:
         scores: (X, Y) implicit or explicit rewards, nats; only compared completions are read.
@@ -77,7 +77,7 @@ def curvature(scores: Tensor, rankings: Rankings) -> Curvature:
 
 
 def laplacian_inverse(hessian: Tensor, compared: Tensor) -> Tensor:
-    """Pseudo-inverse of weighted Laplacians (X, Y, Y) on the completions marked in `compared` (X, Y).
+    """Pseudo-inverse of weighted Laplacians (X, Y, Y) on the completions marked in `compared` (X, Y) [D11.2].
 
     Make the constant direction and the other completions invertible, invert, and take them out again.
     No eigenvalue cut-off: one would hide a nearly flat direction, i.e. nearly separable data [D11.2].
@@ -95,12 +95,13 @@ def laplacian_inverse(hessian: Tensor, compared: Tensor) -> Tensor:
 
 
 class Certificate(NamedTuple):
-    """What `certify` returns, one entry a prompt (X,).
+    """What `certify` returns, one entry a prompt (X,) [D11.2].
 
     Fields:
         logp_bound: bound on max_y |log pi(y|x) - log pi*(y|x)| in nats; inf where nothing can be said.
         loss_gap: bound on the mean loss above its minimum, nats; inf likewise.
-        x: resistance times Newton decrement; the bound is issued for x <= 1/2.
+        x: resistance times Newton decrement; the bound is issued for x <= 1/2. inf where the comparisons do
+            not connect the completions, or the Hessian is too nearly flat for float64 to tell.
     """
 
     logp_bound: Tensor
@@ -159,11 +160,12 @@ def certify(logps: Tensor, ref_logps: Tensor, rankings: Rankings, *, beta: float
     size = torch.where(state.compared, torch.maximum(logps.abs(), ref_logps.abs()), 0).amax(-1)
     excess = logps.logsumexp(-1).abs()  # scores do not see how far the table is from summing to one
     # Beyond a condition number of 1e8 the estimate of that error is no longer to be trusted: no bound then.
-    valid = whole & (condition <= 1e8) & (state.total > 0) & (x <= 0.5)
+    tellable = whole & (condition <= 1e8) & (state.total > 0)  # not so where the inverse is NaN
+    valid = tellable & (x <= 0.5)
     return Certificate(
         logp_bound=torch.where(valid, distance / beta + 8 * eps * size + excess, math.inf),
         loss_gap=torch.where(valid, (x + (1 - x) * torch.log1p(-x)) / rho**2, math.inf),
-        x=torch.where(torch.isnan(x), math.inf, x),
+        x=torch.where(tellable, x, math.inf),
     )
 
 
@@ -180,7 +182,7 @@ def _outer(mask: Tensor) -> Tensor:
 
 
 def connected(wins: Tensor) -> Tensor:
-    """(X, Y, Y) True where a chain of wins leads from the row's completion to the column's."""
+    """(X, Y, Y) True where a chain of wins leads from the row's completion to the column's [D11.1]."""
     reach = (wins > 0) | torch.eye(wins.shape[-1], dtype=torch.bool, device=wins.device)
     while True:  # squaring doubles the length of the chains, so this ends after log2(Y) rounds at most
         further = (reach.float() @ reach.float()) > 0

@@ -5,7 +5,7 @@ Everything is differentiable, in any float dtype, in nats. A reference may give 
 zero (log-probability -inf): the optimum then gives it zero too, which is how tables whose prompts have
 different numbers of completions are padded.
 
-Tags such as [D3.2] point into derivations.md; equation numbers are those of Rafailov et al. (2023).
+Tags such as [D3.4] point into derivations.md; equation numbers are those of Rafailov et al. (2023).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _tilt(ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
 
 
 def log_partition(ref_logps: Tensor, rewards: Tensor, *, beta: float) -> Tensor:
-    """log Z(x) = log sum_y pi_ref(y|x) exp(r(x, y) / beta), the normaliser of the optimum (Eq. 4) [D3.2].
+    """log Z(x) = log sum_y pi_ref(y|x) exp(r(x, y) / beta), the normaliser of the optimum (Eq. 4) [D3.3].
 
     Args:
         ref_logps: (..., Y) log pi_ref, nats.
@@ -64,7 +64,7 @@ def log_partition(ref_logps: Tensor, rewards: Tensor, *, beta: float) -> Tensor:
 
 
 def soft_value(ref_logps: Tensor, rewards: Tensor, *, beta: float) -> Tensor:
-    """beta log Z(x) = max over policies of `rlhf_objective` (Eq. 10, 15) [D7.1].
+    """beta log Z(x) = max over policies of `rlhf_objective` (Eq. 10, 15) [D7.1, D7.2].
 
     Args, Raises: as `log_partition`. Returns (...,) in units of reward.
     """
@@ -72,7 +72,7 @@ def soft_value(ref_logps: Tensor, rewards: Tensor, *, beta: float) -> Tensor:
 
 
 def optimal_logps(ref_logps: Tensor, rewards: Tensor, *, beta: float) -> Tensor:
-    """log pi*(y|x) with pi* = pi_ref exp(r / beta) / Z, the unique maximiser of Eq. 3 (Eq. 4) [D3.2].
+    """log pi*(y|x) with pi* = pi_ref exp(r / beta) / Z, the unique maximiser of Eq. 3 (Eq. 4) [D3.4].
 
     Args, Raises: as `log_partition`. Returns (..., Y) log-probabilities, nats.
 
@@ -102,7 +102,7 @@ def implicit_reward(logps: Tensor, ref_logps: Tensor, *, beta: float) -> Tensor:
 
 
 def canonical_reward(rewards: Tensor, ref_logps: Tensor, *, beta: float) -> Tensor:
-    """f(r) = r - beta log Z: the one member of r's equivalence class whose Z is 1 (Eq. 8, 9) [D6.1].
+    """f(r) = r - beta log Z: the one member of r's equivalence class whose Z is 1 (Eq. 8, 9) [D6.4].
 
     Args, Raises: as `log_partition` (note the order: what is projected comes first). Returns (..., Y).
     """
@@ -138,7 +138,7 @@ def kl_divergence(logps: Tensor, other_logps: Tensor) -> Tensor:
 
 
 def rlhf_objective(logps: Tensor, ref_logps: Tensor, rewards: Tensor, *, beta: float) -> Tensor:
-    """J(pi) = E_pi[r] - beta KL(pi || pi_ref), exactly, by summation (Eq. 3, 11) [D3.1].
+    """J(pi) = E_pi[r] - beta KL(pi || pi_ref), exactly, by summation (Eq. 3, 11) [D3.2].
 
     Args:
         logps: (..., Y) log pi; -inf allowed.
@@ -155,7 +155,7 @@ def rlhf_objective(logps: Tensor, ref_logps: Tensor, rewards: Tensor, *, beta: f
 
 
 def best_of_n_logps(ref_logps: Tensor, rewards: Tensor, *, n: int) -> Tensor:
-    """The law of the best of n draws from pi_ref, ties broken uniformly among the tied draws [D10.2].
+    """The law of the best of n draws from pi_ref, ties broken uniformly among the tied draws [D10.3].
 
     With F(v) = P(r <= v) and p(v) = P(r = v) under the reference,
     pi_n(y) = pi_ref(y) / p(r_y) * (F(r_y)^n - (F(r_y) - p(r_y))^n).
@@ -194,7 +194,8 @@ def _log1mexp(x: Tensor) -> Tensor:
 def reward_kl_frontier(
     ref_logps: Tensor, rewards: Tensor, betas: Iterable[float] | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The best reachable trade-off: KL(pi*_beta || pi_ref) and E[r] under pi*_beta for each beta [D10.1].
+    """The best reachable trade-off: KL(pi*_beta || pi_ref) and E[r] under pi*_beta for each beta
+    [D10.1, D10.2].
 
     No policy has more reward at the same KL; along the curve d reward / d KL = beta.
 
@@ -221,7 +222,7 @@ def reward_kl_frontier(
 
 
 def next_token_logps(completion_logps: Tensor, completions: Tensor, lengths: Tensor) -> Tensor:
-    """The per-token conditionals of a distribution over whole completions, for pi* above all [D9.1].
+    """The per-token conditionals of a distribution over whole completions, for pi* above all [D9.2].
 
     log pi(y_t | y_<t) = log P(first t + 1 tokens) - log P(first t tokens), where the probability of a
     prefix is the sum over the completions that begin with it. For pi* this is the soft-Q policy: the

@@ -22,7 +22,7 @@ from .validation import InputError, check_finite, check_positive, check_same_sha
 
 
 class PreferenceLoss(NamedTuple):
-    """What a preference loss returns, each of shape (B,).
+    """What a preference loss returns, each of shape (B,) [D5.1].
 
     Fields:
         losses: to be averaged and minimised.
@@ -45,10 +45,10 @@ def dpo_loss(
     *,
     beta: float,
 ) -> PreferenceLoss:
-    """Direct Preference Optimization: -log sigmoid(margin) (Eq. 7) [D4.2].
+    """Direct Preference Optimization: -log sigmoid(margin) (Eq. 7) [D4.3].
 
     margin = beta (log pi(y_w)/pi_ref(y_w) - log pi(y_l)/pi_ref(y_l)), and the gradient is
-    -w grad(log pi(y_w) - log pi(y_l)) with w = beta sigmoid(-margin) (Sec. 4, Eq. 21) [D5.1]:
+    -w grad(log pi(y_w) - log pi(y_l)) with w = beta sigmoid(-margin) (Sec. 4, Eq. 21) [D5.1, D5.4]:
     the weight is near beta where the implicit reward orders the pair wrongly, near 0 where it is sure.
 
     Args:
@@ -141,7 +141,7 @@ def _preference_loss(
 def dpo_loss_from_indices(
     pi_logps: Tensor, ref_logps: Tensor, yw_idxs: Tensor, yl_idxs: Tensor, *, beta: float
 ) -> tuple[Tensor, Tensor]:
-    """The DPO loss in the form of the paper's Appendix B: completions once, pairs as indices [D4.2].
+    """The DPO loss in the form of the paper's Appendix B: completions once, pairs as indices [D4.3].
 
     Args:
         pi_logps, ref_logps: (B,) log-probabilities of B completions under policy and reference, nats.
@@ -190,7 +190,7 @@ def plackett_luce_loss(ranked_rewards: Tensor) -> Tensor:
 
 
 def plackett_luce_dpo_loss(policy_logps: Tensor, reference_logps: Tensor, *, beta: float) -> Tensor:
-    """DPO for rankings: `plackett_luce_loss` of the implicit rewards beta log(pi / pi_ref) (Eq. 20) [D8.2].
+    """DPO for rankings: `plackett_luce_loss` of the implicit rewards beta log(pi / pi_ref) (Eq. 20) [D8.3].
 
     Args:
         policy_logps, reference_logps: (B, K) log-probabilities of K answers, best first, nats.
@@ -204,7 +204,7 @@ def plackett_luce_dpo_loss(policy_logps: Tensor, reference_logps: Tensor, *, bet
 
 
 def plackett_luce_gradient_weights(policy_logps: Tensor, reference_logps: Tensor, *, beta: float) -> Tensor:
-    """How hard `plackett_luce_dpo_loss` pulls each answer up: the coefficient of -grad log pi(y_k) [D8.2].
+    """How hard `plackett_luce_dpo_loss` pulls each answer up: the coefficient of -grad log pi(y_k) [D8.4].
 
     w_k = beta (1 - sum_{i <= k} P(y_k takes place i | places before i are as ranked)). Over k they sum
     to zero; with K = 2 they are (w, -w) with w the weight of `dpo_loss`.

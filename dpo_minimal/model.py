@@ -25,7 +25,8 @@ from .validation import InputError
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The five numbers that fix a GPT-2's shape; `GPTConfig.preset("gpt2")` gives the released ones.
+    """The five numbers that fix a GPT-2's shape; `GPTConfig.preset("gpt2")` gives the released ones
+    [D9.1].
 
     Raises InputError where a number is not a positive integer or n_head does not divide n_embd.
     """
@@ -107,7 +108,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2: token ids in, next-token logits out.
+    """GPT-2: token ids in, next-token logits out [D9.1].
 
     `forward(ids)` gives the logits of every position. Code that needs only some positions calls
     `hidden` and then `project` on those, because the projection onto the vocabulary is the dearest

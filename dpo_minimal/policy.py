@@ -21,7 +21,7 @@ from .validation import InputError, check_count, widen
 
 
 class SequenceBatch(NamedTuple):
-    """Prompts with completions, right-padded; what lies beyond a row's length is never scored.
+    """Prompts with completions, right-padded; what lies beyond a row's length is never scored [D9.1].
 
     Fields: ids (B, T); prompt_lengths (B,) >= 1; lengths (B,) of prompt and completion together.
     """
@@ -32,7 +32,7 @@ class SequenceBatch(NamedTuple):
 
 
 def sequence_logps(model: GPT, batch: SequenceBatch) -> Tensor:
-    """log pi(y|x) of each row: the sum over completion tokens, prompt and padding excluded [D9.1].
+    """log pi(y|x) of each row: the sum over completion tokens, prompt and padding excluded [D9.1, D13.5].
 
     Args:
         model: the policy.
@@ -67,7 +67,8 @@ def _token_logps(model: GPT, hidden: Tensor, targets: Tensor) -> Tensor:
 
 
 class Completions(NamedTuple):
-    """Y completions: ids (Y, T), filled up with end-of-text, and lengths (Y,), end-of-text included."""
+    """Y completions: ids (Y, T), filled up with end-of-text, and lengths (Y,), end-of-text included
+    [D9.1]."""
 
     ids: Tensor
     lengths: Tensor
@@ -103,7 +104,8 @@ def enumerate_completions(vocab_size: int, max_length: int, eos: int) -> Complet
 
 
 class PrefixTree(NamedTuple):
-    """The distinct prefixes of a set of completions: node 0 is the empty one, the others one token each.
+    """The distinct prefixes of a set of completions: node 0 is the empty one, the others one token each
+    [D9.2].
 
     Fields:
         completions: the set.
@@ -121,7 +123,7 @@ class PrefixTree(NamedTuple):
 
 
 def prefix_tree(completions: Completions) -> PrefixTree:
-    """Build the tree once, score with it often. Raises InputError on lengths outside 1 to T."""
+    """Build the tree once, score with it often [D9.2]. Raises InputError on lengths outside 1 to T."""
     ids, lengths = completions
     Y, T = ids.shape
     if lengths.shape != (Y,) or (lengths < 1).any() or (lengths > T).any():
@@ -186,7 +188,8 @@ def completion_logps(model: GPT, prompts: Tensor, completions: Completions | Pre
 
 
 class EnumeratedPolicy(nn.Module):
-    """A GPT as a bandit policy: called, it gives the (X, Y) table of all completions of fixed prompts.
+    """A GPT as a bandit policy: called, it gives the (X, Y) table of all completions of fixed prompts
+    [D9.1].
 
     Prompts and completions must be on the GPT's device; moving the module moves the GPT alone.
     """

@@ -27,7 +27,7 @@ from .validation import (
 
 
 class Rankings(NamedTuple):
-    """E weighted rankings of K completions; a comparison is a ranking with K = 2.
+    """E weighted rankings of K completions; a comparison is a ranking with K = 2 [D2.2].
 
     Fields:
         prompt: (E,) prompt number.
@@ -59,7 +59,8 @@ class Rankings(NamedTuple):
 
 
 class Slate(NamedTuple):
-    """E sets of K completions that people are asked to rank, drawn with probability proportional to weight.
+    """E sets of K completions that people are asked to rank, drawn with probability proportional to weight
+    [D2.2].
 
     Fields: prompt (E,), items (E, K) distinct completion numbers in any order, weight (E,).
     """
@@ -119,7 +120,7 @@ def plackett_luce_logprob(ranked_rewards: Tensor) -> Tensor:
 
 
 def all_sets(exists: Tensor, *, size: int = 2) -> Slate:
-    """Every set of `size` completions, all of a prompt's equally likely, all prompts equally likely.
+    """Every set of `size` completions, all of a prompt's equally likely, all prompts equally likely [D4.4].
 
     Args: exists (X, Y) True where the prompt has that completion; size >= 2, at most what any prompt has.
     Raises: InputError.
@@ -134,7 +135,8 @@ def all_sets(exists: Tensor, *, size: int = 2) -> Slate:
 
 
 def random_cycles(exists: Tensor, *, cycles: int, size: int = 2, generator: torch.Generator) -> Slate:
-    """A sparse connected choice of sets: neighbours along `cycles` random rings through all completions.
+    """A sparse connected choice of sets: neighbours along `cycles` random rings through all completions
+    [D4.4].
 
     One ring already connects everything, which is all that the optimum needs; a handful make the graph an
     expander, on which training converges about as fast as on all Y^2 pairs.
@@ -240,7 +242,7 @@ def expected_rankings(rewards: Tensor, slate: Slate) -> Rankings:
 def sample_rankings(
     rewards: Tensor, num_rankings: int, *, slate: Slate, generator: torch.Generator | None = None
 ) -> Rankings:
-    """Draw sets from the slate and rank each by Plackett-Luce: sort r + Gumbel noise (Eq. 18) [D8.1].
+    """Draw sets from the slate and rank each by Plackett-Luce: sort r + Gumbel noise (Eq. 18) [D8.2].
 
     Returns: Rankings, the distinct outcomes weighted by how often they came.
     """
@@ -255,7 +257,8 @@ def sample_rankings(
 
 
 def tally(prompt: Tensor, order: Tensor, weight: Tensor | None = None) -> Rankings:
-    """Merge equal rankings and add up their weights (one each by default): the data, without repetition."""
+    """Merge equal rankings and add up their weights (one each by default): the data, without repetition
+    [D11.8]."""
     rows, group = torch.unique(torch.cat([prompt.unsqueeze(-1), order], -1), dim=0, return_inverse=True)
     if weight is None:
         weight = torch.ones(len(prompt), dtype=torch.float64)
@@ -264,7 +267,8 @@ def tally(prompt: Tensor, order: Tensor, weight: Tensor | None = None) -> Rankin
 
 
 def win_counts(rankings: Rankings, num_prompts: int, num_completions: int) -> Tensor:
-    """(X, Y, Y): entry [x, i, j] is the total weight with which i was ranked above j on prompt x."""
+    """(X, Y, Y): entry [x, i, j] is the total weight with which i was ranked above j on prompt x
+    [D11.8]."""
     counts = rankings.weight.new_zeros(num_prompts, num_completions, num_completions)
     K = rankings.order.shape[-1]
     above, below = torch.triu_indices(K, K, offset=1)

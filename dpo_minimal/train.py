@@ -26,7 +26,7 @@ def train(
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
     max_grad_norm: float | None = None,
 ) -> Iterator[Record]:
-    """Minimise an objective, one optimizer step a batch.
+    """Minimise an objective, one optimizer step a batch [D5.2].
 
     Args:
         objective: batch -> (scalar loss, metrics to log); for full-batch training the batches are the

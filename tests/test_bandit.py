@@ -377,7 +377,7 @@ def test_the_population_experiment_reaches_the_closed_form(seed):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_ranking_experiment_reaches_the_closed_form(seed):
-    """[D8.2] the population optimum of the Plackett-Luce objective, rankings of four, is pi* too."""
+    """[D8.3] the population optimum of the Plackett-Luce objective, rankings of four, is pi* too."""
     world = random_bandit(4, 8, generator=generator_of(seed))
     settings = Settings(beta=0.5, pairs=1, table_steps=2000, gpt_steps=1, seed=seed, device="cpu")
     outcome = plackett_luce(world, settings, 4)
@@ -420,7 +420,7 @@ def test_the_population_optimum_does_not_depend_on_the_pairs_shown(shown, beta):
 
 @pytest.mark.parametrize("K", [2, 3, 4])
 def test_rankings_of_any_size_have_the_same_optimum(K):
-    """[D8.2] the population optimum of Plackett-Luce DPO is pi*, for K = 2, 3 and 4."""
+    """[D8.3] the population optimum of Plackett-Luce DPO is pi*, for K = 2, 3 and 4."""
     generator = generator_of(K)
     world = random_bandit(2, 5, generator=generator)
     rankings = expected_rankings(world.rewards, all_sets(world.exists, size=K))

@@ -99,7 +99,7 @@ def settings(seed):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_trained_policy_is_the_tilt_of_the_estimate(seed):
-    """[D11.1] A table trained on 20000 sampled pairs is pi_ref e^{r_hat / beta} / Z of the estimate,
+    """[D11.8] A table trained on 20000 sampled pairs is pi_ref e^{r_hat / beta} / Z of the estimate,
     which Zermelo's iteration finds from the same counts, within its certificate."""
     world = random_bandit(8, 16, generator=generator_of(4 * seed))
     data = sample_pairs(world.rewards, 20_000, slate=all_sets(world.exists), generator=generator_of(seed))
@@ -176,7 +176,7 @@ def test_very_uneven_data_are_estimated_from_afar():
 
 
 def test_estimates_of_rankings_are_stationary():
-    """[D8.2] the Plackett-Luce estimate balances observed and expected places: the gradient of the
+    """[D8.3] the Plackett-Luce estimate balances observed and expected places: the gradient of the
     negative log-likelihood by autograd vanishes there, for rankings of three and four."""
     rewards = normal(2, 5, generator=generator_of(1), scale=1.0)
     for K in (3, 4):
@@ -434,6 +434,14 @@ def test_the_packages_score_statistic_given_the_pairs_shown():
     assert abs(law.score - X * (K - 1)) <= Z * variance.sum().sqrt().item()
     surprise = (q - (K - 1)) ** 2 - variance
     assert abs(surprise.mean().item()) <= Z * surprise.std().item() / math.sqrt(X)
+
+
+def test_the_law_of_data_that_fall_apart_is_refused():
+    """[D11.4] Two islands have a degree of freedom less than the law would count; it names a pair apart."""
+    data = Rankings(torch.zeros(2, dtype=torch.long), torch.tensor([[0, 1], [2, 3]]), torch.ones(2).double())
+    even = torch.full((1, 4), -math.log(4), dtype=torch.float64)
+    with pytest.raises(InputError, match=r"prompt 0: no chain .* from completion 0 to 2"):
+        finite_data_law(even, even, data, beta=1.0)
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -62,14 +62,14 @@ def seeded_generator(settings: Settings, purpose: str) -> torch.Generator:
 
 
 def tabular(world: Bandit, settings: Settings) -> Outcome:
-    """The population objective of all pairs, on a table of logits; target pi* [D4.2]."""
+    """The population objective of all pairs, on a table of logits; target pi* [D4.4]."""
     rankings = expected_pairs(world.rewards, all_sets(world.exists))
     optimal = optimal_logps(world.ref_logps, world.rewards, beta=settings.beta)
     return _fit_table("tabular", world, rankings, optimal, "pi*", settings)
 
 
 def finite(world: Bandit, data: Rankings, estimate: Tensor, settings: Settings) -> Outcome:
-    """The objective of sampled pairs; target pi_ref exp(r_hat / beta) / Z of the estimate [D11.1]."""
+    """The objective of sampled pairs; target pi_ref exp(r_hat / beta) / Z of the estimate [D11.8]."""
     target = optimal_logps(world.ref_logps, estimate, beta=settings.beta)
     outcome = _fit_table("finite", world, data, target, "MLE", settings)
     return replace(outcome, rankings=data)  # with counts as weights, which the training normalised
@@ -81,7 +81,7 @@ def ranking_size(world: Bandit) -> int:
 
 
 def plackett_luce(world: Bandit, settings: Settings, size: int) -> Outcome:
-    """Rankings of `size` neighbours along random rings, all orders with their probability [D8.2]."""
+    """Rankings of `size` neighbours along random rings, all orders with their probability [D8.3]."""
     generator = seeded_generator(settings, "rankings")
     slate = random_cycles(world.exists, cycles=2, size=size, generator=generator)
     rankings = expected_rankings(world.rewards, slate)

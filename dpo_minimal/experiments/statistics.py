@@ -1,0 +1,233 @@
+"""`python -m dpo_minimal statistics`: data sets by the thousand, and the laws that their estimates obey.
+
+One prompt, K completions, random rewards. A data set is N comparisons of random pairs, labelled by
+Bradley-Terry; it has its own maximum-likelihood estimate of the rewards, hence its own DPO optimum pi_hat.
+For each N thousands of data sets are drawn, and measured beside theory, with Monte-Carlo standard errors:
+
+  N KL           distance of pi_hat from pi*, nats, times N; tends to tr(Sigma I^+) / (2 beta^2)
+  squared error  of the rewards, over the Cramer-Rao bound: 1 is the best possible with many pairs
+  regions        how often a 90, 95 or 99 % confidence region, Wald's or the likelihood ratio's, contains
+                 the true rewards
+  score          N g' I^+ g at the truth: its mean and variance are known exactly at every N
+  excess loss    of pi_hat over pi*, in the population, times N; tends to (K - 1) / 2. On its own data
+                 pi_hat looks better than pi* by as much
+  no estimate    some group of completions never lost to the others; a union bound limits how often
+
+I is the Fisher information of one comparison, Sigma = diag(pi*) - pi* pi*', g the gradient, and rho^2 the
+variance (times N) of the worst estimated difference of rewards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from ..finite_data import kl_law
+from ..runs import new_run_folder, versions, write_arrays, write_json, write_records
+from ..validation import InputError, check_count, check_positive
+from .replicates import Settings, Size, Truth, make_truth, simulate
+
+PAIRS = (100, 400, 1600, 6400, 25600)  # 2 to 500 times rho^2 in the default world
+REPLICATES, QUICK_REPLICATES = 20_000, 2_000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    world = parser.add_argument_group("world")
+    world.add_argument(
+        "--completions", type=int, default=5, metavar="K", help="completions, 2 to 16 (default %(default)s)"
+    )
+    world.add_argument(
+        "--beta", type=float, default=0.5,
+        help="strength of the KL penalty, 0.01 to 100 (default %(default)s); only the KL depends on it, and "
+        "obeys its law once N is far above (1 + 1 / beta^2) rho^2",
+    )  # fmt: skip
+    simulation = parser.add_argument_group("simulation")
+    simulation.add_argument(
+        "--pairs", type=int, nargs="+", default=PAIRS, metavar="N",
+        help="comparisons in a data set: one to eight increasing numbers "
+        f"(default {' '.join(map(str, PAIRS))})",
+    )  # fmt: skip
+    simulation.add_argument(
+        "--replicates", type=int, metavar="R",
+        help=f"data sets drawn for each N, 1000 to 1000000 (default {REPLICATES})",
+    )  # fmt: skip
+    run = parser.add_argument_group("run")
+    run.add_argument("--seed", type=int, default=0, help="the same seed gives the same numbers (default 0)")
+    run.add_argument(
+        "--output-dir", metavar="DIR", help="new folder to write to (default runs/statistics-NNN)"
+    )
+    run.add_argument(
+        "--quick", action="store_true", help=f"{QUICK_REPLICATES} data sets for each N: a few seconds"
+    )
+
+
+def run(args: argparse.Namespace) -> Path:
+    """Check everything, simulate each N, print table and verdict, write the run folder, which is returned."""
+    settings = _settings(args)
+    truth = make_truth(settings)
+    folder = new_run_folder(args.output_dir, "statistics")  # refuses a used one
+    write_json(
+        folder / "config.json", {"command": "statistics", **vars(args), **asdict(settings), **versions()}
+    )
+    print(
+        f"{settings.replicates} data sets for each number N of pairs. One prompt, {settings.completions} "
+        f"completions, beta = {settings.beta:g}, rho^2 = {truth.resistance:.1f}, true rewards "
+        f"{' '.join(f'{reward:.2f}' for reward in truth.world.rewards[0].tolist())}.",
+        flush=True,
+    )
+    sizes = []
+    for num_pairs in settings.pairs:
+        sizes.append(simulate(truth, num_pairs, settings))
+        print(f"  N = {num_pairs}: drawn and estimated, {sizes[-1].missing} have no estimate", flush=True)
+    print("\n" + results_table(truth, sizes) + "\n")
+    print("\n".join(verdict(sizes)))
+    _write(folder, truth, sizes)
+    print(f"\nWrote {folder}/statistics.png, result.npz, metrics.jsonl and config.json.")
+    return folder
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    check_count("--completions", args.completions, minimum=2)
+    if args.completions > 16:
+        raise InputError(
+            f"--completions must be at most 16, all groups of them are listed; got {args.completions}."
+        )
+    check_positive("--beta", args.beta)
+    if not 0.01 <= args.beta <= 100:
+        raise InputError(
+            f"--beta must lie between 0.01 and 100, where a KL has digits left, got {args.beta}."
+        )
+    for num_pairs in args.pairs:
+        check_count("--pairs", num_pairs)
+    if max(args.pairs) > 10**9:
+        raise InputError(f"--pairs must be at most 10^9, where N KL has digits left, got {max(args.pairs)}.")
+    if len(args.pairs) > 8 or list(args.pairs) != sorted(set(args.pairs)):
+        listed = " ".join(map(str, args.pairs))
+        raise InputError(f"--pairs takes one to eight numbers, each above the one before, got {listed}.")
+    if args.quick and args.replicates is not None:
+        raise InputError("--quick and --replicates both set the number of data sets; give one of them.")
+    replicates = args.replicates
+    if replicates is None:
+        replicates = QUICK_REPLICATES if args.quick else REPLICATES
+    check_count("--replicates", replicates, minimum=1000)  # with fewer, the standard errors are too rough
+    if replicates > 10**6:
+        raise InputError(f"--replicates must be at most 1000000, or memory runs out, got {replicates}.")
+    if not 0 <= args.seed < 2**60:
+        raise InputError(f"--seed must lie in [0, 2^60), got {args.seed}.")
+    return Settings(args.completions, args.beta, tuple(args.pairs), replicates, args.seed)
+
+
+# --------------------------------------------------------------------------------------------- reporting
+
+
+def measured(value: float, error: float) -> str:
+    """A number and its standard error, to two digits of the error: 1.0051 ± 0.0054."""
+    if math.isnan(error):
+        return "-"
+    if error == 0:
+        return f"{value:g}"
+    decimals = max(0, 1 - math.floor(math.log10(error)))
+    if decimals > 6:
+        return f"{value:.3g} ± {error:.1g}"
+    return f"{value:.{decimals}f} ± {error:.{decimals}f}"
+
+
+def results_table(truth: Truth, sizes: list[Size]) -> str:
+    """The table that the command prints: a row for each quantity, a column for each N, and explanations."""
+    rows = [["", "theory", *(f"N = {size.pairs}" for size in sizes)]]
+    rows.append(["N / rho^2", "", *(f"{size.pairs / truth.resistance:.3g}" for size in sizes)])
+    for same in zip(*(size.laws for size in sizes)):
+        if same[0].key.endswith(("/90", "/99")):
+            continue  # in the figure and in metrics.jsonl
+        cells = [measured(law.measured, law.error) + (" !" if law.outside else "") for law in same]
+        rows.append([same[0].label, f"{same[0].theory:.4g}", *cells])
+    shares = [size.missing / len(size.sample["score"]) for size in sizes]
+    errors = [math.sqrt(share * (1 - share) / len(sizes[0].sample["score"])) for share in shares]
+    missing = [
+        measured(share, error) + (" !" if size.too_many_missing else "")
+        for size, share, error in zip(sizes, shares, errors)
+    ]
+    rows.append(["share without an estimate", "", *missing])
+    rows.append(["  at most, by the union bound", "", *(f"{min(size.bound, 1):.3g}" for size in sizes)])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
+        for row in rows
+    ]
+    lines.insert(1, "-" * len(lines[0]))
+    lines += [
+        "",
+        "±: Monte-Carlo standard error. Score statistic: theory is exact at every N; all data sets count.",
+        "Other rows: theory is the limit of many pairs, at least 8 rho^2; data sets with an estimate count.",
+        "Squared error / bound: 1 is best possible in that limit. Excess loss: pi_hat's less that of pi*.",
+    ]
+    return "\n".join(lines)
+
+
+def verdict(sizes: list[Size]) -> list[str]:
+    """At most three sentences: the largest N in numbers, what disagrees with theory, what was not judged."""
+    last = sizes[-1]
+    law = {law.key: law for law in last.laws}
+    lines = [f"At N = {last.pairs} fewer than two data sets have an estimate."]
+    if not math.isnan(law["kl"].error):
+        wald, ratio = law["wald/95"], law["likelihood_ratio/95"]
+        lines = [
+            f"At N = {last.pairs}: squared error / Cramer-Rao bound "
+            f"{measured(law['efficiency'].measured, law['efficiency'].error)}; 95 % regions cover "
+            f"{100 * wald.measured:.1f} % (Wald) and {100 * ratio.measured:.1f} % (likelihood ratio; "
+            f"Monte-Carlo error {100 * ratio.error:.1f} %); "
+            f"N KL {measured(law['kl'].measured, law['kl'].error)}, limit {law['kl'].theory:.4g}."
+        ]
+    outside = [f"{law.label} at N = {size.pairs}" for size in sizes for law in size.laws if law.outside]
+    outside += [f"share without an estimate at N = {size.pairs}" for size in sizes if size.too_many_missing]
+    judged = sum(law.judged for size in sizes for law in size.laws) + len(sizes)
+    if outside:
+        lines.append(f"OUTSIDE 4 standard errors plus second-order slack: {'; '.join(outside)}.")
+    else:
+        lines.append(
+            f"All {judged} measurements judged lie within 4 standard errors plus second-order slack."
+        )
+    few = _unripe(sizes, "efficiency"), _unripe(sizes, "kl")
+    if few[1]:
+        others = f"the other limits at N = {few[0]}" if few[0] else "no other limit"
+        lines.append(f"Not judged, for want of pairs or estimates: the KL at N = {few[1]}, {others}.")
+    return lines
+
+
+def _unripe(sizes: list[Size], key: str) -> str:
+    return ", ".join(
+        str(size.pairs) for size in sizes for law in size.laws if law.key == key and not law.judged
+    )
+
+
+def _record(size: Size) -> dict:
+    record = {"pairs": size.pairs, "data_sets": len(size.sample["score"]), "without_estimate": size.missing}
+    record["without_estimate/bound"] = size.bound
+    for law in size.laws:
+        values = {"": law.measured, "/error": law.error, "/theory": law.theory, "/slack": law.slack}
+        record |= {law.key + suffix: value for suffix, value in values.items()} | {
+            law.key + "/judged": law.judged
+        }
+    return record
+
+
+def _write(folder: Path, truth: Truth, sizes: list[Size]) -> None:
+    from ..plots import statistics_figure  # matplotlib is slow to import: not before it is needed
+
+    eigenvalues = kl_law(truth.optimal, truth.world.ref_logps, truth.population, beta=truth.beta)[1]
+    arrays = {
+        "pairs": np.array([size.pairs for size in sizes]), "beta": np.float64(truth.beta),
+        "rewards": truth.world.rewards[0].numpy(), "ref_logps": truth.world.ref_logps[0].numpy(),
+        "order": truth.population.order.numpy(), "probability": truth.population.weight.numpy(),
+        "kl_eigenvalues": eigenvalues[0].numpy(),
+    }  # fmt: skip
+    for key in sizes[0].sample:
+        arrays[key] = np.stack([size.sample[key].numpy() for size in sizes])  # (sizes, data sets)
+    write_arrays(folder / "result.npz", arrays)
+    write_records(folder / "metrics.jsonl", (_record(size) for size in sizes))
+    statistics_figure(sizes, truth.degrees, folder / "statistics.png")

@@ -1,0 +1,113 @@
+"""Read derivations.md: its sections, their python blocks, and how to run these on a drawn instance."""
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from hypothesis import strategies as st
+from strategies import generators, normal
+
+DOCUMENT = Path(__file__).parent.parent / "derivations.md"
+TEXT = DOCUMENT.read_text(encoding="utf-8")
+OPENING = "D1.2"  # the section whose first block makes the names that every other block is given
+PAPER = [f"Eq. {number}" for number in range(1, 23)]
+PAPER += ["Sec. 4", "Definition 1", "Lemma 1", "Lemma 2", "Theorem 1", "Proposition 1"]
+
+
+class Block(NamedTuple):
+    """One fenced python block: its section's tag, the line its code begins on, the code."""
+
+    tag: str
+    line: int
+    source: str
+
+
+def blocks_of(text: str) -> list[Block]:
+    """The python blocks of a document, in order, each with the tag of the heading it stands under."""
+    blocks, tag, start = [], "", None
+    lines = text.split("\n")
+    for number, line in enumerate(lines, start=1):
+        if heading := re.match(r"### (D\d+\.\d+) ", line):
+            tag = heading[1]
+        if start is None and line == "```python":
+            start = number + 1
+        elif start is not None and line == "```":
+            blocks.append(Block(tag, start, "\n".join(lines[start - 1 : number - 1])))
+            start = None
+    assert start is None, f"the block of line {start} is never closed"
+    return blocks
+
+
+def sections_of(blocks: list[Block]) -> dict[str, list[Block]]:
+    """Tag -> its blocks, which share their names and start anew in the next section."""
+    sections: dict[str, list[Block]] = {}
+    for block in blocks:
+        sections.setdefault(block.tag, []).append(block)
+    return sections
+
+
+class BlockFailure(AssertionError):
+    """A comparison of the document did not hold; the message names the tag and the line."""
+
+
+def run_block(block: Block, names: dict) -> None:
+    """Execute one block in `names`. A comparison that fails becomes a BlockFailure, any other exception is
+    raised as it is with the document's line in its traceback."""
+    code = compile("\n" * (block.line - 1) + block.source, "derivations.md", "exec")
+    try:
+        exec(code, names)
+    except AssertionError as error:
+        trace, line = error.__traceback__, block.line
+        while trace is not None:
+            if trace.tb_frame.f_code is code:
+                line = trace.tb_lineno
+            trace = trace.tb_next
+        statement = block.source.split("\n")[line - block.line].strip()
+        message = f"[{block.tag}] derivations.md:{line}: {statement}\n{error}"
+        raise BlockFailure(message) from error
+
+
+def run_section(section: list[Block], opening: dict, instance: dict) -> None:
+    """Run a section's blocks in order on one instance. The document's opening block has made `opening`."""
+    names = {**opening, **instance}
+    for block in section:
+        run_block(block, names)
+
+
+SECTIONS = sections_of(blocks_of(TEXT))
+
+
+@cache
+def opening_names() -> dict:
+    """The names that the document's opening block makes. Copied before use, never changed."""
+    names: dict = {}
+    run_block(SECTIONS[OPENING][0], names)
+    return names
+
+
+@st.composite
+def instances(draw) -> dict:
+    """What the opening block makes, drawn: 1 to 3 prompts, 2 to 8 completions, beta in [0.05, 20].
+
+    Extremes are drawn on purpose: uniform and nearly deterministic references, constant and tied rewards,
+    a policy that is the reference. Rewards stay below some 13, so that e^(r / beta) does not overflow.
+    """
+    generator = draw(generators)
+    X, K = draw(st.integers(1, 3)), draw(st.integers(2, 8))
+    beta = draw(st.one_of(st.floats(0.05, 5.0), st.sampled_from([0.05, 1.0, 20.0])))
+    reference_scale = draw(st.sampled_from([1.0, 3.0, 0.0, 6.0]))
+    reward_scale = draw(st.sampled_from([1.0, 3.0, 0.1, 0.0]))
+    ref_logps = normal(X, K, generator=generator, scale=reference_scale).log_softmax(-1)
+    rewards = normal(X, K, generator=generator, scale=reward_scale)
+    logps = normal(X, K, generator=generator).log_softmax(-1)
+    if draw(st.integers(0, 9)) == 9:
+        rewards = rewards.round()
+    if draw(st.integers(0, 9)) == 9:
+        logps = ref_logps.clone()
+    w, l = torch.randperm(K, generator=generator)[:2].tolist()
+    return {
+        "X": X, "K": K, "ref_logps": ref_logps, "rewards": rewards, "logps": logps, "beta": beta,
+        "w": w, "l": l, "exists": ref_logps > -torch.inf, "generator": generator,
+    }  # fmt: skip

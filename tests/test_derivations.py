@@ -1,0 +1,172 @@
+"""derivations.md: every step is executed on random instances, and every result can be traced."""
+
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+from document import PAPER, SECTIONS, TEXT, blocks_of, instances, opening_names, run_block, run_section
+from hypothesis import given, settings
+
+import dpo_minimal
+
+TESTS = Path(__file__).parent
+ROOMS = ("closed_form", "preferences", "losses", "bandit", "certificates", "finite_data", "model", "policy")
+BLOCKS = blocks_of(TEXT)
+HEADINGS = dict(re.findall(r"^### (D\d+\.\d+) (.*)$", TEXT, re.MULTILINE))
+PROSE = re.sub(r"^```.*?^```$", "", TEXT, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("tag", SECTIONS)
+def test_every_step_holds_on_random_instances(tag):
+    """All blocks of a section, in order, on at least 25 drawn instances."""
+    opening, ran = opening_names(), 0
+
+    @settings(max_examples=30)
+    @given(instances())
+    def run(instance):
+        nonlocal ran
+        run_section(SECTIONS[tag], opening, instance)
+        ran += 1
+
+    run()
+    assert ran >= 25
+
+
+def test_a_failing_block_is_reported_by_tag_and_line():
+    """The line is the document's own, and the message shows the statement and both sides."""
+    text = "### D9.9 A mistake\n\nWords.\n\n```python\nx = 2\nsame(x + x, 5)\n```\n"
+    with pytest.raises(AssertionError, match=r"\[D9\.9\] derivations\.md:7: same\(x \+ x, 5\)\nleft 4"):
+        run_block(blocks_of(text)[0], dict(opening_names()))
+
+
+def test_same_tells_right_from_wrong():
+    """The document's only instrument: it takes rounding for equal, and nothing else, NaN least of all."""
+    same = opening_names()["same"]
+    same(1e6 * (1 + 1e-10), 1e6)
+    for wrong in (1 + 3e-9, -1.0, float("nan"), float("inf")):
+        with pytest.raises(AssertionError):
+            same(wrong, 1.0)
+
+
+def test_every_block_compares_something_and_fits_the_page():
+    """A block without a comparison shows nothing; lines beyond 110 columns are cut off on a screen."""
+    for block in BLOCKS:
+        assert re.search(r"\b(same\(|assert )", block.source), f"line {block.line} compares nothing"
+        wide = [line for line in block.source.split("\n") if len(line) > 110]
+        assert not wide, f"line {block.line}: {wide}"
+
+
+def test_every_erratum_has_its_block():
+    """Errata are numbered without gaps, and each is followed by its counterexample before the next."""
+    parts = re.split(r"^\*\*E(\d+)\.\*\* ", TEXT, flags=re.MULTILINE)
+    numbers, bodies = parts[1::2], parts[2::2]
+    assert numbers == [str(n) for n in range(1, len(numbers) + 1)]
+    assert len(numbers) >= 30
+    for number, body in zip(numbers, bodies):
+        assert "```python" in body, f"E{number} has no block"
+
+
+# ------------------------------------------------------------------------------------------ traceability
+
+
+def public_names() -> dict[str, object]:
+    """Every public function and class of the rooms that hold mathematics, in the order of the files."""
+    found = {"train": dpo_minimal.train}
+    for room in ROOMS:
+        module = importlib.import_module(f"dpo_minimal.{room}")
+        for name, member in vars(module).items():
+            own = getattr(member, "__module__", None) == module.__name__ and not name.startswith("_")
+            if own and (inspect.isfunction(member) or inspect.isclass(member)):
+                found[name] = member
+    return found
+
+
+def tags_in(text: str) -> list[str]:
+    """The tags that a text names in brackets, in order."""
+    return [
+        tag for group in re.findall(r"\[(D\d+\.\d+(?:, D\d+\.\d+)*)\]", text) for tag in group.split(", ")
+    ]
+
+
+def functions_by_tag() -> dict[str, list[str]]:
+    """Tag -> the public names whose docstrings name it."""
+    table: dict[str, list[str]] = {}
+    for name, member in public_names().items():
+        for tag in dict.fromkeys(tags_in(member.__doc__ or "")):
+            table.setdefault(tag, []).append(name)
+    return table
+
+
+def index_rows() -> list[list[str]]:
+    """The index, a list of cells a row: result, paper, code, tests."""
+    table = TEXT.split("\n## Index\n")[1].split("\n## ")[0]
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.split("\n") if "[D" in line
+    ]
+
+
+def test_every_public_function_names_a_tag():
+    """Whoever reads a docstring is led to the derivation."""
+    names, exported = public_names(), set(dpo_minimal.__all__) - {"InputError", "__version__"}
+    assert exported <= set(names)
+    bare = [name for name, member in names.items() if not tags_in(member.__doc__ or "")]
+    assert [name for name in bare if inspect.isfunction(names[name]) or name in exported] == []
+
+
+def test_every_tag_in_the_code_is_a_section():
+    """In the tests as in the package: no tag leads nowhere."""
+    for folder in (Path(dpo_minimal.__file__).parent, TESTS):
+        for path in folder.rglob("*.py"):
+            assert set(tags_in(path.read_text(encoding="utf-8"))) <= {*HEADINGS, "D9.9"}, path.name
+
+
+def test_every_tag_in_the_text_is_a_link_to_its_section():
+    """[D3.4] in the prose works through a link definition at the end, with the anchor of the heading."""
+    defined = dict(re.findall(r"^\[(D\d+\.\d+)\]: #(.*)$", TEXT, re.MULTILINE))
+    for tag, title in HEADINGS.items():
+        anchor = re.sub(r"[^\w\- ]", "", f"{tag} {title}".lower()).replace(" ", "-")
+        assert defined.pop(tag) == anchor
+    assert defined == {}
+    assert set(re.findall(r"\[(D\d+\.\d+)\]", PROSE)) <= set(HEADINGS)
+    anchors = {
+        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        for heading in re.findall(r"^#{2,3} (.*)$", TEXT, re.MULTILINE)
+    }
+    assert set(re.findall(r"\]\(#([^)]*)\)", PROSE)) <= anchors
+
+
+def test_the_index_lists_every_result_with_its_functions_and_tests():
+    """The table from the paper to tag, function and test agrees with the headings, docstrings and tests."""
+    rows = index_rows()
+    assert [row[0] for row in rows] == [f"[{tag}] {title}" for tag, title in HEADINGS.items()]
+    by_tag = functions_by_tag()
+    for (result, _, code, tests), tag in zip(rows, HEADINGS):
+        assert re.findall(r"`(\w+)`", code) == by_tag.get(tag, []), result
+        for name, path in re.findall(r"\[(\w+)\]\(([\w/.]+)\)", tests):
+            assert f"def {name}(" in (TESTS.parent / path).read_text(encoding="utf-8"), name
+
+
+def test_the_whole_paper_is_in_the_index():
+    """Equations 1 to 22, Section 4's gradient, both lemmas, the theorem, the proposition, the definition;
+    each in a section that executes something."""
+    found = set()
+    for row, tag in zip(index_rows(), HEADINGS):
+        for item in row[1].split(", "):
+            if match := re.fullmatch(r"(?:Eq\. )?(\d+)(?:–(\d+))?", item):
+                items = {f"Eq. {n}" for n in range(int(match[1]), int(match[2] or match[1]) + 1)}
+            else:
+                items = {item}
+            found |= items
+            assert not items & set(PAPER) or tag in SECTIONS
+    assert found >= set(PAPER)
+
+
+def test_the_mathematics_survives_the_page():
+    """Markdown eats some of TeX within single dollars, and an odd dollar swallows a paragraph."""
+    for number, line in enumerate(PROSE.split("\n"), start=1):
+        assert line.count("$") % 2 == 0, f"odd number of dollars: {line}"
+        for formula in line.split("$")[1::2]:
+            assert not re.search(r"\\[{},;!|\\*_]|(?<!\\)\*|<[a-zA-Z]", formula), f"{number}: ${formula}$"
+            assert formula == formula.strip() and formula.count("{") == formula.count("}"), formula
