@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_minimal.__main__ import COMMANDS, _parser
+from dpo_minimal.__main__ import COMMANDS, _parser, main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -63,3 +63,15 @@ def test_readme_links_lead_somewhere():
             headings = re.findall(r"^#+ (.*)$", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE)
             slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
             assert anchor in slugs, f"{path}#{anchor}"
+
+
+@pytest.mark.slow
+def test_readme_statistics_are_those_of_the_default_run(tmp_path, capsys):
+    """The excerpt of the statistics table: each row's theory and last column, digit by digit."""
+    assert main(["statistics", "--output-dir", str(tmp_path / "run")]) == 0
+    printed = capsys.readouterr().out.split("\n")
+    excerpt = README.split("## What finite data determine")[1].split("```")[1].strip("\n").split("\n")
+    for row in excerpt[1:]:
+        label, theory, value = re.split(r"\s{2,}", row)
+        found = [re.split(r"\s{2,}", line) for line in printed if line.startswith(label)]
+        assert [(cells[1], cells[-1]) for cells in found] == [(theory, value)], label
