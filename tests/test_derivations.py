@@ -42,18 +42,22 @@ def test_a_failing_block_is_reported_by_tag_and_line():
 
 
 def test_same_tells_right_from_wrong():
-    """The document's only instrument: it takes rounding for equal, and nothing else, NaN least of all."""
-    same = opening_names()["same"]
+    """The document's instruments: rounding is taken for equal, and nothing else, NaN least of all."""
+    same, shows = opening_names()["same"], opening_names()["shows"]
     same(1e6 * (1 + 1e-10), 1e6)
+    shows([0.8474, -2.0], "0.847", "-2")
     for wrong in (1 + 3e-9, -1.0, float("nan"), float("inf")):
         with pytest.raises(AssertionError):
             same(wrong, 1.0)
+    for value, text in ((0.8476, "0.847"), (0.8464, "0.847"), (-0.847, "0.847"), (float("nan"), "0.847")):
+        with pytest.raises(AssertionError):
+            shows(value, text)
 
 
 def test_every_block_compares_something_and_fits_the_page():
     """A block without a comparison shows nothing; lines beyond 110 columns are cut off on a screen."""
     for block in BLOCKS:
-        assert re.search(r"\b(same\(|assert )", block.source), f"line {block.line} compares nothing"
+        assert re.search(r"\b(same\(|shows\(|assert )", block.source), f"line {block.line} compares nothing"
         wide = [line for line in block.source.split("\n") if len(line) > 110]
         assert not wide, f"line {block.line}: {wide}"
 
