@@ -19,13 +19,10 @@ from dpo_minimal.closed_form import optimal_logps
 from dpo_minimal.experiments.convergence import Settings, finite
 from dpo_minimal.finite_data import (
     add_prior,
-    chi_square_quantile,
-    finite_data_law,
     groups_at_fault,
     ipo_estimate,
     ipo_standard_errors,
     maximum_likelihood,
-    normal_quantile,
     require_estimate,
     standard_errors,
 )
@@ -38,6 +35,7 @@ from dpo_minimal.preferences import (
     sample_rankings,
     win_counts,
 )
+from dpo_minimal.sampling_laws import chi_square_quantile, finite_data_law, normal_quantile
 from dpo_minimal.train import train
 from dpo_minimal.validation import InputError
 

@@ -26,6 +26,7 @@ from dpo_minimal import (
     model,
     policy,
     preferences,
+    sampling_laws,
     validation,
 )
 from dpo_minimal.experiments import convergence
@@ -409,7 +410,7 @@ MUTANTS = [
     ),
     Mutant(
         "law without beta",
-        finite_data.finite_data_law,
+        sampling_laws.finite_data_law,
         ".sqrt() / beta",
         ".sqrt()",
         test_finite_data.test_two_completions_have_textbook_errors,

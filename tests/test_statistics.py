@@ -19,13 +19,14 @@ import torch
 from planting import CAUGHT, plant
 from strategies import normal
 
-from dpo_minimal import finite_data, plots
+from dpo_minimal import plots, sampling_laws
 from dpo_minimal.__main__ import _parser, main
 from dpo_minimal.bandit import dpo_objective
 from dpo_minimal.closed_form import optimal_logps
 from dpo_minimal.experiments import replicates, statistics
 from dpo_minimal.experiments.replicates import Settings, draw, make_truth, measure, simulate
-from dpo_minimal.finite_data import (
+from dpo_minimal.preferences import all_sets, expected_pairs, sample_pairs, win_counts
+from dpo_minimal.sampling_laws import (
     chi_square_quantile,
     cramer_rao,
     kl_law,
@@ -33,7 +34,6 @@ from dpo_minimal.finite_data import (
     score_gradients,
     score_moments,
 )
-from dpo_minimal.preferences import all_sets, expected_pairs, sample_pairs, win_counts
 
 Z = 4.8916  # two-sided normal quantile at a false-alarm rate of 1e-6; checked in test_finite_data.py
 # Chi-square quantiles of three degrees of freedom, from printed tables
@@ -741,7 +741,7 @@ SLOW = test_each_statistic_by_a_slow_second_implementation
 SCORE = test_the_score_statistics_moments_over_all_data_sets
 HAND = test_the_cramer_rao_bound_by_hand
 KL = test_the_kl_law_is_the_curvature_of_the_kl
-law, run_ = finite_data, replicates
+law, run_ = sampling_laws, replicates
 MUTANTS = [
     Mutant("2 forgotten", law.kl_law, ".sum(-1) / 2", ".sum(-1)", KL, (3, 0.5)),
     Mutant("beta not squared", law.kl_law, "/ beta**2", "/ beta", KL, (3, 0.5)),

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ..bandit import Bandit, random_bandit
 from ..closed_form import kl_divergence, optimal_logps
-from ..finite_data import finite_data_law, maximum_likelihood
+from ..finite_data import maximum_likelihood
 from ..preferences import Rankings, all_sets, sample_pairs
 from ..runs import new_run_folder, refuse_used_folder, versions, write_arrays, write_json, write_records
+from ..sampling_laws import finite_data_law
 from ..tables import load_table
 from ..validation import InputError, check_count, check_device, check_positive
 from . import ranking

@@ -11,13 +11,7 @@ from torch import Tensor
 
 from ..bandit import Bandit, TabularPolicy, dpo_objective, ipo_objective, safe_learning_rate
 from ..closed_form import optimal_logps
-from ..finite_data import (
-    add_prior,
-    ipo_estimate,
-    ipo_standard_errors,
-    maximum_likelihood,
-    standard_errors,
-)
+from ..finite_data import add_prior, ipo_estimate, ipo_standard_errors, maximum_likelihood, standard_errors
 from ..preferences import win_counts
 from ..runs import new_run_folder, refuse_used_folder, versions, write_atomically, write_json, write_records
 from ..tables import load_comparisons

@@ -17,16 +17,16 @@ from torch import Tensor
 from ..bandit import Bandit, random_bandit
 from ..certificates import connected, curvature, largest_resistance
 from ..closed_form import kl_divergence, optimal_logps
-from ..finite_data import (
+from ..finite_data import maximum_likelihood
+from ..preferences import Rankings, all_sets, expected_pairs, win_counts
+from ..sampling_laws import (
     chi_square_quantile,
     cramer_rao,
     kl_law,
-    maximum_likelihood,
     no_estimate_bound,
     score_gradients,
     score_moments,
 )
-from ..preferences import Rankings, all_sets, expected_pairs, win_counts
 
 LEVELS = (90, 95, 99)  # per cent
 KEYS = ("kl", "reverse_kl", "excess_risk", "squared_error", "wald", "likelihood_ratio")  # of an estimate

@@ -26,8 +26,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..finite_data import kl_law
 from ..runs import new_run_folder, versions, write_arrays, write_json, write_records
+from ..sampling_laws import kl_law
 from ..validation import InputError, check_count, check_positive
 from .replicates import Settings, Size, Truth, make_truth, simulate
 
