@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 import torch
@@ -40,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 2 after bad input (one sentence on stderr), 130 after
-    Ctrl-C."""
+    Ctrl-C, 141 where nobody reads the output any more."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     own = ("-h", "--help", "--version", *COMMANDS)
     if not arguments or (arguments[0] not in own and arguments[0].startswith("-")):
@@ -50,6 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)  # tables and models this small are faster on one core, and the same everywhere
     try:
         command.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as after `| head -1`; what is still buffered must go somewhere at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (InputError, OSError) as error:
         print(f"dpo-minimal: error: {error}", file=sys.stderr)
         return 2

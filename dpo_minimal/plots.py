@@ -218,15 +218,25 @@ def _pairs_axis(axis, sizes: list[Size]) -> None:
     axis.minorticks_off()
 
 
+def _estimated(axis, sizes: list[Size]) -> list[Size]:
+    """The sizes at which at least 90 % of the data sets have an estimate; says so where there are none."""
+    shown = [size for size in sizes if not size.few_estimates]
+    if not shown:
+        middle = {"ha": "center", "va": "center", "transform": axis.transAxes}
+        axis.text(0.5, 0.35, "fewer than 90 % have an estimate", **middle)
+    return shown
+
+
 def _kl_panel(axis, sizes: list[Size]) -> None:
     axis.set_title("KL divergence × N, and its limit")
+    shown = _estimated(axis, sizes)
     theory = r"theory, $\mathrm{tr}(\Sigma\, I^+) / 2\beta^2$"
     axis.axhline(_laws(sizes, "kl")[0].theory, color="black", linewidth=1.5, label=theory)
     for key, shift, outcome, line, label in (
         ("kl", 0.96, "tabular", "o-", r"KL$(\hat\pi \| \pi^*)$"),
         ("reverse_kl", 1.04, "finite", "s--", r"KL$(\pi^* \| \hat\pi)$"),
     ):
-        _measured(axis, sizes, key, shift=shift, color=COLOURS[outcome], fmt=line, label=label)
+        _measured(axis, shown, key, shift=shift, color=COLOURS[outcome], fmt=line, label=label)
     _pairs_axis(axis, sizes)
     axis.set(ylabel="N × mean KL, nats")
     axis.margins(y=0.15)
@@ -235,10 +245,11 @@ def _kl_panel(axis, sizes: list[Size]) -> None:
 
 def _coverage_panel(axis, sizes: list[Size]) -> None:
     axis.set_title("Coverage of confidence regions")
-    edges = [sizes[0].pairs / 1.5, *(size.pairs for size in sizes), sizes[-1].pairs * 1.5]
+    shown = [size for size in sizes if not math.isnan(_laws([size], "wald/95")[0].error)]
+    edges = [sizes[0].pairs / 1.5, *(size.pairs for size in shown), sizes[-1].pairs * 1.5]
     for level in (90, 95, 99):
-        theory, laws = level / 100, _laws(sizes, f"wald/{level}")
-        chance = [2 * law.error for law in (laws[0], *laws, laws[-1])]
+        theory, laws = level / 100, _laws(shown, f"wald/{level}")
+        chance = [2 * law.error for law in (*laws[:1], *laws, *laws[-1:])] or [0.0, 0.0]
         first = level == 90  # one legend for all levels
         axis.fill_between(
             edges, [theory - e for e in chance], [theory + e for e in chance], color="0.82", zorder=0,
@@ -254,8 +265,8 @@ def _coverage_panel(axis, sizes: list[Size]) -> None:
     _pairs_axis(axis, sizes)
     axis.set_yticks([0.90, 0.95, 0.99], ["90 %", "95 %", "99 %"])
     axis.set(ylabel="coverage of the true rewards")
-    # the gap between the two lower levels, on the right where the curves have come together
-    axis.legend(loc="center right", bbox_to_anchor=(1, 0.925), bbox_transform=axis.get_yaxis_transform())
+    # below the axis, where there are no data
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, columnspacing=1, handlelength=1.2)
 
 
 def _score_panel(axis, sizes: list[Size], degrees: int) -> None:
@@ -283,7 +294,7 @@ def _efficiency_panel(axis, sizes: list[Size]) -> None:
     axis.set_title("Squared error, and the best possible")
     axis.axhline(1, color="black", linewidth=1.5, label="theory, the Cramér–Rao bound")
     label = r"mean of $|\hat r - r|^2$"
-    _measured(axis, sizes, "efficiency", color=COLOURS["gpt"], fmt="o-", label=label)
+    _measured(axis, _estimated(axis, sizes), "efficiency", color=COLOURS["gpt"], fmt="o-", label=label)
     _pairs_axis(axis, sizes)
     axis.set(ylabel="squared error / bound")
     axis.margins(y=0.15)

@@ -18,15 +18,22 @@ from .version import __version__
 
 
 def refuse_used_folder(output_dir: str | None) -> None:
-    """Raise InputError where `new_run_folder` would, without making anything: to be called before work."""
-    if output_dir is None:
-        return
-    folder = Path(output_dir)
-    blocking = next((path for path in (folder, *folder.parents) if path.exists()), None)
-    if blocking is not None and not blocking.is_dir():
-        raise InputError(f"--output-dir {folder}: {blocking} is a file; name a folder.")
-    if folder.exists() and any(folder.iterdir()):
-        raise InputError(f"--output-dir {folder}: holds another run; name a new folder or empty this one.")
+    """Raise InputError where `new_run_folder` would, leaving nothing behind: to be called before work."""
+    if output_dir == "":
+        raise InputError("--output-dir is empty; name a folder.")
+    folder = Path("runs" if output_dir is None else output_dir)
+    try:
+        blocking = next((path for path in (folder, *folder.parents) if path.exists()), None)
+        if blocking is not None and not blocking.is_dir():
+            raise InputError(f"--output-dir {folder}: {blocking} is a file; name a folder.")
+        if output_dir is not None and folder.exists() and any(folder.iterdir()):
+            raise InputError(
+                f"--output-dir {folder}: holds another run; name a new folder or empty this one."
+            )
+        with tempfile.TemporaryDirectory(dir=blocking):  # permission bits do not tell all
+            pass
+    except OSError as error:
+        raise _unwritable(folder, error) from None
 
 
 def new_run_folder(output_dir: str | None, command: str) -> Path:
@@ -36,21 +43,31 @@ def new_run_folder(output_dir: str | None, command: str) -> Path:
         output_dir: the folder asked for, which must not exist or be empty; None takes the next free
             `runs/COMMAND-NNN`.
     Raises:
-        InputError: the folder holds something already, or is a file.
+        InputError: the folder holds something already, is a file, or cannot be written.
     """
-    if output_dir is None:
-        number = 1
-        while True:
-            folder = Path("runs") / f"{command}-{number:03d}"
-            try:
-                folder.mkdir(parents=True)
-                return folder
-            except FileExistsError:
-                number += 1
     refuse_used_folder(output_dir)
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    folder = Path("runs" if output_dir is None else output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder if output_dir is not None else _next_free(folder, command)
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+
+
+def _next_free(parent: Path, command: str) -> Path:
+    number = 1
+    while True:
+        folder = parent / f"{command}-{number:03d}"
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            number += 1
+
+
+def _unwritable(folder: Path, error: OSError) -> InputError:
+    reason = error.strerror or str(error)
+    return InputError(f"--output-dir {folder}: cannot be written ({reason}); name another folder.")
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:

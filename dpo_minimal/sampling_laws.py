@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .certificates import connected, curvature, largest_resistance
+from .certificates import Curvature, connected, curvature, largest_resistance
 from .preferences import Rankings, win_counts
 from .validation import InputError, check_count, check_positive
 
@@ -59,14 +59,7 @@ def finite_data_law(
     """
     check_positive("beta", beta)
     state = curvature(beta * (optimal - ref_logps), rankings)
-    wins = win_counts(rankings, *optimal.shape)
-    apart = ~connected(wins + wins.mT) & state.compared.unsqueeze(-1) & state.compared.unsqueeze(-2)
-    if apart.any():
-        x, first, second = apart.nonzero()[0].tolist()
-        raise InputError(
-            f"prompt {x}: no chain of comparisons leads from completion {first} to {second}, so the data do "
-            "not tell their rewards apart; add comparisons between them."
-        )
+    _check_connected(state, rankings)
     g = state.gradient.unsqueeze(-1)
     score = (state.total * (g.mT @ state.inverse @ g).flatten()).sum().item()
     degrees = int(state.compared.sum() - (state.total > 0).sum())
@@ -94,12 +87,14 @@ def kl_law(optimal: Tensor, ref_logps: Tensor, population: Rankings, *, beta: fl
 
     Args: optimal, ref_logps, beta as `finite_data_law`; population with exact probabilities as weights.
     Returns: (X,) the mean tr(Sigma I^+) / (2 beta^2) in nats, and the eigenvalues (X, Y).
+    Raises: InputError: beta <= 0; a prompt's comparisons fall apart.
     """
     check_positive("beta", beta)
-    inverse = curvature(beta * (optimal - ref_logps), population).inverse
+    state = curvature(beta * (optimal - ref_logps), population)
+    _check_connected(state, population)
     probability, root = optimal.exp(), (optimal / 2).exp()
     factor = torch.diag_embed(root) - probability.unsqueeze(-1) * root.unsqueeze(-2)  # factor factor' = Sigma
-    eigenvalues = torch.linalg.eigvalsh(factor.mT @ inverse @ factor).clamp(min=0) / beta**2
+    eigenvalues = torch.linalg.eigvalsh(factor.mT @ state.inverse @ factor).clamp(min=0) / beta**2
     return eigenvalues.sum(-1) / 2, eigenvalues
 
 
@@ -118,9 +113,13 @@ def score_moments(scores: Tensor, population: Rankings, num_rankings: int) -> tu
     statistic of a single ranking; at every N, whether or not the data have an estimate.
 
     Args: scores (1, Y) the true rewards; population with exact probabilities as weights, of connected pairs.
+    Raises: InputError: several prompts; comparisons that fall apart; num_rankings < 1.
     """
     check_count("num_rankings", num_rankings)
+    if len(scores) != 1:
+        raise InputError(f"scores must be of one prompt, got {len(scores)}; give one row at a time.")
     state, gradient = curvature(scores, population), score_gradients(scores, population)
+    _check_connected(state, population)
     single = (gradient @ state.inverse[0] * gradient).sum(-1)
     degrees = int(state.compared.sum()) - 1
     square = (population.normalised().weight @ single**2).item()
@@ -130,9 +129,26 @@ def score_moments(scores: Tensor, population: Rankings, num_rankings: int) -> tu
 def cramer_rao(scores: Tensor, population: Rankings, num_rankings: int) -> Tensor:
     """(X,) tr(I^+) / N, the Cramer-Rao bound: no unbiased estimate of the mean-zero rewards has a smaller
     expected squared error, summed over the completions, in nats^2. Maximum likelihood attains it for
-    many rankings; with few it is biased and may fall on either side [D11.3]."""
+    many rankings; with few it is biased and may fall on either side [D11.3].
+
+    Raises: InputError: a prompt's comparisons fall apart; num_rankings < 1.
+    """
     check_count("num_rankings", num_rankings)
-    return curvature(scores, population).inverse.diagonal(dim1=-2, dim2=-1).sum(-1) / num_rankings
+    state = curvature(scores, population)
+    _check_connected(state, population)
+    return state.inverse.diagonal(dim1=-2, dim2=-1).sum(-1) / num_rankings
+
+
+def _check_connected(state: Curvature, rankings: Rankings) -> None:
+    """Require that chains of comparisons join all completions of a prompt that were compared."""
+    wins = win_counts(rankings, *state.compared.shape)
+    apart = ~connected(wins + wins.mT) & state.compared.unsqueeze(-1) & state.compared.unsqueeze(-2)
+    if apart.any():
+        x, first, second = apart.nonzero()[0].tolist()
+        raise InputError(
+            f"prompt {x}: no chain of comparisons leads from completion {first} to {second}, so the data do "
+            "not tell their rewards apart; add comparisons between them."
+        )
 
 
 def no_estimate_bound(chances: Tensor, num_pairs: int) -> float:
@@ -142,25 +158,38 @@ def no_estimate_bound(chances: Tensor, num_pairs: int) -> float:
     (1 - P(one outside S beats one in S))^N. It is exact for two completions; it may exceed one.
 
     Args: chances (Y, Y), entry [i, j] the probability that a comparison is i beating j, all summing to one.
+    Raises: InputError: chances no square table of 2 to 20 completions, negative, or not summing to one;
+        num_pairs < 1.
     """
     check_count("num_pairs", num_pairs)
+    if chances.dim() != 2 or chances.shape[0] != chances.shape[1]:
+        raise InputError(f"chances must be a square table (Y, Y), got shape {tuple(chances.shape)}.")
     Y = len(chances)
+    if not 2 <= Y <= 20:
+        raise InputError(f"chances must be of 2 to 20 completions, all groups are listed; got {Y}.")
+    if not (chances >= 0).all() or not abs(chances.sum().item() - 1) <= 1e-6:  # NaN fails as well
+        raise InputError("chances must be probabilities that sum to one over the table; divide by their sum.")
     inside = torch.cartesian_prod(*[chances.new_tensor([0, 1])] * Y)[1:-1]  # (2^Y - 2, Y): all groups
     lost = ((1 - inside) @ chances * inside).sum(-1)
     return (num_pairs * torch.log1p(-lost.clamp(max=1))).exp().sum().item()
 
 
 def normal_quantile(probability: float) -> float:
-    """The standard normal quantile [D11.4]."""
+    """The standard normal quantile [D11.4].
+
+    Raises: InputError: probability outside (0, 1).
+    """
+    _check_open(probability)
     return torch.special.ndtri(torch.tensor(probability, dtype=torch.float64)).item()
 
 
 def chi_square_quantile(probability: float, degrees: int) -> float:
-    """The chi-square quantile, by bisection of the regularised incomplete gamma function
-    [D11.4]."""
+    """The chi-square quantile, by bisection of the regularised incomplete gamma function [D11.4].
+
+    Raises: InputError: probability outside (0, 1); degrees < 1.
+    """
     check_count("degrees", degrees)
-    if not 0 < probability < 1:
-        raise InputError(f"probability must lie in (0, 1), got {probability}.")
+    _check_open(probability)
     half = torch.tensor(degrees / 2, dtype=torch.float64)
     low, high = 0.0, degrees + 1e3 + 10 * math.sqrt(degrees)
     for _ in range(200):
@@ -168,3 +197,8 @@ def chi_square_quantile(probability: float, degrees: int) -> float:
         upper_tail = torch.special.gammaincc(half, torch.tensor(middle / 2, dtype=torch.float64)).item()
         low, high = (middle, high) if upper_tail > 1 - probability else (low, middle)
     return (low + high) / 2
+
+
+def _check_open(probability: float) -> None:
+    if not 0 < probability < 1:
+        raise InputError(f"probability must lie in (0, 1), got {probability}.")

@@ -359,20 +359,20 @@ def test_few_pairs_the_exact_laws_and_who_has_no_estimate(simulation):
     error = Z * math.sqrt(upper * (1 - upper) / R)  # binomial, false alarm 1e-6
     assert lower - error <= size.missing / R <= upper + error
     assert 0.05 < lower < upper < 0.5
-    # nothing that is only a limit is judged here
-    assert {law.key for law in size.laws if law.judged} == {"score/mean", "score/variance"}
+    # nothing that is only a limit, or has heavy tails, is judged here
+    assert {law.key for law in size.laws if law.judged} == {"score/mean"}
 
 
 def test_in_two_completions_coverage_may_jump():
     """With two completions the wins are a single count, so coverage misses its level by up to the chance of
-    one count at each end; the slack must cover that, exactly summed, at every N from 8 rho^2 on."""
+    one count at each end; the slack must cover that, exactly summed, where it is judged, beyond 100 rho^2."""
     for seed in range(4):
         settings = Settings(2, 1.0, (), 1000, seed)
         truth = make_truth(settings)
         gap = (truth.world.rewards[0, 0] - truth.world.rewards[0, 1]).item()
         p, (winner, _) = 1 / (1 + math.exp(-gap)), truth.population.order[0].tolist()
         assert winner == 0
-        for multiple in (8, 13, 40, 200):
+        for multiple in (8, 101, 130, 400):
             N = math.ceil(multiple * truth.resistance)
             wins = np.arange(1, N)
             counts = torch.from_numpy(np.stack([wins, N - wins], 1))
@@ -384,7 +384,8 @@ def test_in_two_completions_coverage_may_jump():
                 if key in ("wald", "likelihood_ratio"):
                     limit = chi_square_quantile(int(level) / 100, 1)
                     covered = pmf[sample[key].numpy() <= limit].sum() / pmf.sum()
-                    assert law.judged and abs(covered - int(level) / 100) <= law.slack, (seed, N, law.key)
+                    assert law.judged == (multiple > 100)
+                    assert multiple == 8 or abs(covered - int(level) / 100) <= law.slack, (seed, N, law.key)
                     assert law.slack <= 0.2 * math.sqrt(1 / multiple)
 
 
@@ -449,12 +450,13 @@ def recomputed(arrays, column):
     def mean(values, theory):
         return values.mean(), values.std(ddof=1) / math.sqrt(len(values)), theory
 
+    spread = mean((sample["score"] - d) ** 2 / variance, 1)
     found = {
         "kl": mean(sample["kl"], kl),
         "reverse_kl": mean(sample["reverse_kl"], kl),
         "efficiency": mean(sample["squared_error"] / np.trace(inverse), 1),
-        "score/mean": mean(sample["score"], d),
-        "score/variance": mean((sample["score"] - d) ** 2 / variance, 1),
+        "score/mean": (sample["score"].mean(), math.sqrt(variance / len(sample["score"])), d),
+        "score/variance": (spread[0], max(spread[1], math.sqrt((2 + 12 / d) / len(sample["score"]))), 1),
         "excess_risk": mean(sample["excess_risk"], d / 2),
         "excess_fit": mean(-sample["likelihood_ratio"] / 2, -d / 2),
     }
@@ -492,7 +494,9 @@ def test_the_table_can_be_recomputed_with_numpy_alone(run):
             assert stored == pytest.approx(numbers, rel=1e-9, abs=1e-12), key
         for key, label in LABELS.items():
             theory, *cells = re.split(r"\s{2,}", lines[label].replace("!", " ").strip())
-            value, error = map(float, cells[column].split(" ± "))
+            bracketed = record["without_estimate"] > 0.1 * record["data_sets"] and not key.startswith("score")
+            assert cells[column].startswith("(") == bracketed  # a mean over too few of the data sets
+            value, error = map(float, cells[column].strip("()").split(" ± "))
             measured, deviation, predicted = found[key]
             assert float(theory) == pytest.approx(predicted, rel=5.1e-4), key  # four digits are printed
             # two digits of the error, and as many decimals of the value
@@ -520,8 +524,9 @@ def test_data_sets_without_an_estimate_are_reported(run):
     assert "N = 2500: drawn and estimated, 0 have no estimate" in text
     (share,) = (line for line in text.splitlines() if line.startswith("share without"))
     (bound,) = (line for line in text.splitlines() if line.startswith("  at most, by the union bound"))
-    share, error, none = map(float, re.findall(r"\d[\d.e-]*", share))
-    assert share == pytest.approx(missing[0] / 2000, abs=0.051 * error) and none == 0
+    share, error, below = map(float, re.findall(r"\d[\d.e-]*", share))
+    assert share == pytest.approx(missing[0] / 2000, abs=0.051 * error)
+    assert below == 0.0015  # none of 2000: below 3 / 2000 with 95 % confidence
     assert error == pytest.approx(math.sqrt(share * (1 - share) / 2000), rel=0.06)  # two digits
     arrays = arrays_of(folder)
     chance = {tuple(pair): w for pair, w in zip(arrays["order"].tolist(), arrays["probability"])}
@@ -604,9 +609,14 @@ def test_the_verdict_says_what_lies_outside(simulation):
     for key in ("efficiency", "kl"):
         assert statistics.measured(law[key].measured, law[key].error) in lines[0]
     assert f"{100 * law['wald/95'].measured:.1f} % (Wald)" in lines[0]
-    judged = 2 + len(many.laws) + 2  # the score's moments; everything; the share without an estimate, twice
+    assert f"{100 * law['likelihood_ratio/95'].measured:.1f} % (likelihood ratio" in lines[0]
+    judged = 1 + len(many.laws) + 2  # the score's mean; everything; the share without an estimate, twice
     assert lines[1].startswith(f"All {judged} measurements judged lie within")
-    assert "the KL at N = 20, the other limits at N = 20" in lines[2]
+    # the slack is said: the largest, relative to the prediction, of what is judged at the largest N
+    relative = max(item.slack / abs(item.theory) for item in many.laws)
+    assert f"(at most {100 * relative:.2g} % at N = {many.pairs})" in lines[1]
+    for left_out in ("the KL", "the other limits", "the score's variance"):
+        assert f"{left_out} at N = 20" in lines[2]
     assert len(statistics.verdict([many])) == 2
 
     def moved(by):  # the efficiency, by so many standard errors beyond its slack
@@ -616,15 +626,15 @@ def test_the_verdict_says_what_lies_outside(simulation):
 
     assert "All" in statistics.verdict([moved(3.9)])[1]
     assert statistics.verdict([few, moved(4.1)])[1] == (
-        "OUTSIDE 4 standard errors plus second-order slack: squared error / Cramer-Rao bound at "
-        f"N = {many.pairs}."
+        f"OUTSIDE 4 standard errors plus second-order slack (at most {100 * relative:.2g} % at "
+        f"N = {many.pairs}): squared error / Cramer-Rao bound at N = {many.pairs}."
     )
     assert " !" in statistics.results_table(truth, [moved(4.1)])
     assert " !" not in statistics.results_table(truth, [few, many])
     broken = many._replace(missing=3)  # of 20000, where the bound allows next to none
     assert f"share without an estimate at N = {many.pairs}" in statistics.verdict([few, broken])[1]
     nothing = simulate(truth, 2, Settings(4, 0.7, (), 1000, seed=2))
-    assert statistics.verdict([nothing])[0] == "At N = 2 fewer than two data sets have an estimate."
+    assert statistics.verdict([nothing])[0] == "At N = 2 fewer than 90 % of the data sets have an estimate."
     assert nothing.missing == 1000 and not nothing.too_many_missing  # the bound exceeds one
 
 
@@ -735,6 +745,101 @@ def limits():
 def few_pairs():
     """Likewise."""
     test_few_pairs_the_exact_laws_and_who_has_no_estimate(simulated(many=False))
+
+
+def test_correct_code_is_not_called_outside():
+    """Two worlds whose few pairs once gave a score variance 13 and 23 of its own sample's errors away; and a
+    sample without spread, whose error is rounding."""
+    for completions, seed, pairs, replicates_ in ((2, 596, 2, 2000), (16, 836, 1, 1000), (2, 0, 2, 1000)):
+        settings = Settings(completions, 0.5, (pairs,), replicates_, seed)
+        size = simulate(make_truth(settings), pairs, settings)
+        assert not any(law.outside for law in size.laws)
+        assert not any(law.judged for law in size.laws if law.error == 0)
+
+
+@pytest.mark.parametrize("pairs, limits_judged", [(15.9, False), (16.1, True)])
+def test_limits_are_judged_from_sixteen_resistances_on(pairs, limits_judged):
+    """And with the slack that the docstring states, a region's never more than half of what it leaves out."""
+    settings = Settings(4, 5.0, (1,), 1000, 3)
+    truth = make_truth(settings)
+    size = simulate(truth, math.ceil(pairs * truth.resistance), settings)
+    relative, law = truth.resistance / size.pairs, {law.key: law for law in size.laws}
+    assert all(law[key].judged == limits_judged for key in ("efficiency", "kl", "wald/95", "excess_risk"))
+    assert law["score/variance"].judged and law["score/mean"].judged  # from 8 rho^2 on; always
+    # each an exact formula, evaluated twice
+    assert law["efficiency"].slack == pytest.approx(2 * relative)
+    assert law["kl"].slack == pytest.approx((1 + 1 / 25) * relative * law["kl"].theory)
+    assert law["excess_risk"].slack == pytest.approx(2 * relative * 1.5)
+    assert law["excess_fit"].slack == pytest.approx(0.2 * relative * 1.5)
+    assert law["wald/90"].slack == pytest.approx(0.2 * relative)
+    assert law["wald/99"].slack == pytest.approx(0.005)
+
+
+def test_each_number_of_pairs_has_its_own_stream(monkeypatch):
+    """The generators of two sizes draw different numbers; the same size always the same ones."""
+    drawn = []
+    draw = replicates.draw
+
+    def noting(truth, num_pairs, count, generator):
+        drawn.append(generator.random(4).tolist())
+        return draw(truth, num_pairs, count, generator)
+
+    monkeypatch.setattr(replicates, "draw", noting)
+    settings = Settings(3, 1.0, (50, 60), 1000, 0)
+    for pairs in (50, 60, 50):
+        simulate(make_truth(settings), pairs, settings)
+    assert drawn[0] == drawn[2] != drawn[1]
+
+
+def test_an_interrupted_run_leaves_nothing_behind(elsewhere, monkeypatch):
+    """Ctrl-C in the simulation: exit code 130, no folder, so that the same command runs again."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(statistics, "simulate", interrupt)
+    assert main(["statistics", "--quick", "--output-dir", "run"]) == 130
+    assert list(elsewhere.iterdir()) == []
+
+
+@pytest.mark.parametrize("folder", ["", "/proc/run", "x" * 300])
+def test_a_folder_that_cannot_be_written_is_named_before_any_work(elsewhere, capsys, folder):
+    """One sentence that names the option; nothing was computed or made."""
+    assert main(["statistics", "--quick", "--output-dir", folder]) == 2
+    message = capsys.readouterr()
+    assert message.out == "" and message.err.count("\n") == 1
+    assert message.err.startswith("dpo-minimal: error: --output-dir")
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_the_figure_shows_the_laws(simulation, monkeypatch, tmp_path):
+    """Heights, error bars of two standard errors, the theory's lines and the chi-square density."""
+    truth, _, many = simulation
+    kept = {}
+    monkeypatch.setattr(plots, "_save", lambda figure, path: kept.update(figure=figure))
+    plots.statistics_figure([many], truth.degrees, tmp_path / "x.png")
+    kl, coverage, score, efficiency = kept["figure"].axes
+    law = {law.key: law for law in many.laws}
+    for axis, keys in ((kl, ("kl", "reverse_kl")), (efficiency, ("efficiency",))):
+        bars = [container for container in axis.containers if hasattr(container, "has_yerr")]
+        assert [bar.lines[0].get_ydata()[0] for bar in bars] == [law[key].measured for key in keys]
+        for bar, key in zip(bars, keys):
+            low, high = bar.lines[2][0].get_segments()[0][:, 1]
+            assert (high - low) / 4 == pytest.approx(law[key].error)  # half of it on either side
+        theory = [line.get_ydata()[0] for line in axis.lines if line.get_linestyle() == "-"]
+        assert law[keys[0]].theory in theory
+    heights = sorted(bar.lines[0].get_ydata()[0] for bar in coverage.containers)
+    expected = [
+        law[f"{key}/{level}"].measured for key in ("wald", "likelihood_ratio") for level in (90, 95, 99)
+    ]
+    assert heights == sorted(expected)
+    assert {text.get_text() for text in coverage.get_legend().get_texts()} == {
+        "theory, and chance", "Wald region", "likelihood-ratio region",
+    }  # fmt: skip
+    density = next(line for line in score.lines if line.get_color() == "black")
+    q, height = density.get_xdata(), density.get_ydata()
+    # chi-square with 3 degrees of freedom: sqrt(q) e^(-q/2) / sqrt(2 pi)
+    np.testing.assert_allclose(height, np.sqrt(q / (2 * math.pi)) * np.exp(-q / 2), rtol=1e-6, atol=1e-12)
 
 
 SLOW = test_each_statistic_by_a_slow_second_implementation

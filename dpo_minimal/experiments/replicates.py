@@ -77,7 +77,8 @@ class Law(NamedTuple):
 
     @property
     def outside(self) -> bool:
-        """Is it further from the prediction than chance explains? Correct code says so 6 times in 10^5."""
+        """Is it further from the prediction than chance explains? Correct code says so in some one of 10^4
+        simulated checks; 4 errors of a normal law would be 6 in 10^5, but not all these laws are normal."""
         return self.judged and not abs(self.measured - self.theory) <= 4 * self.error + self.slack
 
 
@@ -91,11 +92,23 @@ class Size(NamedTuple):
     bound: float
 
     @property
+    def few_estimates(self) -> bool:
+        """Do fewer than 90 % have an estimate? Then means over those say little about the laws."""
+        return self.missing > 0.1 * len(self.sample["score"])
+
+    @property
+    def bounded(self) -> bool:
+        """Does the union bound say anything?"""
+        return self.bound < 1
+
+    @property
     def too_many_missing(self) -> bool:
         """Do more data sets lack an estimate than the union bound allows, as surprising as 4 errors?"""
+        if not self.bounded or self.missing == 0:
+            return False
         allowed, count = self.bound * len(self.sample["score"]), float(self.missing)
         allowed, count = (torch.tensor(value, dtype=torch.float64) for value in (allowed, count))
-        return self.missing > 0 and torch.special.gammainc(count, allowed).item() < 6e-5  # Poisson's tail
+        return torch.special.gammainc(count, allowed).item() < 6e-5  # Poisson's tail
 
 
 def make_truth(settings: Settings) -> Truth:
@@ -188,48 +201,77 @@ def _measure_estimates(truth: Truth, counts: Tensor) -> dict[str, Tensor]:
 def laws(truth: Truth, num_pairs: int, sample: dict[str, Tensor]) -> list[Law]:
     """Every measurement beside its prediction [D11.3, D11.5].
 
-    The score statistic's moments are exact at every N. The others are limits, granted a second-order slack of
-    2 rho^2 / N of the prediction (squared error, risk), 0.2 rho^2 / N (loss on the own data, of the
-    prediction; coverage) or (1 + 1 / beta^2) rho^2 / N of it (KL), and judged from N = 8 rho^2 on, the KL
-    where its slack is below 1/4. Simulations of many worlds stayed inside; the slacks are not derived.
+    The score statistic's moments are exact at every N; its variance is judged from N = 8 rho^2 on, because
+    squared deviations have heavy tails below. The others are limits, judged where 99 % of the data sets have
+    an estimate and N >= 16 rho^2, and granted a second-order slack: 2 rho^2 / N of the prediction (squared
+    error, risk), 0.2 rho^2 / N of it (loss on the own data), (1 + 1 / beta^2) rho^2 / N of it (KL, judged
+    where that is at most 1/4); for coverage see `coverage_slack`. Simulations of many worlds stayed inside;
+    the slacks are not derived.
     """
-    d, relative = truth.degrees, truth.resistance / num_pairs
+    d, relative, number = truth.degrees, truth.resistance / num_pairs, len(sample["score"])
     rewards, population = truth.world.rewards, truth.population
     kl = kl_law(truth.optimal, truth.world.ref_logps, population, beta=truth.beta)[0].item()
     score_mean, score_variance = score_moments(rewards, population, num_pairs)
     bound = cramer_rao(rewards, population, num_pairs).item() * num_pairs  # squared errors are times N too
     kept = {key: values[~values.isnan()] for key, values in sample.items()}
-    enough = len(kept["kl"]) >= 1000
-    many, close = enough and relative <= 1 / 8, enough and (1 + 1 / truth.beta**2) * relative <= 1 / 4
-    kl_slack = (1 + 1 / truth.beta**2) * relative * kl
-    # With two completions coverage jumps by the chance of one count of wins, which falls like 1 / sqrt(N).
-    jump = relative if d > 1 else math.sqrt(relative)
-
-    def mean(key: str, label: str, values: Tensor, theory: float, slack: float, judged: bool) -> Law:
-        error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
-        return Law(key, label, values.mean().item(), error, theory, slack, judged)
+    many = relative <= 1 / 16 and len(kept["kl"]) >= 0.99 * number
+    kl_slack = (1 + 1 / truth.beta**2) * relative
+    close = many and kl_slack <= 1 / 4
 
     def coverage(key: str, region: str, level: int) -> Law:
-        label, share = f"{level} % {region} region covers", level / 100
+        share = level / 100
         inside = (kept[key] <= chi_square_quantile(share, d)).double()
-        law = mean(f"{key}/{level}", label, inside, share, 0.2 * jump, many)
-        if math.isnan(law.error):
-            return law
-        error = math.sqrt(share * (1 - share) / len(inside))  # of the law: never 0, as the sample's may be
-        return law._replace(error=error)
+        # The error is the law's: the sample's own is 0 where all are inside.
+        error = math.sqrt(share * (1 - share) / len(inside)) if len(inside) > 1 else math.nan
+        slack, fine = coverage_slack(d, relative, share)
+        return _mean(f"{key}/{level}", f"{level} % {region} region covers", inside, share, slack,
+                     many and fine, error)  # fmt: skip
 
-    excess_fit = -kept["likelihood_ratio"] / 2
     spread = (kept["score"] - score_mean) ** 2 / score_variance
+    # The squares' own standard error is far too small where a sample lacks the rare large ones; that of the
+    # limit, chi-square, knows them. The larger of the two, 4 times, was never exceeded in 76000 samples.
+    rough = max(_mean("", "", spread, 1.0, 0.0, False).error, math.sqrt((2 + 12 / d) / number))
     return [
-        mean("kl", "N KL(pi_hat || pi*), nats", kept["kl"], kl, kl_slack, close),
-        mean("reverse_kl", "N KL(pi* || pi_hat), nats", kept["reverse_kl"], kl, kl_slack, close),
-        mean("efficiency", "squared error / Cramer-Rao bound", kept["squared_error"] / bound, 1.0,
-             2 * relative, many),
+        _mean("kl", "N KL(pi_hat || pi*), nats", kept["kl"], kl, kl_slack * kl, close),
+        _mean("reverse_kl", "N KL(pi* || pi_hat), nats", kept["reverse_kl"], kl, kl_slack * kl, close),
+        _mean("efficiency", "squared error / Cramer-Rao bound", kept["squared_error"] / bound, 1.0,
+              2 * relative, many),
         *(coverage("wald", "Wald", level) for level in LEVELS),
         *(coverage("likelihood_ratio", "likelihood-ratio", level) for level in LEVELS),
-        mean("score/mean", "score statistic, mean", kept["score"], score_mean, 0.0, True),
-        mean("score/variance", "score statistic, variance / exact", spread, 1.0, 0.0, True),
-        mean("excess_risk", "N excess loss, nats", kept["excess_risk"], d / 2, d * relative, many),
-        mean("excess_fit", "N excess loss on its own data, nats", excess_fit, -d / 2,
-             0.1 * d * relative, many),
+        _mean("score/mean", "score statistic, mean", kept["score"], score_mean, 0.0, True,
+              math.sqrt(score_variance / number)),
+        _mean("score/variance", "score statistic, variance / exact", spread, 1.0, 0.0, relative <= 1 / 8,
+              rough),
+        _mean("excess_risk", "N excess loss, nats", kept["excess_risk"], d / 2, d * relative, many),
+        _mean("excess_fit", "N excess loss on its own data, nats", -kept["likelihood_ratio"] / 2, -d / 2,
+              0.1 * d * relative, many),
     ]  # fmt: skip
+
+
+def coverage_slack(degrees: int, relative: float, share: float) -> tuple[float, bool]:
+    """By how much coverage may miss its level at rho^2 / N = `relative`, and is that little enough to judge?
+
+    0.2 rho^2 / N, never more than half the share left outside. With two completions coverage jumps by the
+    chance of one count of wins, which falls like 1 / sqrt(N): 0.2 rho / sqrt(N), judged below 0.02.
+    """
+    slack = 0.2 * (relative if degrees > 1 else math.sqrt(relative))
+    return min(slack, (1 - share) / 2), degrees > 1 or slack < 0.02
+
+
+def _mean(
+    key: str,
+    label: str,
+    values: Tensor,
+    theory: float,
+    slack: float,
+    judged: bool,
+    error: float | None = None,
+) -> Law:
+    """The mean, with the sample's standard error unless a better one is given. Values that are all equal,
+    up to rounding, have none and are not judged."""
+    measured = values.mean().item()
+    if error is None:
+        error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    if error < 1e-12 * abs(measured):
+        error, judged = 0.0, False
+    return Law(key, label, measured, error, theory, slack, judged)

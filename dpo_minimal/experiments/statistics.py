@@ -26,10 +26,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..runs import new_run_folder, versions, write_arrays, write_json, write_records
+from ..runs import new_run_folder, refuse_used_folder, versions, write_arrays, write_json, write_records
 from ..sampling_laws import kl_law
 from ..validation import InputError, check_count, check_positive
-from .replicates import Settings, Size, Truth, make_truth, simulate
+from .replicates import Law, Settings, Size, Truth, make_truth, simulate
 
 PAIRS = (100, 400, 1600, 6400, 25600)  # 2 to 500 times rho^2 in the default world
 REPLICATES, QUICK_REPLICATES = 20_000, 2_000
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     world.add_argument(
         "--beta", type=float, default=0.5,
         help="strength of the KL penalty, 0.01 to 100 (default %(default)s); only the KL depends on it, and "
-        "obeys its law once N is far above (1 + 1 / beta^2) rho^2",
+        "is judged once N is 16 rho^2 and 4 (1 + 1 / beta^2) rho^2",
     )  # fmt: skip
     simulation = parser.add_argument_group("simulation")
     simulation.add_argument(
@@ -70,14 +70,12 @@ def run(args: argparse.Namespace) -> Path:
     """Check everything, simulate each N, print table and verdict, write the run folder, which is returned."""
     settings = _settings(args)
     truth = make_truth(settings)
-    folder = new_run_folder(args.output_dir, "statistics")  # refuses a used one
-    write_json(
-        folder / "config.json", {"command": "statistics", **vars(args), **asdict(settings), **versions()}
-    )
+    refuse_used_folder(args.output_dir)
+    rewards = ((100 * truth.world.rewards[0]).round() / 100 + 0.0).tolist()  # -0.0 + 0.0 is 0.0
     print(
         f"{settings.replicates} data sets for each number N of pairs. One prompt, {settings.completions} "
         f"completions, beta = {settings.beta:g}, rho^2 = {truth.resistance:.1f}, true rewards "
-        f"{' '.join(f'{reward:.2f}' for reward in truth.world.rewards[0].tolist())}.",
+        f"{' '.join(f'{reward:.2f}' for reward in rewards)} nats.",
         flush=True,
     )
     sizes = []
@@ -86,6 +84,10 @@ def run(args: argparse.Namespace) -> Path:
         print(f"  N = {num_pairs}: drawn and estimated, {sizes[-1].missing} have no estimate", flush=True)
     print("\n" + results_table(truth, sizes) + "\n")
     print("\n".join(verdict(sizes)))
+    # Only now: an interrupted run leaves no folder behind.
+    folder = new_run_folder(args.output_dir, "statistics")
+    config = {"command": "statistics", **vars(args), **asdict(settings), **versions()}
+    write_json(folder / "config.json", config)
     _write(folder, truth, sizes)
     print(f"\nWrote {folder}/statistics.png, result.npz, metrics.jsonl and config.json.")
     return folder
@@ -144,15 +146,9 @@ def results_table(truth: Truth, sizes: list[Size]) -> str:
     for same in zip(*(size.laws for size in sizes)):
         if same[0].key.endswith(("/90", "/99")):
             continue  # in the figure and in metrics.jsonl
-        cells = [measured(law.measured, law.error) + (" !" if law.outside else "") for law in same]
+        cells = [_cell(law, size) for law, size in zip(same, sizes)]
         rows.append([same[0].label, f"{same[0].theory:.4g}", *cells])
-    shares = [size.missing / len(size.sample["score"]) for size in sizes]
-    errors = [math.sqrt(share * (1 - share) / len(sizes[0].sample["score"])) for share in shares]
-    missing = [
-        measured(share, error) + (" !" if size.too_many_missing else "")
-        for size, share, error in zip(sizes, shares, errors)
-    ]
-    rows.append(["share without an estimate", "", *missing])
+    rows.append(["share without an estimate", "", *map(_share, sizes)])
     rows.append(["  at most, by the union bound", "", *(f"{min(size.bound, 1):.3g}" for size in sizes)])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
@@ -163,39 +159,64 @@ def results_table(truth: Truth, sizes: list[Size]) -> str:
     lines += [
         "",
         "±: Monte-Carlo standard error. Score statistic: theory is exact at every N; all data sets count.",
-        "Other rows: theory is the limit of many pairs, at least 8 rho^2; data sets with an estimate count.",
+        "Other rows: theory is the limit of many pairs, at least 16 rho^2; data sets with an estimate count.",
         "Squared error / bound: 1 is best possible in that limit. Excess loss: pi_hat's less that of pi*.",
+        "Share: where none or all lack an estimate, a 95 % confidence limit.",
     ]
+    if any(size.few_estimates for size in sizes):
+        lines.append("(...): fewer than 90 % of the data sets have an estimate; not comparable with theory.")
     return "\n".join(lines)
+
+
+def _cell(law: Law, size: Size) -> str:
+    text = measured(law.measured, law.error) + (" !" if law.outside else "")
+    aside = size.few_estimates and not law.key.startswith("score") and text != "-"
+    return f"({text})" if aside else text
+
+
+def _share(size: Size) -> str:
+    number = len(size.sample["score"])
+    if size.missing in (0, number):  # 0 and 1 would look exact: 95 % limits, by the rule of three
+        text = f"< {3 / number:.6g}" if size.missing == 0 else f"> {1 - 3 / number:.6g}"
+    else:
+        share = size.missing / number
+        text = measured(share, math.sqrt(share * (1 - share) / number))
+    return text + (" !" if size.too_many_missing else "")
 
 
 def verdict(sizes: list[Size]) -> list[str]:
     """At most three sentences: the largest N in numbers, what disagrees with theory, what was not judged."""
     last = sizes[-1]
     law = {law.key: law for law in last.laws}
-    lines = [f"At N = {last.pairs} fewer than two data sets have an estimate."]
-    if not math.isnan(law["kl"].error):
+    lines = [f"At N = {last.pairs} fewer than 90 % of the data sets have an estimate."]
+    if not last.few_estimates:
         wald, ratio = law["wald/95"], law["likelihood_ratio/95"]
         lines = [
             f"At N = {last.pairs}: squared error / Cramer-Rao bound "
             f"{measured(law['efficiency'].measured, law['efficiency'].error)}; 95 % regions cover "
             f"{100 * wald.measured:.1f} % (Wald) and {100 * ratio.measured:.1f} % (likelihood ratio; "
-            f"Monte-Carlo error {100 * ratio.error:.1f} %); "
+            f"Monte-Carlo error {100 * ratio.error:#.2g} %); "
             f"N KL {measured(law['kl'].measured, law['kl'].error)}, limit {law['kl'].theory:.4g}."
         ]
     outside = [f"{law.label} at N = {size.pairs}" for size in sizes for law in size.laws if law.outside]
     outside += [f"share without an estimate at N = {size.pairs}" for size in sizes if size.too_many_missing]
-    judged = sum(law.judged for size in sizes for law in size.laws) + len(sizes)
-    if outside:
-        lines.append(f"OUTSIDE 4 standard errors plus second-order slack: {'; '.join(outside)}.")
-    else:
-        lines.append(
-            f"All {judged} measurements judged lie within 4 standard errors plus second-order slack."
-        )
-    few = _unripe(sizes, "efficiency"), _unripe(sizes, "kl")
-    if few[1]:
-        others = f"the other limits at N = {few[0]}" if few[0] else "no other limit"
-        lines.append(f"Not judged, for want of pairs or estimates: the KL at N = {few[1]}, {others}.")
+    judged = sum(law.judged for size in sizes for law in size.laws) + sum(size.bounded for size in sizes)
+    allowed = "4 standard errors"
+    slack = max((law.slack / abs(law.theory) for law in last.laws if law.judged), default=0)
+    if slack > 0:
+        allowed += f" plus second-order slack (at most {100 * slack:.2g} % at N = {last.pairs})"
+    lines.append(
+        f"OUTSIDE {allowed}: {'; '.join(outside)}."
+        if outside
+        else f"All {judged} measurements judged lie within {allowed}."
+    )
+    unripe = {key: _unripe(sizes, key) for key in ("kl", "efficiency", "wald/95", "score/variance")}
+    if unripe["wald/95"] == unripe["efficiency"]:
+        unripe["wald/95"] = ""
+    names = ("the KL", "the other limits", "coverage", "the score's variance")
+    few = [f"{name} at N = {listed}" for name, listed in zip(names, unripe.values()) if listed]
+    if few:
+        lines.append(f"Not judged, for want of pairs or estimates: {'; '.join(few)}.")
     return lines
 
 
