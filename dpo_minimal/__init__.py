@@ -25,14 +25,19 @@ from .losses import (
     plackett_luce_gradient_weights,
     plackett_luce_loss,
 )
+from .generation import generate
 from .model import GPT, GPTConfig
 from .policy import (
     Completions,
     EnumeratedPolicy,
     SequenceBatch,
+    SharedPromptBatch,
     completion_logps,
     enumerate_completions,
     sequence_logps,
+    shared_prompt_batch,
+    shared_prompt_logps,
+    token_logps,
 )
 from .preferences import (
     Rankings,
@@ -62,6 +67,7 @@ __all__ = [
     "PreferenceLoss",
     "Rankings",
     "SequenceBatch",
+    "SharedPromptBatch",
     "Slate",
     "TabularPolicy",
     "__version__",
@@ -77,6 +83,7 @@ __all__ = [
     "enumerate_completions",
     "expected_pairs",
     "expected_rankings",
+    "generate",
     "implicit_reward",
     "ipo_loss",
     "kl_divergence",
@@ -96,7 +103,10 @@ __all__ = [
     "sample_pairs",
     "sample_rankings",
     "sequence_logps",
+    "shared_prompt_batch",
+    "shared_prompt_logps",
     "soft_value",
     "tally",
+    "token_logps",
     "train",
 ]

@@ -9,11 +9,13 @@ like the code. Read it bottom-up or top-down in one sitting:
 But: no dropout (policy and reference must give the same log-probability twice), no training loop
 (train.py), no scoring or sampling (policy.py), no file formats.
 
-Shapes: B sequences, T tokens, C = n_embd channels, H heads, D = C / H channels a head, V vocabulary.
+Shapes: B sequences, T tokens, C = n_embd channels, H heads, D = C / H channels a head, V vocabulary,
+S slots of a cache.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -72,12 +74,47 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys and values at once
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, cache: LayerCache | None = None) -> Tensor:
         B, T, C = x.shape
         heads = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # (B, T, 3, H, D) -> three of (B, H, T, D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, H, filled, D): what came before, and this
+        y = _attend(q, k, v, mask)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, H, T, D) -> (B, T, C)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k' / sqrt(D)) v over what the mask allows; without a mask, causal."""
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    # In bfloat16 on a CPU the fused kernel's backward pass takes five times as long as these three lines.
+    if mask is None:
+        mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
+    bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + bias
+    return scores.softmax(-1).to(v.dtype) @ v
+
+
+class LayerCache:
+    """One layer's keys and values of the tokens read so far, so that sampling reads each token once
+    [D9.1].
+
+    Room for `slots` tokens a row: keys and values (B, H, S, D), of which the first `filled` hold something.
+    """
+
+    def __init__(self, config: GPTConfig, rows: int, slots: int, like: Tensor):
+        shape = (rows, config.n_head, slots, config.n_embd // config.n_head)
+        self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
+        self.filled = 0
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Take in (B, H, T, D) of T more tokens; give back those of all tokens so far."""
+        end = self.filled + keys.shape[2]
+        self.keys[:, :, self.filled : end] = keys
+        self.values[:, :, self.filled : end] = values
+        self.filled = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
 
 
 class MLP(nn.Module):
@@ -102,8 +139,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), mask)
+    def forward(self, x: Tensor, mask: Tensor | None, cache: LayerCache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), mask, cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -146,14 +183,22 @@ class GPT(nn.Module):
         """ids (B, T) -> logits (B, T, V); logits[:, t] predict token t + 1."""
         return self.project(self.hidden(ids))
 
-    def hidden(self, ids: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def hidden(
+        self,
+        ids: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        caches: list[LayerCache] | None = None,
+    ) -> Tensor:
         """The normalised last hidden state, (B, T, C).
 
         Args:
             ids: (B, T) token ids.
-            positions: (T,) position of each token; by default 0, 1, ..., T - 1.
-            mask: (T, T) boolean, True where row may read column; by default causal. The two together
-                let one call hold a whole tree of continuations (policy.py).
+            positions: (T,) or (B, T) position of each token; by default 0, 1, ..., T - 1.
+            mask: (T, T) or (B, 1, T, T) boolean, True where row may read column; by default causal. With
+                the positions it lets one call hold a whole tree of continuations (policy.py).
+            caches: what earlier calls read (`empty_caches`), extended by this call; the mask then has a
+                column for each token read so far.
         Raises:
             InputError: ids of another shape, or positions beyond the context.
         """
@@ -168,10 +213,14 @@ class GPT(nn.Module):
             )
         if positions is None:
             positions = torch.arange(T, device=ids.device)
-        x = self.wte(ids) + self.wpe(positions)  # (B, T, C) + (T, C)
-        for block in self.h:
-            x = block(x, mask)
+        x = self.wte(ids) + self.wpe(positions)  # (B, T, C) + (T, C) or (B, T, C)
+        for layer, block in enumerate(self.h):
+            x = block(x, mask, None if caches is None else caches[layer])
         return self.ln_f(x)
+
+    def empty_caches(self, rows: int, slots: int) -> list[LayerCache]:
+        """One cache a layer, with room for `slots` tokens in each of `rows` sequences."""
+        return [LayerCache(self.config, rows, slots, like=self.wte.weight) for _ in self.h]
 
     def project(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., C) -> logits (..., V), through the tied token embedding."""

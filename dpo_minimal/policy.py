@@ -1,21 +1,24 @@
-"""log pi(y|x) of whole completions under a GPT: of a batch, or of every completion there is.
+"""log pi(y|x) of whole completions under a GPT, samples from it, and the table of every completion there is.
 
 A small GPT whose completions are all enumerated is a row of a table, so the closed forms can judge it.
 What scores completions projects onto the vocabulary only the positions that predict a completion token.
 
-But: no sampling, no tokeniser.
+But: no tokeniser, no files, no gradient steps.
 
-Shapes: B sequences, T tokens, X prompts, Y completions, N nodes of a prefix tree, V vocabulary.
+Shapes: B sequences, T tokens, K completions of one prompt, X prompts, Y completions of a table, N nodes of
+a prefix tree, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .generation import generate as generate  # a name of this room too: what draws beside what scores
 from .model import GPT
 from .validation import InputError, check_count, widen
 
@@ -42,6 +45,16 @@ def sequence_logps(model: GPT, batch: SequenceBatch) -> Tensor:
     Raises:
         InputError: shapes do not fit, an empty prompt or completion, a length beyond the row.
     """
+    return token_logps(model, batch).sum(-1)
+
+
+def token_logps(model: GPT, batch: SequenceBatch) -> Tensor:
+    """log pi(y_t | x, y_<t) of each completion token; their sum is `sequence_logps` [D9.1].
+
+    Args, Raises: as `sequence_logps`.
+    Returns:
+        (B, T) nats, float32 or wider: [:, t] belongs to ids[:, t]; 0 at the prompt and the padding.
+    """
     B, T = batch.ids.shape
     if batch.prompt_lengths.shape != (B,) or batch.lengths.shape != (B,):
         raise InputError(f"prompt_lengths and lengths must have shape ({B},), one entry a row of ids.")
@@ -50,17 +63,102 @@ def sequence_logps(model: GPT, batch: SequenceBatch) -> Tensor:
     if (batch.lengths <= batch.prompt_lengths).any():
         row = int((batch.lengths <= batch.prompt_lengths).nonzero()[0])
         raise InputError(f"row {row} has an empty completion; drop it or give it at least end-of-text.")
-    position = torch.arange(1, T, device=batch.ids.device)  # of the token being predicted
+    position = torch.arange(T, device=batch.ids.device)
     scored = (position >= batch.prompt_lengths.unsqueeze(-1)) & (position < batch.lengths.unsqueeze(-1))
-    hidden = model.hidden(batch.ids)[:, :-1][scored]  # (tokens, C)
-    token_logps = _token_logps(model, hidden, batch.ids[:, 1:][scored])
-    row = scored.nonzero()[:, 0]
-    return token_logps.new_zeros(B).index_add(0, row, token_logps)
+    row, place = scored.nonzero(as_tuple=True)  # of each scored token; the one before it predicts it
+    hidden = model.hidden(batch.ids)[row, place - 1]  # (tokens, C)
+    logps = _target_logps(model, hidden, batch.ids[row, place])
+    return logps.new_zeros(B, T).index_put((row, place), logps)
 
 
-def _token_logps(model: GPT, hidden: Tensor, targets: Tensor) -> Tensor:
+def _target_logps(model: GPT, hidden: Tensor, targets: Tensor) -> Tensor:
     """(tokens, C), (tokens,) -> (tokens,): log-softmax and gather in one, in float32 or wider."""
     return -F.cross_entropy(widen(model.project(hidden)), targets, reduction="none")
+
+
+# --------------------------------------------------------------------- completions that share their prompt
+
+
+class SharedPromptBatch(NamedTuple):
+    """Rows [prompt | completion 1 | ... | completion K | padding]: a prompt is read once for all its
+    completions [D9.1].
+
+    Fields: ids (B, T); prompt_lengths (B,) >= 1; completion_lengths (B, K) >= 1.
+    """
+
+    ids: Tensor
+    prompt_lengths: Tensor
+    completion_lengths: Tensor
+
+    def to(self, device: torch.device | str) -> SharedPromptBatch:
+        """The same batch on another device."""
+        return SharedPromptBatch(*(field.to(device) for field in self))
+
+
+def shared_prompt_batch(
+    prompts: Sequence[list[int]], completions: Sequence[Sequence[list[int]]], *, multiple: int = 1
+) -> SharedPromptBatch:
+    """Lay out B prompts with K completions each, right-padded [D9.1].
+
+    Args:
+        prompts: B lists of token ids.
+        completions: B sequences of K lists of token ids, end-of-text included where it is to be scored.
+        multiple: round T up to a multiple of this; matrix units like some shapes better.
+    Raises:
+        InputError: counts that do not fit, an empty prompt or completion.
+    """
+    K = len(completions[0]) if completions else 0
+    if not prompts or len(prompts) != len(completions) or K == 0 or any(len(c) != K for c in completions):
+        raise InputError("a batch needs at least one prompt and the same number of completions for each.")
+    if not all(prompts) or not all(ids for answers in completions for ids in answers):
+        raise InputError("a prompt or completion is empty; give it at least end-of-text.")
+    rows = [sum(answers, start=list(prompt)) for prompt, answers in zip(prompts, completions, strict=True)]
+    T = -(-max(map(len, rows)) // multiple) * multiple
+    return SharedPromptBatch(
+        torch.tensor([row + [0] * (T - len(row)) for row in rows]),
+        torch.tensor([len(prompt) for prompt in prompts]),
+        torch.tensor([[len(ids) for ids in answers] for answers in completions]),
+    )
+
+
+def shared_prompt_logps(model: GPT, batch: SharedPromptBatch) -> Tensor:
+    """log pi(y|x) of K completions of each prompt, in one pass that reads the prompt once [D9.1].
+
+    A completion attends to its prompt and itself, never to another completion, and its positions go on
+    from the prompt's; so the numbers and gradients are those of K separate sequences.
+
+    Returns:
+        (B, K) nats, float32 or wider.
+    Raises:
+        InputError: shapes do not fit, an empty prompt or completion, lengths beyond the row.
+    """
+    ids, prompt_lengths, completion_lengths = batch
+    B, T = ids.shape
+    K = completion_lengths.shape[-1]
+    if prompt_lengths.shape != (B,) or completion_lengths.shape != (B, K):
+        raise InputError(f"prompt_lengths must have shape ({B},) and completion_lengths ({B}, K).")
+    edges = torch.cat([prompt_lengths.unsqueeze(-1), completion_lengths], -1).cumsum(-1)  # (B, K + 1)
+    if prompt_lengths.min() < 1 or completion_lengths.min() < 1 or edges.max() > T:
+        raise InputError("every row needs a prompt, completions of one token or more, and room for them.")
+    place = torch.arange(T, device=ids.device).expand(B, T).contiguous()
+    part = torch.searchsorted(edges, place, right=True)  # 0 prompt, 1 to K completion, K + 1 padding
+    start = F.pad(edges, (1, 0)).gather(1, part)  # (B, T) where the token's part begins
+    offset = torch.where(part > 0, prompt_lengths.unsqueeze(-1), 0)
+    positions = (place - start + offset).masked_fill(part > K, 0)
+    same = part.unsqueeze(-1) == part.unsqueeze(-2)  # (B, T, T)
+    mask = (same | (part == 0).unsqueeze(-2)) & (place[0].unsqueeze(-1) >= place[0])
+    hidden = model.hidden(ids, positions, mask.unsqueeze(1))
+
+    row, token = ((part > 0) & (part <= K)).nonzero(as_tuple=True)  # the scored tokens
+    first = token == start[row, token]  # the first token of a completion is predicted by the prompt's last
+    predictor = torch.where(first, prompt_lengths[row], token) - 1
+    filler = (0, -len(row) % _TOKEN_MULTIPLE)  # entries that are computed and thrown away
+    hidden = hidden[F.pad(row, filler), F.pad(predictor, filler)]
+    logps = _target_logps(model, hidden, F.pad(ids[row, token], filler))[: len(row)]
+    return logps.new_zeros(B * K).index_add(0, row * K + part[row, token] - 1, logps).view(B, K)
+
+
+_TOKEN_MULTIPLE = 64  # a matrix library prepares a kernel for each new shape: let there be few
 
 
 # ------------------------------------------------------------------------------- every completion there is

@@ -1,0 +1,223 @@
+"""Samples: drawn from the policy that scores them, with or without cache, whatever else is in the batch."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from planting import CAUGHT, plant
+from test_policy import ALL, EOS, LENGTH, SMALL, VOCAB, loop_logp, loud
+
+from dpo_minimal import generation
+from dpo_minimal.generation import generate, sampling_probabilities
+from dpo_minimal.model import GPT, LayerCache
+from dpo_minimal.sampling_laws import chi_square_quantile
+from dpo_minimal.validation import InputError
+
+GPT_2 = loud(GPT(SMALL))
+RAGGED = [[0], [3, 1, 0, 2], [1, 1], [2, 3, 3]]
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def greedy_loop(gpt: GPT, prompt: list[int], new: int, eos: int | None) -> list[int]:
+    """The likeliest token again and again, each from a full forward pass."""
+    ids = list(prompt)
+    for _ in range(new):
+        ids.append(int(gpt(torch.tensor([ids]))[0, -1].argmax()))
+        if ids[-1] == eos:
+            break
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("eos", [None, EOS])
+@pytest.mark.parametrize("seed", range(8))
+def test_greedy_equals_a_loop_without_cache(seed, eos):
+    """A cache slot misplaced, a position off by one, padding read: another token is the likeliest."""
+    gpt = loud(GPT(SMALL), seed)
+    samples = generate(gpt, RAGGED, max_new_tokens=8, temperature=0, eos=eos)
+    assert samples == [greedy_loop(gpt, prompt, 8, eos) for prompt in RAGGED]
+    assert eos is not None or {len(ids) for ids in samples} == {8}
+
+
+def frequencies_match(samples: list[list[int]], logps: dict[tuple[int, ...], float]) -> bool:
+    """Pearson's chi-square of counts against probabilities, cells expected below 5 taken together.
+
+    False alarm 1e-6 of each call: the chi-square law is a limit, good to a few per cent in the tail with
+    cells of 5 and more.
+    """
+    n = len(samples)
+    counts = dict.fromkeys(logps, 0)
+    for ids in samples:
+        counts[tuple(ids)] += 1  # a KeyError is a completion that should not exist
+    cells = [(counts[ids], n * math.exp(logp)) for ids, logp in logps.items()]
+    large = [cell for cell in cells if cell[1] >= 5]
+    rest = [sum(column) for column in zip(*(cell for cell in cells if cell[1] < 5), strict=True)]
+    if rest and rest[1] >= 5:
+        large.append(tuple(rest))
+    statistic = sum((count - expected) ** 2 / expected for count, expected in large)
+    return statistic < chi_square_quantile(1 - 1e-6, len(large) - 1)
+
+
+def test_completions_have_the_policys_probabilities():
+    """12,000 samples against exp(log pi(y|x)) of every completion, of two prompts of different lengths."""
+    prompts = [[0], [3, 1, 0, 2]]
+    samples = generate(GPT_2, prompts * 6_000, max_new_tokens=LENGTH, eos=EOS, generator=seeded(0))
+    completions = [ids[:n] for ids, n in zip(ALL.ids.tolist(), ALL.lengths.tolist())]
+    for row, prompt in enumerate(prompts):
+        logps = {tuple(ids): loop_logp(GPT_2, prompt, ids) for ids in completions}
+        assert frequencies_match(samples[row::2], logps)
+
+
+@given(st.integers(2, 8), st.data())
+def test_probabilities_are_those_of_the_definition(vocab, data):
+    """Temperature, then the k likeliest, then the fewest of them that hold top_p, then normalise."""
+    logits = torch.tensor(
+        data.draw(st.lists(st.floats(-9, 9), min_size=vocab, max_size=vocab)), dtype=torch.float64
+    )
+    temperature = data.draw(st.floats(0.2, 3))
+    top_k = data.draw(st.none() | st.integers(1, vocab + 1))
+    top_p = data.draw(st.none() | st.floats(0.05, 1))
+    weights = {i: math.exp(x / temperature) for i, x in enumerate(logits.tolist())}
+    kept = sorted(weights, key=lambda i: -weights[i])[:top_k]
+    if top_p is not None:
+        total, enough = 0.0, top_p * sum(weights[i] for i in kept)
+        for count, i in enumerate(kept, start=1):
+            total += weights[i]
+            if total >= enough * (1 - 1e-12):  # where the sum meets top_p exactly, rounding decides
+                kept = kept[:count]
+                break
+    expected = [weights[i] if i in kept else 0.0 for i in range(vocab)]
+    result = sampling_probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+    at_the_edge = top_p is not None and (result > 0).sum() == len(kept) + 1
+    if not at_the_edge:
+        # float64 softmax of arguments up to 45: relative error of some 50 roundings
+        torch.testing.assert_close(
+            result, torch.tensor(expected, dtype=torch.float64) / sum(expected), rtol=1e-12, atol=1e-14
+        )
+
+
+def test_cut_distributions_are_sampled_token_by_token():
+    """top_k = 2 at temperature 0.7: frequencies of the first two tokens against products of conditionals."""
+    prompt, logps = [3, 0], {}
+    for first in range(VOCAB):
+        for second in range(VOCAB):
+            p = [
+                sampling_probabilities(GPT_2(torch.tensor([ids]))[0, -1], temperature=0.7, top_k=2)
+                for ids in (prompt, [*prompt, first])
+            ]
+            probability = (p[0][first] * p[1][second]).item()
+            if probability > 0:
+                logps[first, second] = math.log(probability)
+    assert len(logps) == 4
+    options = dict(max_new_tokens=2, temperature=0.7, top_k=2, generator=seeded(1))
+    assert frequencies_match(generate(GPT_2, [prompt] * 5_000, **options), logps)
+
+
+def test_same_seed_same_samples_another_seed_others():
+    draw = [generate(GPT_2, RAGGED * 20, max_new_tokens=6, generator=seeded(seed)) for seed in (5, 5, 6)]
+    assert draw[0] == draw[1] != draw[2]
+
+
+def test_nothing_follows_the_end_of_text():
+    """An end-of-text ends its completion and is kept; without `eos` nothing is special."""
+    samples = generate(GPT_2, RAGGED * 50, max_new_tokens=8, eos=EOS, generator=seeded(2))
+    assert all(EOS not in ids[:-1] for ids in samples)
+    assert {len(ids) for ids in samples} == set(range(1, 9))
+    assert all(len(ids) == 8 or ids[-1] == EOS for ids in samples)
+    assert any(EOS in ids[:-1] for ids in generate(GPT_2, RAGGED * 50, max_new_tokens=8, generator=seeded(2)))
+
+
+def test_forbidden_tokens_are_never_drawn():
+    """A probability of exactly zero at either end of the vocabulary, and a uniform number near 0 or 1."""
+    probabilities = torch.tensor([[0.0, 0.25, 0.75, 0.0]]).expand(50_000, -1)
+    drawn = generation._draw(probabilities, seeded(3)).flatten()
+    assert set(drawn.tolist()) == {1, 2}
+    share = (drawn == 1).float().mean().item()
+    assert abs(share - 0.25) < 4.9 * (0.25 * 0.75 / 50_000) ** 0.5  # 4.9 standard errors: 1e-6
+
+
+def test_weights_and_gradients_are_left_alone():
+    gpt = loud(GPT(SMALL))
+    before = [p.clone() for p in gpt.parameters()]
+    generate(gpt, RAGGED, max_new_tokens=4)
+    assert all(torch.equal(p, q) and p.grad is None for p, q in zip(gpt.parameters(), before))
+
+
+@pytest.mark.parametrize(
+    "prompts, options, named",
+    [
+        ([], {}, "at least one prompt"),
+        ([[1], []], {}, "prompt 2 is empty"),
+        ([[1] * 10], {}, "prompt 1 has 10 tokens"),
+        ([[1, VOCAB]], {}, "prompt 1 holds an id outside"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens"),
+        ([[1]], {"eos": VOCAB}, "eos"),
+        ([[1]], {"temperature": -1.0}, "temperature"),
+        ([[1]], {"temperature": math.nan}, "temperature"),
+        ([[1]], {"temperature": 0, "top_k": 3}, "unused"),
+        ([[1]], {"temperature": 0, "top_p": 0.5}, "unused"),
+        ([[1]], {"top_k": 0}, "top_k"),
+        ([[1]], {"top_p": 0.0}, "top_p"),
+        ([[1]], {"top_p": 1.5}, "top_p"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(prompts, options, named):
+    with pytest.raises(InputError, match=named):
+        generate(GPT_2, prompts, **{"max_new_tokens": 3, **options})
+
+
+def test_draw_at_zero():
+    """A uniform number of exactly 0 must not pick a first token of probability 0."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "rand", lambda *shape, **_: torch.zeros(*shape[:2], dtype=torch.float64))
+        assert generation._draw(torch.tensor([[0.0, 0.5, 0.5]]), None).item() == 1
+
+
+def every_greedy_loop():
+    """One seed's likeliest tokens may survive a bug that moves the logits a little."""
+    for seed in range(8):
+        test_greedy_equals_a_loop_without_cache(seed, None)
+
+
+MUTANTS = {
+    "padding of prompts is read": (
+        generation._generate, "(slots < lengths.unsqueeze(-1)) | (slots >= P)", "(slots >= 0).expand(B, -1)",
+        every_greedy_loop,
+    ),
+    "positions count the padding": (
+        generation._generate, "(lengths + step).unsqueeze(-1)", "(lengths * 0 + P + step).unsqueeze(-1)",
+        every_greedy_loop,
+    ),
+    "the next token is read off the padded end": (
+        generation._generate, "[torch.arange(B, device=device), lengths - 1]", "[:, -1]",
+        every_greedy_loop,
+    ),
+    "keys are kept as values": (
+        LayerCache.append, "self.filled : end] = values", "self.filled : end] = keys",
+        every_greedy_loop,
+    ),
+    "temperature multiplies": (
+        generation.sampling_probabilities, "logits / temperature", "logits * temperature",
+        test_probabilities_are_those_of_the_definition,
+    ),
+    "the token that crosses top_p is dropped": (
+        generation.sampling_probabilities, "before >= top_p", "before + ordered >= top_p",
+        test_probabilities_are_those_of_the_definition,
+    ),
+    "zero probability at the lower end": (
+        generation._draw, "right=True", "right=False",
+        test_draw_at_zero,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_planted_bugs_are_caught(monkeypatch, name):
+    function, right, wrong, guard = MUTANTS[name]
+    plant(monkeypatch, function, right, wrong)
+    with pytest.raises((*CAUGHT, KeyError)):
+        guard()
