@@ -15,6 +15,7 @@ from .closed_form import (
     soft_value,
 )
 from .finite_data import maximum_likelihood
+from .generation import generate
 from .losses import (
     PreferenceLoss,
     bradley_terry_loss,
@@ -25,7 +26,6 @@ from .losses import (
     plackett_luce_gradient_weights,
     plackett_luce_loss,
 )
-from .generation import generate
 from .model import GPT, GPTConfig
 from .policy import (
     Completions,

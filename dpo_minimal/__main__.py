@@ -9,7 +9,7 @@ import sys
 import torch
 
 from . import __version__
-from .experiments import bandit, statistics
+from .experiments import audit, bandit, statistics
 from .validation import InputError
 
 COMMANDS = {
@@ -18,6 +18,7 @@ COMMANDS = {
         statistics,
         "what finite data determine: thousands of data sets against the laws of theory",
     ),
+    "audit": (audit, "what a model will read of a preference file, and what is wrong with it"),
 }
 
 

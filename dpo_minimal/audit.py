@@ -1,0 +1,125 @@
+"""What became of a data set on its way to token ids: lengths, and everything that may be wrong with it.
+
+But: it only holds and shows the counts; `batches.tokenize` makes them.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+
+class Lengths(NamedTuple):
+    """Token counts, summed up."""
+
+    mean: float
+    median: float
+    max: int
+
+
+def lengths_of(counts: Sequence[int]) -> Lengths:
+    """Mean, median and maximum of at least one count."""
+    return Lengths(statistics.fmean(counts), statistics.median(counts), max(counts))
+
+
+# What an audit may find: the level, what it is and the remedy; {eot} is the text of end-of-text.
+FINDINGS = {
+    "skipped": ("warning", "bad and left out; mend them in the file"),
+    "too_long": ("warning", "too long for max_length and left out, as no completion is ever cut; raise it"),
+    "truncated": (
+        "warning",
+        "prompt cut on the left to fit (cut on the right, as some tools do, the answer would lose its end); "
+        "raise max_length or max_prompt_length",
+    ),
+    "empty_prompt": ("note", "no prompt; end-of-text stands in for it"),
+    "literal_end_of_text": (
+        "warning",
+        "{eot} spelled out in the text, where it is plain text; delete it, each completion gets the token",
+    ),
+    "identical": ("warning", "two completions with the same tokens, which teach nothing; drop the row"),
+    "duplicated": ("warning", "repeats an earlier row, which so counts more than once; keep one of each"),
+    "contradictory": (
+        "warning",
+        "the completions of an earlier row, judged otherwise; fine where people disagree, a mistake where "
+        "one judge labelled all",
+    ),
+    "repeated_prompt": ("note", "prompt of an earlier row; a split keeps them on one side"),
+    "merged": (
+        "note",
+        "other tokens if prompt and completion were encoded in one go, as some tools do; here they are "
+        "encoded apart, as they are when sampling",
+    ),
+}
+
+FEW = 3  # places shown of each finding
+
+
+class Audit(NamedTuple):
+    """What became of a data set; `print(audit)` shows it, `as_dict` records it.
+
+    Fields:
+        rows: how many are left.
+        noun: what they are, such as "preference pairs".
+        prompts: how many different ones they have.
+        lengths: of "prompt", "completion" (end-of-text included) and "row" (prompt and longest completion:
+            what has to fit into max_length), in tokens, before any cut, rows that do not fit included.
+        lead: of rows with several completions, the mean of the first's (best) tokens minus the last's.
+        best_longer: the share of these rows in which the first is longer.
+        good: of labelled completions, the share whose label is True.
+        findings: for each key of `FINDINGS` the places where it was found.
+        eot: the text of the end-of-text token.
+    """
+
+    rows: int
+    noun: str
+    prompts: int
+    lengths: dict[str, Lengths]
+    lead: float | None
+    best_longer: float | None
+    good: float | None
+    findings: dict[str, list[str]]
+    eot: str
+
+    def __str__(self) -> str:
+        """A few lines; of the findings only those that were made."""
+        lines = [f"{self.noun}: {self.rows}, different prompts: {self.prompts}"]
+        lines.append(f"{'tokens, before any cut':<28} {'mean':>8} {'median':>8} {'max':>8}")
+        for key, name in (
+            ("prompt", "prompt"),
+            ("completion", "completion, with its end"),
+            ("row", "prompt + longest completion"),
+        ):
+            mean, median, largest = self.lengths[key]
+            lines.append(f"{name:<28} {mean:>8.1f} {median:>8g} {largest:>8}")
+        if self.lead is not None:
+            lines.append(
+                f"Chosen (best) is longer than rejected (worst) in {self.best_longer:.0%} of the rows; "
+                f"the mean difference is {self.lead:+.1f} tokens."
+            )
+        if self.good is not None:
+            lines.append(f"{self.good:.0%} of the completions are labelled good.")
+        for name, places in self.findings.items():
+            if places:
+                level, text = FINDINGS[name]
+                rows = "row" if len(places) == 1 else "rows"
+                lines.append(f"{level}, {len(places)} {rows}: {text.format(eot=self.eot)}.")
+                lines.append("    " + _listed(places))
+        return "\n".join(lines)
+
+    def as_dict(self, *, places: int | None = None) -> dict[str, Any]:
+        """Plain numbers and strings for JSON; `places` limits how many are listed of each finding."""
+        return self._asdict() | {
+            "lengths": {key: lengths._asdict() for key, lengths in self.lengths.items()},
+            "findings": {
+                name: {"count": len(found), "places": found[:places]} for name, found in self.findings.items()
+            },
+        }
+
+
+def _listed(places: list[str]) -> str:
+    """The first few, with the name of the file, which ends at the comma, written once."""
+    file = places[0][: places[0].find(", ") + 2]
+    shown = [places[0], *(place.removeprefix(file) for place in places[1:FEW])]
+    more = f"; and {len(places) - FEW} more" if len(places) > FEW else ""
+    return "; ".join(place.removesuffix(".") for place in shown) + more

@@ -1,0 +1,322 @@
+"""From token batches to a loss and what is logged beside it: SFT, and every preference loss by its name.
+
+losses.py knows log-probabilities only; here a GPT computes them, the reference's are looked up, and the
+per-row results become means. A new loss joins as one line of `LOSS_TYPES`.
+
+But: no optimizer, no files other than the cache of reference log-probabilities.
+
+Shapes: N examples, B rows of a micro-batch, K completions of a row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from .batches import Example
+from .checkpoint import state_fingerprint
+from .losses import (
+    PreferenceLoss,
+    dpo_loss,
+    ipo_loss,
+    plackett_luce_dpo_loss,
+    plackett_luce_gradient_weights,
+)
+from .model import GPT
+from .policy import SharedPromptBatch, shared_prompt_batch, shared_prompt_logps
+from .runs import write_atomically
+from .tokenizer import Tokenizer
+from .train import Objective, Window
+from .validation import InputError
+
+DTYPES = ("float32", "bfloat16")
+
+
+class LossType(NamedTuple):
+    """A preference loss as training needs it.
+
+    Fields:
+        rows: the kind of data: "preferences" or "rankings".
+        options: which options it takes; any other is refused.
+        loss: (policy (B, K), reference (B, K), **options) -> PreferenceLoss of (B,) tensors.
+        start: (K, **options) -> the loss of every row where policy = reference.
+    """
+
+    rows: str
+    options: tuple[str, ...]
+    loss: Callable[..., PreferenceLoss]
+    start: Callable[..., float]
+
+
+def _of_pairs(loss: Callable[..., PreferenceLoss]) -> Callable[..., PreferenceLoss]:
+    return lambda policy, reference, **options: loss(*policy.unbind(-1), *reference.unbind(-1), **options)
+
+
+def _plackett_luce(policy: Tensor, reference: Tensor, *, beta: float) -> PreferenceLoss:
+    rewards = beta * (policy - reference).detach()
+    weights = plackett_luce_gradient_weights(policy, reference, beta=beta)
+    losses = plackett_luce_dpo_loss(policy, reference, beta=beta)
+    return PreferenceLoss(losses, rewards[:, 0], rewards[:, -1], weights[:, 0])
+
+
+LOSS_TYPES = {
+    "dpo": LossType("preferences", ("beta",), _of_pairs(dpo_loss), lambda K, beta: math.log(2)),
+    "ipo": LossType("preferences", ("beta",), _of_pairs(ipo_loss), lambda K, beta: 1 / (4 * beta**2)),
+    "plackett_luce": LossType(  # chosen is the best answer, rejected the worst
+        "rankings", ("beta",), _plackett_luce, lambda K, beta: math.log(math.factorial(K))
+    ),
+}
+
+
+def loss_options(loss_type: str, given: dict[str, float | None]) -> dict[str, float]:
+    """The options that a loss takes, out of those given (None where not given).
+
+    Raises InputError: no such loss, an option it does not use, one it needs that is missing.
+    """
+    if loss_type not in LOSS_TYPES:
+        raise InputError(f"--loss-type {loss_type}: no such loss; choose one of {', '.join(LOSS_TYPES)}.")
+    used = LOSS_TYPES[loss_type].options
+    for name, value in given.items():
+        flag = "--" + name.replace("_", "-")
+        if value is not None and name not in used:
+            raise InputError(f"--loss-type {loss_type} does not use {flag}; leave it out.")
+    if missing := [name for name in used if given.get(name) is None]:
+        raise InputError(f"--loss-type {loss_type} needs --{missing[0].replace('_', '-')}.")
+    return {name: given[name] for name in used}
+
+
+# ----------------------------------------------------------------------------------------------- objectives
+
+
+class PreferenceBatch(NamedTuple):
+    """Rows of K completions each, with the reference's log-probabilities of them, (B, K) nats."""
+
+    batch: SharedPromptBatch
+    reference_logps: Tensor
+
+
+def preference_objective(model: GPT, loss_type: str, *, dtype: str, **options: float) -> Objective:
+    """micro-batch -> (mean loss, metrics) of a preference loss.
+
+    Metrics, all means over rows, of the policy before the step:
+        rewards/chosen, rewards/rejected, rewards/margins: implicit rewards beta log(pi / pi_ref).
+        rewards/accuracies: share of rows whose chosen reward is strictly above the rejected one; of a
+            ranking, share of neighbours in the right order.
+        logps/chosen, logps/rejected: log pi(y|x), nats a sequence, apart, because both may fall.
+        dpo/gradient_weight: how hard the loss pulls (of a ranking: on its best answer).
+        dpo/saturated_fraction: share of rows that the implicit reward orders with odds above 99 : 1.
+        dpo/displacement: share of rows whose chosen completion is less likely than under the reference.
+        dpo/ties: share of rows (neighbours) with equal rewards, neither right nor wrong.
+    The divergence from the reference is not among them: it is a mean over the policy's own samples.
+
+    Args:
+        model: the policy.
+        loss_type: a key of `LOSS_TYPES`; options are its options.
+        dtype: "float32", or "bfloat16" for autocast of the matrix products; weights, log-softmax and the
+            loss stay in float32, because a step of 5e-7 would be rounded away in bfloat16.
+    """
+    loss_of = LOSS_TYPES[loss_type].loss
+
+    def objective(micro: PreferenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        logps = completion_logps_of(model, micro.batch, dtype)
+        result = loss_of(logps, micro.reference_logps, **options)
+        policy, ratios = logps.detach(), (logps.detach() - micro.reference_logps)
+        order = ratios[:, :-1] - ratios[:, 1:]  # of neighbours; of a pair, chosen minus rejected
+        margins = result.chosen_rewards - result.rejected_rewards
+        metrics = {
+            "rewards/chosen": result.chosen_rewards,
+            "rewards/rejected": result.rejected_rewards,
+            "rewards/margins": margins,
+            "rewards/accuracies": (order > 0).float(),
+            "logps/chosen": policy[:, 0],
+            "logps/rejected": policy[:, -1],
+            "dpo/gradient_weight": result.gradient_weights,
+            "dpo/saturated_fraction": (margins > math.log(99)).float(),
+            "dpo/displacement": (ratios[:, 0] < 0).float(),
+            "dpo/ties": (order == 0).float(),
+        }
+        return result.losses.mean(), {name: values.mean() for name, values in metrics.items()}
+
+    return objective
+
+
+def sft_objective(model: GPT, *, dtype: str) -> Objective:
+    """micro-batch (K = 1) -> (mean negative log-probability of a completion token, metrics).
+
+    The metric logps/chosen is log pi(y|x) of a whole completion, averaged over tokens' share of it.
+    """
+
+    def objective(micro: SharedPromptBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        logps = completion_logps_of(model, micro, dtype)
+        return -logps.sum() / micro.completion_lengths.sum(), {}
+
+    return objective
+
+
+def completion_logps_of(model: GPT, batch: SharedPromptBatch, dtype: str) -> Tensor:
+    """(B, K) `shared_prompt_logps`, with the matrix products in the given dtype."""
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}.")
+    with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        return shared_prompt_logps(model, batch)
+
+
+# -------------------------------------------------------------------------------------------------- windows
+
+
+def layout(examples: Sequence[Example], *, dtype: str, device: str) -> SharedPromptBatch:
+    """Examples as one batch on the device; in bfloat16 rows are padded to a multiple that its units like."""
+    multiple = 16 if dtype == "bfloat16" else 1
+    batch = shared_prompt_batch(
+        [example.prompt for example in examples],
+        [example.completions for example in examples],
+        multiple=multiple,
+    )
+    return batch.to(device)
+
+
+def make_window(
+    examples: Sequence[Example],
+    step: list[list[int]],
+    reference_logps: Tensor | None,
+    *,
+    dtype: str,
+    device: str,
+) -> Window:
+    """The window of one optimizer step.
+
+    Args:
+        examples: N rows.
+        step: micro-batches of indices, from `batches.windows`.
+        reference_logps: (N, K) for a preference loss, whose shares are rows; None for SFT, whose shares
+            are completion tokens.
+    """
+    micro_batches: list[SharedPromptBatch | PreferenceBatch] = []
+    sizes = []
+    for rows in step:
+        chosen = [examples[index] for index in rows]
+        batch = layout(chosen, dtype=dtype, device=device)
+        if reference_logps is None:
+            micro_batches.append(batch)
+            sizes.append(sum(len(ids) for example in chosen for ids in example.completions))
+        else:
+            logps = reference_logps[rows, : batch.completion_lengths.shape[1]].to(device)
+            micro_batches.append(PreferenceBatch(batch, logps))
+            sizes.append(len(rows))
+    places = [examples[index].place for rows in step for index in rows]
+    name = "; ".join(places[:3]) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
+    return Window(micro_batches, [size / sum(sizes) for size in sizes], name)
+
+
+# -------------------------------------------------------------------------------------- reference log-probs
+
+
+def reference_logps(
+    model: GPT,
+    examples: Sequence[Example],
+    *,
+    micro_size: int,
+    dtype: str,
+    device: str = "cpu",
+    progress: Callable[[Iterator[list[int]]], Iterator[list[int]]] = iter,
+) -> Tensor:
+    """log pi_ref of every completion of every example, once for a data set.
+
+    Computed by the same code in the same dtype as the policy's, so that the two agree where the weights do.
+
+    Args:
+        model: the reference; no gradient is kept.
+        micro_size: rows a pass, which are of similar length.
+        progress: wraps the iteration over passes, e.g. in a progress bar.
+    Returns:
+        (N, K) nats on the CPU; where an example has fewer than K completions, NaN.
+    """
+
+    def size(index: int) -> tuple[int, int]:
+        example = examples[index]
+        return len(example.completions), len(example.prompt) + sum(map(len, example.completions))
+
+    order = sorted(range(len(examples)), key=size)
+    K = len(examples[order[-1]].completions)
+    result = torch.full((len(examples), K), math.nan)
+    passes = []
+    for start in range(0, len(order), micro_size):
+        rows = order[start : start + micro_size]
+        for k in sorted({len(examples[index].completions) for index in rows}):
+            passes.append([index for index in rows if len(examples[index].completions) == k])
+    with torch.no_grad():
+        for rows in progress(iter(passes)):
+            batch = layout([examples[index] for index in rows], dtype=dtype, device=device)
+            logps = completion_logps_of(model, batch, dtype).float().cpu()
+            result[torch.tensor(rows), : logps.shape[1]] = logps
+    return result
+
+
+def cache_key(model: GPT, tokenizer: Tokenizer, examples: Sequence[Example], dtype: str) -> str:
+    """What reference log-probabilities depend on: weights, vocabulary, token ids after truncation, dtype."""
+    ids = hashlib.sha256(json.dumps([[e.prompt, e.completions] for e in examples]).encode()).hexdigest()
+    parts = [state_fingerprint(model), tokenizer.fingerprint, ids, dtype]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def save_reference_logps(path: Path, logps: Tensor, key: str) -> None:
+    """Write (N, K) log-probabilities with the key of what they belong to."""
+    write_atomically(
+        path, lambda p: safetensors.torch.save_file({"reference_logps": logps}, p, metadata={"key": key})
+    )
+
+
+def load_reference_logps(path: Path, key: str) -> Tensor | None:
+    """Read them back; None where there is no such file or it belongs to another key.
+
+    Raises InputError where the file is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("key") != key:
+                return None
+            return file.get_tensor("reference_logps")
+    except safetensors.SafetensorError as error:
+        raise InputError(f"{path}: is damaged ({error}); delete it to compute it again.") from None
+
+
+# How far two computations of one token's log-probability may lie apart, in nats: batches of other shapes
+# add in another order. Measured on trained models: below 1e-6 in float32, below 0.01 in bfloat16.
+TOKEN_SLACK = {"float32": 1e-5, "bfloat16": 0.05}
+
+
+def check_start(
+    loss: float, weight: float, window: Window, loss_type: str, *, dtype: str, **options: float
+) -> None:
+    """At the first step policy = reference, so the loss must be what it is there: ln 2 for DPO.
+
+    The log-ratio margin of a row is 0 up to the rounding of two completions' tokens, and the loss moves
+    from its start by the gradient weight times that.
+
+    Args: loss and weight (`dpo/gradient_weight`) of the first record, and its window.
+    Raises:
+        InputError: the loss is elsewhere: the reference log-probabilities belong to other weights or tokens.
+    """
+    start, tokens = 0.0, 0
+    for micro, share in zip(window.micro_batches, window.shares, strict=True):
+        lengths = micro.batch.completion_lengths
+        start += share * LOSS_TYPES[loss_type].start(lengths.shape[1], **options)
+        tokens = max(tokens, int(lengths.sum(-1).max()))
+    slack = weight * tokens * TOKEN_SLACK[dtype] + 1e-6 * start  # and float32's rounding of the loss
+    if not abs(loss - start) <= slack:
+        raise InputError(
+            f"the first loss is {loss:.6f}, but with policy = reference it must be {start:.6f} within "
+            f"{slack:.1g}; the reference log-probabilities belong to other weights or tokens, so delete "
+            "reference_logps.safetensors or start a new run."
+        )

@@ -1,0 +1,108 @@
+"""What every contestant is given: a GPT-2 shape, one folder of weights, and the same tokens.
+
+Only the standard library, so that each process makes the same tokens from the same seed, whatever else it
+imports. Tokens are random: speed does not depend on what they mean.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from typing import NamedTuple
+
+
+class Shape(NamedTuple):
+    """A GPT-2 and the batch it is trained with."""
+
+    n_layer: int
+    n_head: int
+    n_embd: int
+    vocab_size: int
+    block_size: int
+    pairs_per_step: int
+
+
+SHAPES = {
+    "small": Shape(n_layer=4, n_head=4, n_embd=128, vocab_size=512, block_size=256, pairs_per_step=32),
+    "124M": Shape(n_layer=12, n_head=12, n_embd=768, vocab_size=50257, block_size=1024, pairs_per_step=8),
+}
+BETA = 0.1
+MAX_GRAD_NORM = 1.0  # TRL's default, so everybody's
+STEPS_PER_EPOCH = 8  # the data set: large enough to be sorted by length, small enough to be gone through often
+SAMPLES, NEW_TOKENS = 64, 64  # of the sampling contest
+_PROMPT, _COMPLETION = (16, 48), (8, 64)  # tokens, uniform; a completion's end-of-text included
+
+
+class Task(NamedTuple):
+    """All a contestant's process is told.
+
+    Fields:
+        contestant: its name in contestant.py.
+        shape: a key of SHAPES.
+        dtype: "float32", or "bfloat16" for autocast of float32 weights.
+        device: "cpu" or "cuda".
+        threads: of the CPU, for torch.
+        folder: of the weights, in Hugging Face's layout.
+        pairs_per_step, micro_size: rows of an optimizer step; how many of them ours takes at a time.
+        steps_per_epoch: with pairs_per_step the size of the data set.
+        learning_rate: of AdamW, constant.
+        log_every: steps between two of TRL's logged losses; None leaves TRL's default.
+        seed: of weights, tokens and order.
+    """
+
+    contestant: str
+    shape: str
+    dtype: str
+    device: str
+    threads: int
+    folder: str
+    pairs_per_step: int
+    micro_size: int
+    steps_per_epoch: int = STEPS_PER_EPOCH
+    learning_rate: float = 1e-5
+    log_every: int | None = None
+    seed: int = 0
+
+
+class Pair(NamedTuple):
+    """Token ids; both completions end with their one end-of-text."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+
+def end_of_text(task: Task) -> int:
+    """The last id, as in GPT-2's vocabulary; no other token of a pair is it."""
+    return SHAPES[task.shape].vocab_size - 1
+
+
+def make_pairs(task: Task) -> list[Pair]:
+    """The data set of one epoch: the same for every contestant with this shape, size and seed."""
+    draw = random.Random(f"pairs {task.seed}")
+    eot = end_of_text(task)
+
+    def tokens(count: int) -> list[int]:
+        return [draw.randrange(eot) for _ in range(count)]
+
+    return [
+        Pair(
+            tokens(draw.randint(*_PROMPT)),
+            [*tokens(draw.randint(*_COMPLETION) - 1), eot],
+            [*tokens(draw.randint(*_COMPLETION) - 1), eot],
+        )
+        for _ in range(task.pairs_per_step * task.steps_per_epoch)
+    ]
+
+
+def make_prompts(task: Task) -> list[list[int]]:
+    """The prompts of the sampling contest."""
+    draw = random.Random(f"prompts {task.seed}")
+    eot = end_of_text(task)
+    return [[draw.randrange(eot) for _ in range(draw.randint(*_PROMPT))] for _ in range(SAMPLES)]
+
+
+def digest(rows: list) -> str:
+    """SHA-256 of lists of token ids, to see that contestants hold the same ones."""
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
