@@ -28,7 +28,7 @@ from .validation import InputError
 CONFIG_FILE, WEIGHTS_FILE, PICKLED_WEIGHTS_FILE = "config.json", "model.safetensors", "pytorch_model.bin"
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-_BUFFERS = ("attn.bias", "attn.masked_bias")  # causal masks that older versions saved
+_BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks that older versions saved
 
 
 def load_model(folder_or_name: str | Path) -> GPT:

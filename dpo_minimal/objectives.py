@@ -114,24 +114,27 @@ def preference_objective(model: GPT, loss_type: str, *, dtype: str, **options: f
         logps/chosen, logps/rejected: log pi(y|x), nats a sequence, apart, because both may fall.
         dpo/gradient_weight: how hard the loss pulls (of a ranking: on its best answer).
         dpo/saturated_fraction: share of rows that the implicit reward orders with odds above 99 : 1.
-        dpo/displacement: share of rows whose chosen completion is less likely than under the reference.
+        dpo/displacement: share of rows whose chosen completion is less likely than under the reference, by
+            more than rounding.
         dpo/ties: share of rows (neighbours) with equal rewards, neither right nor wrong.
     The divergence from the reference is not among them: it is a mean over the policy's own samples.
 
     Args:
         model: the policy.
-        loss_type: a key of `LOSS_TYPES`; options are its options.
+        loss_type: a key of `LOSS_TYPES`; options are its options, checked by `loss_options`.
         dtype: "float32", or "bfloat16" for autocast of the matrix products; weights, log-softmax and the
             loss stay in float32, because a step of 5e-7 would be rounded away in bfloat16.
     """
+    options = loss_options(loss_type, options)
     loss_of = LOSS_TYPES[loss_type].loss
 
     def objective(micro: PreferenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
         logps = completion_logps_of(model, micro.batch, dtype)
         result = loss_of(logps, micro.reference_logps, **options)
-        policy, ratios = logps.detach(), (logps.detach() - micro.reference_logps)
+        policy, ratios = logps.detach(), logps.detach() - micro.reference_logps
         order = ratios[:, :-1] - ratios[:, 1:]  # of neighbours; of a pair, chosen minus rejected
         margins = result.chosen_rewards - result.rejected_rewards
+        chosen_lengths = micro.batch.completion_lengths[:, 0]
         metrics = {
             "rewards/chosen": result.chosen_rewards,
             "rewards/rejected": result.rejected_rewards,
@@ -141,7 +144,7 @@ def preference_objective(model: GPT, loss_type: str, *, dtype: str, **options: f
             "logps/rejected": policy[:, -1],
             "dpo/gradient_weight": result.gradient_weights,
             "dpo/saturated_fraction": (margins > math.log(99)).float(),
-            "dpo/displacement": (ratios[:, 0] < 0).float(),
+            "dpo/displacement": (ratios[:, 0] < -_rounding(chosen_lengths, dtype)).float(),
             "dpo/ties": (order == 0).float(),
         }
         return result.losses.mean(), {name: values.mean() for name, values in metrics.items()}
@@ -150,9 +153,9 @@ def preference_objective(model: GPT, loss_type: str, *, dtype: str, **options: f
 
 
 def sft_objective(model: GPT, *, dtype: str) -> Objective:
-    """micro-batch (K = 1) -> (mean negative log-probability of a completion token, metrics).
+    """micro-batch -> (minus the mean log-probability of a completion token, in nats; no further metrics).
 
-    The metric logps/chosen is log pi(y|x) of a whole completion, averaged over tokens' share of it.
+    Args: as `preference_objective`; every completion of a row counts, and its end-of-text like any token.
     """
 
     def objective(micro: SharedPromptBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -168,6 +171,18 @@ def completion_logps_of(model: GPT, batch: SharedPromptBatch, dtype: str) -> Ten
         raise InputError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}.")
     with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
         return shared_prompt_logps(model, batch)
+
+
+# How far two computations of a log-probability may lie apart, in nats for a completion of one token: rows of
+# another shape are added up in another order. Over T tokens it grows with sqrt(T). The largest seen between
+# shapes, for models of 1M to 124M parameters on a CPU: 2e-5 in float32; in bfloat16 0.05, but 0.24 for logits
+# near -100 like GPT-2's, where its numbers are 0.5 apart. In float32, room is left for other devices.
+_TOKEN_ROUNDING = {"float32": 1e-4, "bfloat16": 0.3}
+
+
+def _rounding(tokens: Tensor, dtype: str) -> Tensor:
+    """Token counts -> nats below which two log-probabilities of them do not differ."""
+    return _TOKEN_ROUNDING[dtype] * tokens.sqrt()
 
 
 # -------------------------------------------------------------------------------------------------- windows
@@ -238,7 +253,7 @@ def reference_logps(
         micro_size: rows a pass, which are of similar length.
         progress: wraps the iteration over passes, e.g. in a progress bar.
     Returns:
-        (N, K) nats on the CPU; where an example has fewer than K completions, NaN.
+        (N, K) nats in float32 on the CPU; where an example has fewer than K completions, NaN.
     """
 
     def size(index: int) -> tuple[int, int]:
@@ -246,7 +261,7 @@ def reference_logps(
         return len(example.completions), len(example.prompt) + sum(map(len, example.completions))
 
     order = sorted(range(len(examples)), key=size)
-    K = len(examples[order[-1]].completions)
+    K = max((len(example.completions) for example in examples), default=0)
     result = torch.full((len(examples), K), math.nan)
     passes = []
     for start in range(0, len(order), micro_size):
@@ -263,22 +278,28 @@ def reference_logps(
 
 def cache_key(model: GPT, tokenizer: Tokenizer, examples: Sequence[Example], dtype: str) -> str:
     """What reference log-probabilities depend on: weights, vocabulary, token ids after truncation, dtype."""
-    ids = hashlib.sha256(json.dumps([[e.prompt, e.completions] for e in examples]).encode()).hexdigest()
-    parts = [state_fingerprint(model), tokenizer.fingerprint, ids, dtype]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    digest = hashlib.sha256(f"{state_fingerprint(model)} {tokenizer.fingerprint} {dtype}".encode())
+    for example in examples:
+        digest.update(json.dumps([example.prompt, example.completions]).encode())
+    return digest.hexdigest()
 
 
 def save_reference_logps(path: Path, logps: Tensor, key: str) -> None:
-    """Write (N, K) log-probabilities with the key of what they belong to."""
-    write_atomically(
-        path, lambda p: safetensors.torch.save_file({"reference_logps": logps}, p, metadata={"key": key})
-    )
+    """Write (N, K) log-probabilities with the key of what they belong to, in one move.
+
+    Raises InputError where the file cannot be written.
+    """
+    content, metadata = {"reference_logps": logps.contiguous()}, {"key": key}
+    try:
+        write_atomically(path, lambda p: safetensors.torch.save_file(content, p, metadata=metadata))
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path}: cannot be written ({error}); make room there.") from None
 
 
 def load_reference_logps(path: Path, key: str) -> Tensor | None:
-    """Read them back; None where there is no such file or it belongs to another key.
+    """Read them back; None where there is no such file or it belongs to another key: compute them then.
 
-    Raises InputError where the file is damaged.
+    Raises InputError where the file is damaged or cannot be read.
     """
     if not path.exists():
         return None
@@ -287,13 +308,8 @@ def load_reference_logps(path: Path, key: str) -> Tensor | None:
             if (file.metadata() or {}).get("key") != key:
                 return None
             return file.get_tensor("reference_logps")
-    except safetensors.SafetensorError as error:
+    except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"{path}: is damaged ({error}); delete it to compute it again.") from None
-
-
-# How far two computations of one token's log-probability may lie apart, in nats: batches of other shapes
-# add in another order. Measured on trained models: below 1e-6 in float32, below 0.01 in bfloat16.
-TOKEN_SLACK = {"float32": 1e-5, "bfloat16": 0.05}
 
 
 def check_start(
@@ -301,19 +317,19 @@ def check_start(
 ) -> None:
     """At the first step policy = reference, so the loss must be what it is there: ln 2 for DPO.
 
-    The log-ratio margin of a row is 0 up to the rounding of two completions' tokens, and the loss moves
-    from its start by the gradient weight times that.
+    A row's log-ratio margin is 0 up to the rounding of its completions' tokens, and the loss moves from its
+    start by the gradient weight times that.
 
     Args: loss and weight (`dpo/gradient_weight`) of the first record, and its window.
     Raises:
         InputError: the loss is elsewhere: the reference log-probabilities belong to other weights or tokens.
     """
-    start, tokens = 0.0, 0
+    start = slack = 0.0
     for micro, share in zip(window.micro_batches, window.shares, strict=True):
         lengths = micro.batch.completion_lengths
         start += share * LOSS_TYPES[loss_type].start(lengths.shape[1], **options)
-        tokens = max(tokens, int(lengths.sum(-1).max()))
-    slack = weight * tokens * TOKEN_SLACK[dtype] + 1e-6 * start  # and float32's rounding of the loss
+        slack = max(slack, weight * _rounding(lengths.sum(-1).max(), dtype).item())
+    slack += 1e-6 * start  # float32's rounding of the loss itself
     if not abs(loss - start) <= slack:
         raise InputError(
             f"the first loss is {loss:.6f}, but with policy = reference it must be {start:.6f} within "

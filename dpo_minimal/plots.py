@@ -52,10 +52,10 @@ def bandit_figure(outcomes: list[Outcome], path: Path) -> None:
         _distance_panel(axes[0, 1], outcomes)
         _weight_panel(axes[1, 0], outcomes)
         _frontier_panel(axes[1, 1], outcomes)
-        _save(figure, path)
+        save_figure(figure, path)
 
 
-def _save(figure, path: Path) -> None:
+def save_figure(figure, path: Path) -> None:
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
     plt.close(figure)
 
@@ -170,7 +170,7 @@ def ranking_figure(world: Bandit, rewards: Tensor, errors: Tensor, path: Path, *
         axes[-1, 0].set_xlabel("estimated reward, mean zero per prompt, with 95 % intervals")
         if shown < len(world.prompts):
             figure.suptitle(f"The first {shown} of {len(world.prompts)} prompts")
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def statistics_figure(sizes: list[Size], degrees: int, path: Path) -> None:
@@ -189,7 +189,7 @@ def statistics_figure(sizes: list[Size], degrees: int, path: Path) -> None:
         _coverage_panel(axes[0, 1], sizes)
         _score_panel(axes[1, 0], sizes, degrees)
         _efficiency_panel(axes[1, 1], sizes)
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def _laws(sizes: list[Size], key: str) -> list[Law]:

@@ -5,7 +5,7 @@
     tasks.py       what all are given: the shape of the GPT-2, the same weights and the same tokens
     turns.py       a contestant's end of the pipe: wait for a turn, work, report
     contestant.py  the process of one contestant
-    ours.py, trl_dpo.py, plain_loop.py, sampling.py   the contestants
+    ours.py, trl_dpo.py, hugging_face.py   the contestants
     duels.py       starts the processes and lets two of them take turns
     results.py     medians, ratios, the table
 

@@ -43,11 +43,11 @@ def main() -> None:
 
             sample_ours(task, Turns(sys.stdin, reports, task.device))
         case "plain":
-            from .plain_loop import train_plainly
+            from .hugging_face import train_plainly
 
             train_plainly(task, Turns(sys.stdin, reports, task.device))
         case "hugging-face-sampling":
-            from .plain_loop import sample_hugging_face
+            from .hugging_face import sample_hugging_face
 
             sample_hugging_face(task, Turns(sys.stdin, reports, task.device))
         case name:

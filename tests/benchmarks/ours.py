@@ -14,7 +14,7 @@ from dpo_minimal.checkpoint import load_model, save_model
 from dpo_minimal.generation import generate
 from dpo_minimal.model import GPT, GPTConfig
 from dpo_minimal.objectives import make_window, preference_objective, reference_logps
-from dpo_minimal.train import make_optimizer, train
+from dpo_minimal.train import Window, make_optimizer, train
 
 from .tasks import BETA, MAX_GRAD_NORM, NEW_TOKENS, SHAPES, Task, end_of_text, make_pairs, make_prompts
 from .turns import Turns
@@ -40,15 +40,10 @@ def train_ours(task: Task, turns: Turns) -> None:
     references = reference_logps(model, examples, micro_size=task.micro_size, **where)
     reference_seconds = time.perf_counter() - start
 
-    ends = []  # for each step that was begun: is it the last of its epoch?
-
-    def epochs() -> Iterator:
+    def batches() -> Iterator[Window]:
+        sizes = {"window_size": task.pairs_per_step, "micro_size": task.micro_size}
         for epoch in itertools.count():
-            steps = windows(
-                examples, window_size=task.pairs_per_step, micro_size=task.micro_size, seed=task.seed, epoch=epoch
-            )
-            for step in steps:
-                ends.append(step is steps[-1])
+            for step in windows(examples, **sizes, seed=task.seed, epoch=epoch):
                 yield make_window(examples, step, references, **where)
 
     objective = preference_objective(model, "dpo", dtype=task.dtype, beta=BETA)
@@ -56,10 +51,11 @@ def train_ours(task: Task, turns: Turns) -> None:
     rows = [[example.prompt, *example.completions] for example in examples]
     if not turns.ready(rows, reference_seconds=reference_seconds):
         return
-    for record in train(objective, optimizer, epochs(), max_grad_norm=MAX_GRAD_NORM):
+    for record in train(objective, optimizer, batches(), max_grad_norm=MAX_GRAD_NORM):
         turns.losses.append(record["loss"])
-        # Steps differ in length, by design; only whole epochs are what the others' random batches are.
-        if not turns.step_done(task.pairs_per_step, may_pause=ends.pop()):
+        # Steps differ in length, by design; only a whole epoch costs what as many random batches hold.
+        epoch_ends = record["step"] % task.steps_per_epoch == 0
+        if not turns.step_done(task.pairs_per_step, may_pause=epoch_ends):
             return
 
 

@@ -29,7 +29,9 @@ SHAPES = {
 }
 BETA = 0.1
 MAX_GRAD_NORM = 1.0  # TRL's default, so everybody's
-STEPS_PER_EPOCH = 8  # the data set: large enough to be sorted by length, small enough to be gone through often
+STEPS_PER_EPOCH = (
+    8  # the data set: large enough to be sorted by length, small enough to be gone through often
+)
 SAMPLES, NEW_TOKENS = 64, 64  # of the sampling contest
 _PROMPT, _COMPLETION = (16, 48), (8, 64)  # tokens, uniform; a completion's end-of-text included
 

@@ -41,7 +41,11 @@ def as_text(task: Task) -> Dataset:
 
     return Dataset.from_list(
         [
-            {"prompt": words(prompt), "chosen": " " + words(chosen[:-1]), "rejected": " " + words(rejected[:-1])}
+            {
+                "prompt": words(prompt),
+                "chosen": " " + words(chosen[:-1]),
+                "rejected": " " + words(rejected[:-1]),
+            }
             for prompt, chosen, rejected in make_pairs(task)
         ]
     )

@@ -1,0 +1,120 @@
+"""The figure of a training on text. Records in, figure out; style and colours are those of plots.py."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from .evaluate import Mean, Samples, mean_of
+from .plots import STYLE, save_figure
+from .train import Record
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#666666"
+
+
+def series(records: list[Record], name: str) -> tuple[list[float], list[float]]:
+    """Steps and values of a metric, of the records that have it."""
+    found = [(record["step"], record[name]) for record in records if record.get(name) is not None]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def preference_figure(
+    records: list[Record], start: float, before: Samples, after: Samples, path: Path
+) -> None:
+    """Loss, log-ratios of chosen and rejected, accuracy and weight, and what the samples became.
+
+    Args:
+        start: the loss where policy = reference (ln 2 for DPO).
+        before, after: samples of the reference and of the trained policy for the same prompts.
+    """
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(2, 2, figsize=(16, 12), layout="constrained")
+        _loss_panel(axes[0, 0], records, start)
+        _ratio_panel(axes[0, 1], records)
+        _accuracy_panel(axes[1, 0], records)
+        (_divergence_panel if after.rewards is None else _reward_panel)(axes[1, 1], before, after)
+        save_figure(figure, path)
+
+
+def sft_figure(records: list[Record], path: Path) -> None:
+    """One panel: nats a token."""
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(10, 6), layout="constrained")
+        _curves(axis, records, "loss")
+        axis.set(title="Supervised fine-tuning", xlabel="optimizer step", ylabel="loss (nats per token)")
+        save_figure(figure, path)
+
+
+def _curves(axis, records: list[Record], name: str, colour: str = BLUE, label: str = "training") -> None:
+    """A metric in training (thin, with its running mean) and on held-out rows (points)."""
+    steps, values = series(records, name)
+    smooth = _running_mean(values)
+    axis.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
+    axis.plot(steps, smooth, color=colour, label=label)
+    held_steps, held = series(records, f"eval_{name}")
+    if held:
+        axis.plot(held_steps, held, "o--", color=ORANGE, markersize=8, label="held out")
+        axis.legend()
+
+
+def _running_mean(values: list[float], width: int = 10) -> np.ndarray:
+    """Mean of the last few values, fewer at the beginning."""
+    sums = np.cumsum([0.0, *values])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - width, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def _loss_panel(axis, records: list[Record], start: float) -> None:
+    _curves(axis, records, "loss")
+    label = "policy = reference" + (" (ln 2)" if math.isclose(start, math.log(2)) else f" ({start:.3g})")
+    axis.axhline(start, color=GREY, linestyle=":", label=label)
+    axis.legend()
+    axis.set(title="Loss", xlabel="optimizer step", ylabel="loss (nats per row)")
+
+
+def _ratio_panel(axis, records: list[Record]) -> None:
+    for name, colour, label in (("chosen", BLUE, "chosen"), ("rejected", ORANGE, "rejected")):
+        steps, values = series(records, f"rewards/{name}")
+        axis.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
+        axis.plot(steps, _running_mean(values), color=colour, label=label)
+    axis.axhline(0, color=GREY, linestyle=":", label="as likely as under the reference")
+    axis.legend()
+    axis.set(
+        title="Are the chosen becoming likelier?",
+        xlabel="optimizer step",
+        ylabel="implicit reward β log π/π_ref (nats)",
+    )
+
+
+def _accuracy_panel(axis, records: list[Record]) -> None:
+    _curves(axis, records, "rewards/accuracies", label="rows ordered rightly")
+    steps, weights = series(records, "dpo/gradient_weight")
+    relative = np.array(weights) / weights[0]
+    axis.plot(steps, _running_mean(list(relative)), color=GREEN, label="gradient weight / its first value")
+    axis.axhline(0.5, color=GREY, linestyle=":", label="guessing")
+    axis.legend()
+    axis.set(title="Order, and the pull that is left", xlabel="optimizer step", ylabel="share of rows; ratio")
+
+
+def _reward_panel(axis, before: Samples, after: Samples) -> None:
+    bins = np.linspace(-3, 3, 25)
+    for samples, colour, name in ((before, GREY, "reference"), (after, BLUE, "policy")):
+        label = f"{name}: mean {mean_of(samples.rewards)}"
+        axis.hist(samples.rewards.numpy(), bins=bins, color=colour, alpha=0.6, label=label)
+    divergence: Mean = mean_of(after.log_ratios)
+    axis.legend(title=f"KL(policy, reference) = {divergence} nats", title_fontsize=13)
+    axis.set(title="What the samples became", xlabel="true reward of a sample", ylabel="samples")
+
+
+def _divergence_panel(axis, before: Samples, after: Samples) -> None:
+    axis.hist(after.log_ratios.numpy(), bins=30, color=BLUE, alpha=0.7)
+    divergence: Mean = mean_of(after.log_ratios)
+    axis.axvline(divergence.value, color=ORANGE, label=f"mean, the KL: {divergence} nats")
+    axis.legend()
+    axis.set(
+        title="How far the samples have moved", xlabel="log π/π_ref of a sample (nats)", ylabel="samples"
+    )
