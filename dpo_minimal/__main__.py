@@ -6,10 +6,8 @@ import argparse
 import os
 import sys
 
-import torch
-
 from . import __version__
-from .experiments import audit, bandit, statistics
+from .experiments import audit, bandit, dpo, sft, statistics
 from .validation import InputError
 
 COMMANDS = {
@@ -18,6 +16,8 @@ COMMANDS = {
         statistics,
         "what finite data determine: thousands of data sets against the laws of theory",
     ),
+    "sft": (sft, "teach a GPT-2 to continue prompts: the start of every preference training"),
+    "dpo": (dpo, "train a GPT-2 on preferences; without arguments, film reviews from SFT to DPO"),
     "audit": (audit, "what a model will read of a preference file, and what is wrong with it"),
 }
 
@@ -49,7 +49,6 @@ def main(arguments: list[str] | None = None) -> int:
         arguments.insert(0, "bandit")
     options = _parser().parse_args(arguments)
     command, _ = COMMANDS[vars(options).pop("command")]
-    torch.set_num_threads(1)  # tables and models this small are faster on one core, and the same everywhere
     try:
         command.run(options)
         sys.stdout.flush()
@@ -59,8 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (InputError, OSError) as error:
         print(f"dpo-minimal: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\ndpo-minimal: interrupted.", file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        print(f"\ndpo-minimal: {interruption or 'interrupted.'}", file=sys.stderr)
         return 130
     return 0
 

@@ -22,7 +22,7 @@ from .model import GPT
 from .policy import shared_prompt_batch, shared_prompt_logps
 from .tokenizer import Tokenizer
 
-CHUNK = 64  # prompts that are sampled together
+CHUNK = 256  # prompts that are sampled together
 
 
 class Mean(NamedTuple):

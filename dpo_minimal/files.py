@@ -1,6 +1,6 @@
 """JSON and JSON lines, gzipped or not, as located rows.
 
-But: what a row must hold is data.py's business.
+But: which columns a row must have is data.py's business.
 """
 
 from __future__ import annotations
@@ -17,6 +17,42 @@ from .validation import InputError
 Located = tuple[str, Callable[[], Any]]  # "FILE, row 3", and what parses the row
 
 
+class Row:
+    """A row's columns, which knows where it stands when something is wrong with it."""
+
+    def __init__(self, place: str, columns: Any):
+        self.place = place
+        if not isinstance(columns, dict):
+            raise InputError(f"{place}: must be an object with named fields, got {_type(columns)}.")
+        self.columns = columns
+
+    def error(self, field: str, problem: str) -> InputError:
+        return InputError(f"{self.place}, field {field!r}: {problem}.")
+
+    def get(self, field: str) -> Any:
+        if field not in self.columns:
+            there = ", ".join(map(repr, self.columns)) or "none"
+            raise self.error(field, f"is missing; the fields there are {there}")
+        return self.columns[field]
+
+    def text(self, field: str, value: Any, part: str = "") -> str:
+        """`value`, all of a field or the named part of it, as a string that can be encoded."""
+        if not isinstance(value, str):
+            raise self.error(field, f"{part}must be text, got {_type(value)}")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise self.error(field, f"{part}holds half of a surrogate pair; write the character") from None
+        return value
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, float) and value != value:
+        return "NaN"  # what data frames write where there is nothing
+    names = {type(None): "null", dict: "an object", list: "a list", bool: "true or false", str: "text"}
+    return names.get(type(value), "a number")
+
+
 def read_rows(path: str | Path) -> Iterator[Located]:
     """The rows of a file, each with its place and a function that parses it or says what is wrong with it.
 
@@ -28,23 +64,33 @@ def read_rows(path: str | Path) -> Iterator[Located]:
             columns. A row that is not JSON or not UTF-8 raises when it is parsed.
     """
     data = _read_bytes(Path(path))
-    if not data.strip():
+    start = data.lstrip()
+    if not start:
         raise InputError(f"{path}: is empty; add rows.")
-    if data.lstrip()[:1] == b"[":
+    if start[:1] == b"[":
         yield from _rows_of_list(path, _parse(str(path), data))
         return
-    first, _, rest = data.lstrip().partition(b"\n")
-    if not rest.strip() or first.strip() == b"{":  # one object, on one line or set out over many
+    first, _, rest = start.partition(b"\n")
+    spread = first.strip() == b"{"  # one object, set out over many lines
+    if spread or (not rest.strip() and start[:1] == b"{"):
         content = _parse(str(path), data)
-        if isinstance(content, dict) and content and all(isinstance(v, list) for v in content.values()):
+        if _is_columns(content):
             yield from _rows_of_columns(path, content)
             return
-        if first.strip() == b"{":
+        if spread:
             raise InputError(f"{path}: is one object but not of columns; put rows into a list or on lines.")
     for number, line in enumerate(data.split(b"\n"), start=1):
         if line.strip():
             place = f"{path}, line {number}"
             yield place, lambda place=place, line=line: _parse(place, line)
+
+
+def _is_columns(content: dict[str, Any]) -> bool:
+    """Lists only, and none of chat messages: those belong to a single row."""
+    return bool(content) and all(
+        isinstance(values, list) and not (values and isinstance(values[0], dict) and "role" in values[0])
+        for values in content.values()
+    )
 
 
 def _rows_of_list(path: str | Path, rows: list[Any]) -> Iterator[Located]:
@@ -82,17 +128,17 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _parse(place: str, data: bytes) -> Any:
-    def refuse(word: str) -> None:
-        raise InputError(f"{place}: holds {word}, which is not JSON; write null or a number.")
-
+    """One row, or a whole file, of which a message then also names the line."""
+    several = b"\n" in data.strip()
     try:
-        return json.loads(data.decode(), parse_constant=refuse)
+        return json.loads(data.decode())
     except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        where = place if b"\n" not in data.strip() else f"{place}, line {line}"
-        raise InputError(f"{where}: is not UTF-8 text; save the file as UTF-8.") from None
+        line = f", line {data[: error.start].count(10) + 1}" if several else ""
+        raise InputError(f"{place}{line}: is not UTF-8 text; save the file as UTF-8.") from None
     except json.JSONDecodeError as error:
-        where = place if b"\n" not in data.strip() else f"{place}, line {error.lineno}"
-        raise InputError(f"{where}: is not JSON ({error.msg}, column {error.colno}).") from None
+        line = f", line {error.lineno}" if several else ""
+        raise InputError(f"{place}{line}: is not JSON ({error.msg}, column {error.colno}).") from None
     except RecursionError:
         raise InputError(f"{place}: is nested too deeply to be a row.") from None
+    except ValueError:  # Python's limit on the digits of an integer
+        raise InputError(f"{place}: holds a number with too many digits; write it as text.") from None

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,23 +22,24 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .batches import Example
+from .batches import Example, windows
 from .checkpoint import state_fingerprint
-from .losses import (
-    PreferenceLoss,
-    dpo_loss,
-    ipo_loss,
-    plackett_luce_dpo_loss,
-    plackett_luce_gradient_weights,
-)
+from .losses import PreferenceLoss, dpo_loss, ipo_loss, plackett_luce_dpo_loss, plackett_luce_gradient_weights
 from .model import GPT
 from .policy import SharedPromptBatch, shared_prompt_batch, shared_prompt_logps
 from .runs import write_atomically
 from .tokenizer import Tokenizer
 from .train import Objective, Window
-from .validation import InputError
+from .validation import InputError, check_positive
 
 DTYPES = ("float32", "bfloat16")
+
+
+class PreferenceBatch(NamedTuple):
+    """Rows of K completions each, with the reference's log-probabilities of them, (B, K) nats."""
+
+    batch: SharedPromptBatch
+    reference_logps: Tensor
 
 
 class LossType(NamedTuple):
@@ -46,8 +47,8 @@ class LossType(NamedTuple):
 
     Fields:
         rows: the kind of data: "preferences" or "rankings".
-        options: which options it takes; any other is refused.
-        loss: (policy (B, K), reference (B, K), **options) -> PreferenceLoss of (B,) tensors.
+        options: which options it takes, each a positive number; any other is refused.
+        loss: (policy logps (B, K), PreferenceBatch, **options) -> PreferenceLoss of (B,) tensors.
         start: (K, **options) -> the loss of every row where policy = reference.
     """
 
@@ -58,10 +59,13 @@ class LossType(NamedTuple):
 
 
 def _of_pairs(loss: Callable[..., PreferenceLoss]) -> Callable[..., PreferenceLoss]:
-    return lambda policy, reference, **options: loss(*policy.unbind(-1), *reference.unbind(-1), **options)
+    return lambda policy, micro, **options: loss(
+        *policy.unbind(-1), *micro.reference_logps.unbind(-1), **options
+    )
 
 
-def _plackett_luce(policy: Tensor, reference: Tensor, *, beta: float) -> PreferenceLoss:
+def _plackett_luce(policy: Tensor, micro: PreferenceBatch, *, beta: float) -> PreferenceLoss:
+    reference = micro.reference_logps
     rewards = beta * (policy - reference).detach()
     weights = plackett_luce_gradient_weights(policy, reference, beta=beta)
     losses = plackett_luce_dpo_loss(policy, reference, beta=beta)
@@ -80,28 +84,23 @@ LOSS_TYPES = {
 def loss_options(loss_type: str, given: dict[str, float | None]) -> dict[str, float]:
     """The options that a loss takes, out of those given (None where not given).
 
-    Raises InputError: no such loss, an option it does not use, one it needs that is missing.
+    Raises InputError: no such loss, an option it does not use, one it needs that is missing or not positive.
     """
     if loss_type not in LOSS_TYPES:
         raise InputError(f"--loss-type {loss_type}: no such loss; choose one of {', '.join(LOSS_TYPES)}.")
     used = LOSS_TYPES[loss_type].options
-    for name, value in given.items():
+    found = {name: value for name, value in given.items() if value is not None}
+    for name in (*found, *used):
         flag = "--" + name.replace("_", "-")
-        if value is not None and name not in used:
+        if name not in used:
             raise InputError(f"--loss-type {loss_type} does not use {flag}; leave it out.")
-    if missing := [name for name in used if given.get(name) is None]:
-        raise InputError(f"--loss-type {loss_type} needs --{missing[0].replace('_', '-')}.")
-    return {name: given[name] for name in used}
+        if name not in found:
+            raise InputError(f"--loss-type {loss_type} needs {flag}.")
+        check_positive(flag, found[name])
+    return found
 
 
 # ----------------------------------------------------------------------------------------------- objectives
-
-
-class PreferenceBatch(NamedTuple):
-    """Rows of K completions each, with the reference's log-probabilities of them, (B, K) nats."""
-
-    batch: SharedPromptBatch
-    reference_logps: Tensor
 
 
 def preference_objective(model: GPT, loss_type: str, *, dtype: str, **options: float) -> Objective:
@@ -130,7 +129,7 @@ def preference_objective(model: GPT, loss_type: str, *, dtype: str, **options: f
 
     def objective(micro: PreferenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
         logps = completion_logps_of(model, micro.batch, dtype)
-        result = loss_of(logps, micro.reference_logps, **options)
+        result = loss_of(logps, micro, **options)
         policy, ratios = logps.detach(), logps.detach() - micro.reference_logps
         order = ratios[:, :-1] - ratios[:, 1:]  # of neighbours; of a pair, chosen minus rejected
         margins = result.chosen_rewards - result.rejected_rewards
@@ -190,42 +189,32 @@ def _rounding(tokens: Tensor, dtype: str) -> Tensor:
 
 def layout(examples: Sequence[Example], *, dtype: str, device: str) -> SharedPromptBatch:
     """Examples as one batch on the device; in bfloat16 rows are padded to a multiple that its units like."""
-    multiple = 16 if dtype == "bfloat16" else 1
-    batch = shared_prompt_batch(
-        [example.prompt for example in examples],
-        [example.completions for example in examples],
-        multiple=multiple,
-    )
-    return batch.to(device)
+    prompts, completions, *_ = zip(*examples, strict=True)
+    return shared_prompt_batch(prompts, completions, multiple=16 if dtype == "bfloat16" else 1).to(device)
 
 
 def make_window(
-    examples: Sequence[Example],
-    step: list[list[int]],
-    reference_logps: Tensor | None,
-    *,
-    dtype: str,
-    device: str,
+    examples: Sequence[Example], step: list[list[int]], reference: Tensor | None, *, dtype: str, device: str
 ) -> Window:
     """The window of one optimizer step.
 
     Args:
         examples: N rows.
         step: micro-batches of indices, from `batches.windows`.
-        reference_logps: (N, K) for a preference loss, whose shares are rows; None for SFT, whose shares
-            are completion tokens.
+        reference: (N, K) log-probabilities for a preference loss, whose shares are rows; None for SFT, whose
+            shares are completion tokens.
     """
     micro_batches: list[SharedPromptBatch | PreferenceBatch] = []
     sizes = []
     for rows in step:
         chosen = [examples[index] for index in rows]
         batch = layout(chosen, dtype=dtype, device=device)
-        if reference_logps is None:
+        if reference is None:
             micro_batches.append(batch)
             sizes.append(sum(len(ids) for example in chosen for ids in example.completions))
         else:
-            logps = reference_logps[rows, : batch.completion_lengths.shape[1]].to(device)
-            micro_batches.append(PreferenceBatch(batch, logps))
+            logps = reference[rows, : batch.completion_lengths.shape[1]]
+            micro_batches.append(PreferenceBatch(batch, logps.to(device)))
             sizes.append(len(rows))
     places = [examples[index].place for rows in step for index in rows]
     name = "; ".join(places[:3]) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
@@ -242,7 +231,7 @@ def reference_logps(
     micro_size: int,
     dtype: str,
     device: str = "cpu",
-    progress: Callable[[Iterator[list[int]]], Iterator[list[int]]] = iter,
+    progress: Callable[[Iterable[list[int]]], Iterable[list[int]]] = iter,
 ) -> Tensor:
     """log pi_ref of every completion of every example, once for a data set.
 
@@ -250,26 +239,18 @@ def reference_logps(
 
     Args:
         model: the reference; no gradient is kept.
+        examples: N >= 1 rows.
         micro_size: rows a pass, which are of similar length.
         progress: wraps the iteration over passes, e.g. in a progress bar.
     Returns:
         (N, K) nats in float32 on the CPU; where an example has fewer than K completions, NaN.
     """
 
-    def size(index: int) -> tuple[int, int]:
-        example = examples[index]
-        return len(example.completions), len(example.prompt) + sum(map(len, example.completions))
-
-    order = sorted(range(len(examples)), key=size)
-    K = max((len(example.completions) for example in examples), default=0)
-    result = torch.full((len(examples), K), math.nan)
-    passes = []
-    for start in range(0, len(order), micro_size):
-        rows = order[start : start + micro_size]
-        for k in sorted({len(examples[index].completions) for index in rows}):
-            passes.append([index for index in rows if len(examples[index].completions) == k])
+    count = len(examples)
+    (passes,) = windows(examples, window_size=count, micro_size=min(micro_size, count), seed=0, epoch=0)
+    result = torch.full((count, max(len(example.completions) for example in examples)), math.nan)
     with torch.no_grad():
-        for rows in progress(iter(passes)):
+        for rows in progress(passes):
             batch = layout([examples[index] for index in rows], dtype=dtype, device=device)
             logps = completion_logps_of(model, batch, dtype).float().cpu()
             result[torch.tensor(rows), : logps.shape[1]] = logps
@@ -277,8 +258,10 @@ def reference_logps(
 
 
 def cache_key(model: GPT, tokenizer: Tokenizer, examples: Sequence[Example], dtype: str) -> str:
-    """What reference log-probabilities depend on: weights, vocabulary, token ids after truncation, dtype."""
-    digest = hashlib.sha256(f"{state_fingerprint(model)} {tokenizer.fingerprint} {dtype}".encode())
+    """What reference log-probabilities depend on: weights and how many heads share them, vocabulary, token
+    ids after truncation, dtype."""
+    facts = (state_fingerprint(model), model.config, tokenizer.fingerprint, dtype)
+    digest = hashlib.sha256(repr(facts).encode())
     for example in examples:
         digest.update(json.dumps([example.prompt, example.completions]).encode())
     return digest.hexdigest()
@@ -315,24 +298,32 @@ def load_reference_logps(path: Path, key: str) -> Tensor | None:
 def check_start(
     loss: float, weight: float, window: Window, loss_type: str, *, dtype: str, **options: float
 ) -> None:
-    """At the first step policy = reference, so the loss must be what it is there: ln 2 for DPO.
+    """At the first step policy = reference: is the loss what it is there, ln 2 for DPO?
 
-    A row's log-ratio margin is 0 up to the rounding of its completions' tokens, and the loss moves from its
-    start by the gradient weight times that.
+    Each log-ratio is 0 up to the rounding of its completion's tokens, and the losses are convex, so they are
+    off by no more than in the corners of that box. The weight must fit too: IPO's loss has two equal sides.
 
     Args: loss and weight (`dpo/gradient_weight`) of the first record, and its window.
-    Raises:
-        InputError: the loss is elsewhere: the reference log-probabilities belong to other weights or tokens.
+    Raises InputError: it is not; the reference log-probabilities belong to other weights or tokens.
     """
-    start = slack = 0.0
+    loss_of = LOSS_TYPES[loss_type].loss
+    expected = slack = torch.zeros(2, dtype=torch.float64)  # of loss and weight
     for micro, share in zip(window.micro_batches, window.shares, strict=True):
-        lengths = micro.batch.completion_lengths
-        start += share * LOSS_TYPES[loss_type].start(lengths.shape[1], **options)
-        slack = max(slack, weight * _rounding(lengths.sum(-1).max(), dtype).item())
-    slack += 1e-6 * start  # float32's rounding of the loss itself
-    if not abs(loss - start) <= slack:
+        longest = micro.batch.completion_lengths.cpu().amax(-1, keepdim=True)  # (B, 1)
+        reference = micro.reference_logps.cpu().double()
+        here, K = micro._replace(reference_logps=reference), reference.shape[1]
+        corners = 1 - 2 * torch.ones(K - 1, K).tril()  # row j: the best j + 1 less likely, the others more
+        results = [
+            loss_of(reference + signs * _rounding(longest, dtype), here, **options)
+            for signs in (torch.zeros(K), *corners, *-corners)
+        ]
+        found = torch.stack([torch.stack([r.losses, r.gradient_weights]) for r in results])  # (2K - 1, 2, B)
+        expected = expected + share * found[0].mean(-1)
+        slack = slack + share * (found - found[0]).abs().amax(0).mean(-1)
+    slack = slack + 1e-6 * expected.abs()  # float32's rounding of the two themselves
+    if not ((torch.tensor([loss, weight]).double() - expected).abs() <= slack).all():
         raise InputError(
-            f"the first loss is {loss:.6f}, but with policy = reference it must be {start:.6f} within "
-            f"{slack:.1g}; the reference log-probabilities belong to other weights or tokens, so delete "
-            "reference_logps.safetensors or start a new run."
+            f"the first loss is {loss:.6f} with weight {weight:.6f}, but where policy = reference they are "
+            f"{expected[0]:.6f} and {expected[1]:.6f} within {slack[0]:.1g} and {slack[1]:.1g}; the kept "
+            "reference is of other weights or tokens, so delete reference_logps.safetensors or start a new run."
         )

@@ -20,6 +20,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -38,6 +39,7 @@ from .training_state import load_training_state, save_training_state
 from .validation import InputError
 
 METRICS_FILE, CHECKPOINTS = "metrics.jsonl", "checkpoints"
+RECENT = 10  # steps over which displacement is judged
 KEEP = 2  # checkpoints: the newest, and the one before it should the disk fail under the newest
 
 
@@ -135,6 +137,7 @@ def run_training(
     *,
     name: str,
     check_first: Callable[[Record, Window], None] | None = None,
+    look: Callable[[], Record] = dict,
     resume: bool = False,
 ) -> list[Record]:
     """Train a model, writing metrics and checkpoints into a run folder.
@@ -145,6 +148,7 @@ def run_training(
         objective: as `train` takes it, on this model.
         name: for the progress bar.
         check_first: called with the first record and its window, before a second step.
+        look: further measurements at each evaluation, by their names.
         resume: go on from the newest checkpoint, from the beginning where there is none.
     Returns:
         All records of metrics.jsonl.
@@ -157,7 +161,7 @@ def run_training(
     done, records = _go_on(folder, model, optimizer) if resume else (0, [])
     log = _Log(folder / METRICS_FILE, records)
     if done == 0:
-        log.add({"step": 0, **evaluate(objective, settings, data)})
+        log.add({"step": 0, **evaluate(objective, settings, data), **look()})
     stream = train(
         objective,
         optimizer,
@@ -175,7 +179,7 @@ def run_training(
             if step % settings.logging_steps == 0 or step in (1, last_step):
                 log.add(record)
             if _due(step, settings.eval_steps, last_step):
-                log.add({"step": step, **evaluate(objective, settings, data)})
+                log.add({"step": step, **evaluate(objective, settings, data), **look()})
             if _due(step, settings.save_steps, last_step) or interrupt.asked:
                 _save(folder, model, optimizer, step)
             if interrupt.asked and step < last_step:
@@ -272,6 +276,19 @@ class _Interrupt:
             signal.signal(signal.SIGINT, self.before)
 
 
+def is_displaced(recent: Sequence[Record]) -> bool:
+    """Do the chosen completions lose probability, by number and on average, over a whole spell of steps?
+
+    Single windows do so by chance.
+    """
+    if len(recent) < RECENT or "dpo/displacement" not in recent[-1]:
+        return False
+    share, reward = (
+        sum(r[key] for r in recent) / RECENT for key in ("dpo/displacement", "rewards/chosen")
+    )
+    return share > 0.5 and reward < 0
+
+
 class _Progress:
     """A bar on a terminal; elsewhere a line now and then. Says once when likelihoods are displaced."""
 
@@ -280,6 +297,7 @@ class _Progress:
     def __init__(self, name: str, done: int, last_step: int, rows: int):
         self.name, self.last_step, self.rows, self.warned = name, last_step, rows, False
         self.started, self.first = time.perf_counter(), done
+        self.recent: deque[Record] = deque(maxlen=RECENT)
         self.bar = tqdm(
             total=last_step, initial=done, desc=name, unit="step", disable=not sys.stderr.isatty()
         )
@@ -305,10 +323,11 @@ class _Progress:
         ):
             text = ", ".join(f"{name} {value}" for name, value in shown.items())
             print(f"{self.name}: step {step} of {self.last_step}, {text}", flush=True)
-        if record.get("dpo/displacement", 0) > 0.5 and not self.warned:
+        self.recent.append(record)
+        if not self.warned and is_displaced(self.recent):
             self.warned = True
             tqdm.write(
-                f"Displacement at step {step}: {record['dpo/displacement']:.0%} of the chosen completions "
-                "are less likely than under the reference. The loss sees only the margin; if samples get "
-                "worse, lower the learning rate or raise beta (derivations.md, D13.1)."
+                f"Displacement: in the last {RECENT} steps to {step}, most chosen completions were less likely "
+                "than under the reference. The loss sees only the margin; if samples get worse, lower the "
+                "learning rate or raise beta (derivations.md, D13.1)."
             )

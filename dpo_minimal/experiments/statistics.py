@@ -24,6 +24,8 @@ import math
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 import numpy as np
 
 from ..runs import new_run_folder, refuse_used_folder, versions, write_arrays, write_json, write_records
@@ -68,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Path:
     """Check everything, simulate each N, print table and verdict, write the run folder, which is returned."""
+    torch.set_num_threads(1)  # as in bandit
     settings = _settings(args)
     truth = make_truth(settings)
     refuse_used_folder(args.output_dir)

@@ -2,7 +2,7 @@
 
 Two processes are alive at a time: ours, and one opponent after the other. While one works the other sleeps.
 What is compared is a round: a block of ours and a block of the opponent's, one straight after the other,
-their order changing from round to round.
+their order changing from round to round. Before that they prove that they do the same work.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 from dpo_minimal.validation import InputError
 
-from .tasks import Task
+from .tasks import CHECKED_STEPS, STEPS_PER_EPOCH, Task
 
 ROOT = Path(__file__).resolve().parents[2]
+LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
 
 
 class Duel(NamedTuple):
@@ -28,13 +29,15 @@ class Duel(NamedTuple):
 
     Fields:
         task: the opponent's.
-        ours_facts, facts: what each said at its start (turns.py).
-        rounds: (block of ours, block of the opponent's) as reported by turns.py.
+        ours_facts, facts: what each said at its start (contestant.py).
+        loss_difference: the largest between their losses of the first steps; None for sampling.
+        rounds: (block of ours, block of the opponent's) as reported by contestant.py.
     """
 
     task: Task
     ours_facts: dict
     facts: dict
+    loss_difference: float | None
     rounds: list[tuple[dict, dict]]
 
 
@@ -44,7 +47,15 @@ class Contestant:
     def __init__(self, task: Task):
         self.task = task
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
-        self._process = start(task, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.benchmarks.contestant", json.dumps(task._asdict())],
+            cwd=ROOT,
+            env=os.environ | surroundings(task),
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+        )
         try:
             self.facts = self._report()
         except BaseException:
@@ -63,8 +74,8 @@ class Contestant:
             self._process.communicate()
         self._log.close()
 
-    def block(self, seconds: float, steps: int = 1) -> dict:
-        """Let it work for so many seconds and steps at least."""
+    def block(self, seconds: float, steps: int) -> dict:
+        """Let it work for a multiple of so many steps, until so much time has passed."""
         try:
             print(json.dumps({"seconds": seconds, "steps": steps}), file=self._process.stdin, flush=True)
         except BrokenPipeError:
@@ -83,8 +94,8 @@ class Contestant:
         return json.loads(line)
 
 
-def start(task: Task, **pipes: int | IO) -> subprocess.Popen:
-    """Start contestant.py, offline, with a cache of its own beside the weights."""
+def surroundings(task: Task) -> dict[str, str]:
+    """Environment variables: offline, a cache beside the weights, one GPU."""
     settings = {
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -95,22 +106,7 @@ def start(task: Task, **pipes: int | IO) -> subprocess.Popen:
     }
     if task.device == "cuda":
         settings["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.benchmarks.contestant", json.dumps(task._asdict())],
-        cwd=ROOT,
-        env=os.environ | settings,
-        text=True,
-        **pipes,
-    )
-
-
-def write_weights(task: Task) -> None:
-    """Make the folder of weights that a contest's tasks name."""
-    made = start(task._replace(contestant="weights"), stdin=subprocess.DEVNULL)
-    if made.wait() != 0:
-        raise InputError(
-            f"the weights of shape {task.shape} could not be written to {task.folder}; see above."
-        )
+    return settings
 
 
 def contest(
@@ -123,35 +119,60 @@ def contest(
 ) -> list[Duel]:
     """Ours against each opponent in turn, all with the same weights and tokens.
 
+    A block is whole epochs, so its pairs are the same for everybody. Before the rounds come the steps whose
+    losses are compared, and a block to warm up.
+
     Args:
         ours: the task of our side; an opponent's differs in its name alone.
         opponents: names of contestant.py.
-        rounds, seconds: of each duel; a block lasts at least so many seconds, and one such block of each
-            goes before them to warm up.
+        rounds, seconds: of each duel; a block lasts at least so many seconds.
         notify: called with each duel when it ends.
+    Raises:
+        InputError: a contestant stops, or does not do the same work as ours.
     """
+    epoch = STEPS_PER_EPOCH if ours.contestant == "ours" else 1
     duels = []
     with Contestant(ours) as us:
-        us.block(seconds, steps=2)
+        our_start = us.block(0, CHECKED_STEPS)
+        us.block(seconds, epoch)
         for name in opponents:
             with Contestant(ours._replace(contestant=name)) as them:
-                check_same_work(us, them)
-                them.block(seconds, steps=2)
+                check_same_work(them.task, us.facts, them.facts)
+                start = them.block(0, CHECKED_STEPS)
+                difference = check_same_losses(them.task, our_start["losses"], start["losses"])
+                them.block(seconds, 1)  # it goes round in one order, so its epochs may begin anywhere
                 played = []
                 for number in range(rounds):
                     pair = (us, them) if number % 2 == 0 else (them, us)
-                    blocks = {side: side.block(seconds) for side in pair}
+                    blocks = {side: side.block(seconds, epoch) for side in pair}
                     played.append((blocks[us], blocks[them]))
-                duels.append(Duel(them.task, us.facts, them.facts, played))
+                duels.append(Duel(them.task, us.facts, them.facts, difference, played))
                 notify(duels[-1])
     return duels
 
 
-def check_same_work(us: Contestant, them: Contestant) -> None:
+def check_same_work(task: Task, ours: dict, theirs: dict) -> None:
     """Raise InputError where the two do not hold the same tokens or do not use the same number of threads."""
     for fact in ("tokens", "rows", "threads"):
-        if us.facts[fact] != them.facts[fact]:
+        if ours[fact] != theirs[fact]:
             raise InputError(
-                f"contestant {them.task.contestant} holds other {fact} than ours ({them.facts[fact]} against "
-                f"{us.facts[fact]}), so nothing can be compared; mend it or leave it out with --against."
+                f"contestant {task.contestant} holds other {fact} than ours ({theirs[fact]} against "
+                f"{ours[fact]}), so nothing can be compared; mend it or leave it out with --against."
             )
+
+
+def check_same_losses(task: Task, ours: list[float], theirs: list[float]) -> float | None:
+    """The largest difference between the losses of the first steps; None where nothing is trained.
+
+    From the second step on a loss depends on gradient, clipping and optimizer too. Raises InputError where
+    the difference is more than rounding explains.
+    """
+    if not ours and not theirs:
+        return None
+    differences = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
+    if not max(differences) <= LOSS_TOLERANCE[task.dtype]:
+        raise InputError(
+            f"contestant {task.contestant} ({task.shape}, {task.dtype}) has losses {theirs} where ours are "
+            f"{ours}, so the two do not train alike; mend it or leave it out with --against."
+        )
+    return max(differences)

@@ -1,9 +1,8 @@
 """Hugging Face's GPT-2 in a loop of the kind that tutorials show, and its own `generate`.
 
 The loop: chosen and rejected in passes of their own, policy and reference too, all logits, log_softmax and
-gather, the reference at every step, random batches right-padded to the longest row, torch's AdamW as it
-comes. It passes no attention mask, because behind right-padding causal attention needs none; that is the
-quicker way.
+gather, the reference at every step, batches right-padded to the longest row, torch's AdamW as it comes. It
+passes no attention mask, because behind right-padding causal attention needs none; that is the quicker way.
 """
 
 from __future__ import annotations
@@ -16,8 +15,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import GPT2LMHeadModel
 
-from .tasks import BETA, MAX_GRAD_NORM, NEW_TOKENS, Pair, Task, end_of_text, make_pairs, make_prompts
-from .turns import Turns
+from .contestant import Turns
+from .tasks import (
+    BETA,
+    LEARNING_RATE,
+    MAX_GRAD_NORM,
+    NEW_TOKENS,
+    Pair,
+    Task,
+    end_of_text,
+    make_pairs,
+    make_prompts,
+)
 
 
 def collate(pairs: list[Pair], padding: int) -> dict[str, Tensor]:
@@ -47,15 +56,10 @@ def train_plainly(task: Task, turns: Turns) -> None:
     model = GPT2LMHeadModel.from_pretrained(task.folder).to(task.device)
     model.train()  # the config's dropout is 0
     reference = copy.deepcopy(model).eval()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=task.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     pairs = make_pairs(task)
     loader = DataLoader(
-        pairs,
-        batch_size=task.pairs_per_step,
-        shuffle=True,
-        drop_last=True,
-        collate_fn=lambda rows: collate(rows, padding=end_of_text(task)),
-        generator=torch.Generator().manual_seed(task.seed),
+        pairs, batch_size=task.pairs_per_step, collate_fn=lambda rows: collate(rows, end_of_text(task))
     )
     autocast = torch.autocast(task.device, torch.bfloat16, enabled=task.dtype == "bfloat16")
     going = turns.ready(pairs)
@@ -73,9 +77,9 @@ def train_plainly(task: Task, turns: Turns) -> None:
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
             optimizer.step()
-            turns.losses.append(loss.item())
-            if not turns.step_done(task.pairs_per_step):
-                return
+            going = turns.step_done(task.pairs_per_step, loss.item())
+            if not going:
+                break
 
 
 def sample_hugging_face(task: Task, turns: Turns) -> None:

@@ -12,6 +12,7 @@ from statistics import median
 from typing import NamedTuple
 
 from .duels import Duel
+from .tasks import Task
 
 LABELS = {
     "ours": "ours",
@@ -24,7 +25,8 @@ LABELS = {
     "hugging-face-sampling": "Hugging Face generate (tokens/s)",
 }
 COLUMNS = (
-    "shape", "dtype", "contestant", "pairs/s", "ours ÷ it", "epoch 1, pairs/s", "ours ÷ it", "peak MiB", "ours ÷ it"
+    "shape", "dtype", "contestant", "pairs/s", "ours ÷ it", "epoch 1, pairs/s", "ours ÷ it",
+    "peak MiB (above imports)", "ours ÷ it",
 )  # fmt: skip
 
 
@@ -60,44 +62,44 @@ def rate_ratio(duel: Duel, *, first_epoch: bool) -> Ratio:
     return Ratio(median(ratios), min(ratios), max(ratios))
 
 
-def peak(blocks: Sequence[dict]) -> float:
-    """MiB at the highest: of the GPU where there is one, else of the process."""
-    return max(block.get("peak_gpu_mib", block["peak_mib"]) for block in blocks)
+def peaks(blocks: Sequence[dict], facts: dict) -> list[float]:
+    """MiB at the highest: of the process and above its imports; where there is a GPU, of the GPU alone."""
+    if "peak_gpu_mib" in blocks[0]:
+        return [max(block["peak_gpu_mib"] for block in blocks)]
+    peak = max(block["peak_mib"] for block in blocks)
+    return [peak, peak - facts["imports_mib"]]
 
 
 def rows(duels: list[Duel], ours: str) -> list[list[str]]:
     """The lines of one contest: ours, then every opponent."""
-    our_blocks = [block for duel in duels for block, _ in duel.rounds]
     first = duels[0]
+    our_blocks = [block for duel in duels for block, _ in duel.rounds]
     lines = [_row(first.task._replace(contestant=ours), our_blocks, first.ours_facts, ["1"] * 3)]
     for duel in duels:
-        our_peak = peak([block for block, _ in duel.rounds])
-        blocks = [block for _, block in duel.rounds]
-        ratios = [
-            str(rate_ratio(duel, first_epoch=False)),
-            str(rate_ratio(duel, first_epoch=True)),
-            f"{our_peak / peak(blocks):.2f}",
-        ]
+        ours_now, blocks = ([pair[side] for pair in duel.rounds] for side in (0, 1))
+        memory = zip(peaks(ours_now, duel.ours_facts), peaks(blocks, duel.facts))
+        ratios = [str(rate_ratio(duel, first_epoch=first_epoch)) for first_epoch in (False, True)]
+        ratios.append(_pair([f"{a / b:.2f}" for a, b in memory]))
         lines.append(_row(duel.task, blocks, duel.facts, ratios))
     return lines
 
 
-def _row(task, blocks: list[dict], facts: dict, ratios: list[str]) -> list[str]:
+def _row(task: Task, blocks: list[dict], facts: dict, ratios: list[str]) -> list[str]:
     later = median(map(rate, blocks))
-    first = f"{first_epoch_rate(later, facts):.3g}"
+    first, first_ratio = _number(first_epoch_rate(later, facts)), ratios[1]
     if task.contestant in ("ours-sampling", "hugging-face-sampling"):
-        first = ratios[1] = "–"  # nothing is cached there
-    return [
-        task.shape,
-        task.dtype,
-        LABELS[task.contestant],
-        f"{later:.3g}" if later < 1000 else f"{later:.0f}",
-        ratios[0],
-        first,
-        ratios[1],
-        f"{peak(blocks):.0f}",
-        ratios[2],
-    ]
+        first = first_ratio = "–"  # nothing is cached there
+    memory = _pair([f"{mib:.0f}" for mib in peaks(blocks, facts)])
+    names = [task.shape, task.dtype, LABELS[task.contestant]]
+    return [*names, _number(later), ratios[0], first, first_ratio, memory, ratios[2]]
+
+
+def _number(rate: float) -> str:
+    return f"{rate:.3g}" if rate < 1000 else f"{rate:.0f}"
+
+
+def _pair(texts: list[str]) -> str:
+    return texts[0] + "".join(f" ({text})" for text in texts[1:])
 
 
 def table(lines: list[list[str]]) -> str:

@@ -29,15 +29,15 @@ SHAPES = {
 }
 BETA = 0.1
 MAX_GRAD_NORM = 1.0  # TRL's default, so everybody's
-STEPS_PER_EPOCH = (
-    8  # the data set: large enough to be sorted by length, small enough to be gone through often
-)
+LEARNING_RATE = 1e-4  # of AdamW, constant; high enough to move the losses that are compared
+STEPS_PER_EPOCH = 8  # few, because a block is whole epochs: then its pairs are the same for everybody
+CHECKED_STEPS = 3  # at the start, on the first pairs in their order: everybody's losses must be the same
 SAMPLES, NEW_TOKENS = 64, 64  # of the sampling contest
 _PROMPT, _COMPLETION = (16, 48), (8, 64)  # tokens, uniform; a completion's end-of-text included
 
 
 class Task(NamedTuple):
-    """All a contestant's process is told.
+    """All that a contestant's process is told.
 
     Fields:
         contestant: its name in contestant.py.
@@ -46,10 +46,8 @@ class Task(NamedTuple):
         device: "cpu" or "cuda".
         threads: of the CPU, for torch.
         folder: of the weights, in Hugging Face's layout.
-        pairs_per_step, micro_size: rows of an optimizer step; how many of them ours takes at a time.
-        steps_per_epoch: with pairs_per_step the size of the data set.
-        learning_rate: of AdamW, constant.
-        log_every: steps between two of TRL's logged losses; None leaves TRL's default.
+        pairs_per_step: of an optimizer step.
+        micro_size: how many of them ours takes at a time.
         seed: of weights, tokens and order.
     """
 
@@ -61,9 +59,6 @@ class Task(NamedTuple):
     folder: str
     pairs_per_step: int
     micro_size: int
-    steps_per_epoch: int = STEPS_PER_EPOCH
-    learning_rate: float = 1e-5
-    log_every: int | None = None
     seed: int = 0
 
 
@@ -94,7 +89,7 @@ def make_pairs(task: Task) -> list[Pair]:
             [*tokens(draw.randint(*_COMPLETION) - 1), eot],
             [*tokens(draw.randint(*_COMPLETION) - 1), eot],
         )
-        for _ in range(task.pairs_per_step * task.steps_per_epoch)
+        for _ in range(task.pairs_per_step * STEPS_PER_EPOCH)
     ]
 
 
@@ -106,5 +101,5 @@ def make_prompts(task: Task) -> list[list[int]]:
 
 
 def digest(rows: list) -> str:
-    """SHA-256 of lists of token ids, to see that contestants hold the same ones."""
+    """SHA-256 of lists of token ids, to see that contestants hold the same ones in the same order."""
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

@@ -1,0 +1,288 @@
+"""`python -m dpo_minimal dpo`: a language model learns from preferences, without a reward model.
+
+Pairs of completions of one prompt, chosen and rejected, and a reference pi_ref, which is the model that
+training starts from. The loss of a pair is
+
+    -log sigmoid(beta (log pi(yw|x)/pi_ref(yw|x) - log pi(yl|x)/pi_ref(yl|x)))                          (Eq. 7)
+
+and its optimum is pi_ref exp(r / beta) / Z for the reward r behind the preferences (derivations.md).
+
+  dpo-minimal dpo                                            all of it on film reviews, in two minutes: SFT,
+                                                             then DPO on judged samples of the SFT model
+  dpo-minimal dpo --data pairs.jsonl --model runs/sft-001    your pairs, from your SFT model
+  dpo-minimal dpo --data pairs.jsonl --model gpt2 --dtype bfloat16
+  dpo-minimal dpo --resume runs/dpo-001                      go on where Ctrl-C or a power cut stopped it
+
+What to watch. loss starts at ln 2 = 0.693 exactly; rewards/accuracies is the share of pairs ordered rightly
+(0.5 is guessing, 1 on the held-out pairs is not to be had: people disagree). rewards/chosen and rewards/rejected
+may both fall, as only their difference is trained (displacement). kl/policy_reference, measured on the policy's own
+samples, is what beta limits; when it runs off while samples get worse, raise beta or stop earlier.
+
+A run folder holds model/ (Hugging Face's layout), metrics.jsonl, training.png, config.json, checkpoints/, the
+reference's log-probabilities, and without --data also sft/ and preferences.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..batches import Example
+from ..checkpoint import save_model, state_fingerprint
+from ..data import Dataset, load_dataset
+from ..evaluate import Samples, mean_of, sample
+from ..objectives import (
+    LOSS_TYPES,
+    cache_key,
+    check_start,
+    load_reference_logps,
+    loss_options,
+    preference_objective,
+    reference_logps,
+    save_reference_logps,
+)
+from ..reviews import sentiment
+from ..runs import write_records
+from ..tokenizer import save_tokenizer
+from ..train import Record, Window
+from ..training_run import Data, run_training
+from ..validation import InputError, check_count
+from . import sft
+from .judged import as_pairs, judged_samples
+from .text_options import (
+    COMMON,
+    Defaults,
+    add_data_options,
+    add_run_options,
+    add_training_options,
+    resolve,
+    settings_of,
+)
+from .text_report import side_by_side, summary
+from .text_setup import (
+    MODEL,
+    REFERENCE_FILE,
+    Policy,
+    check_folder,
+    count_parameters,
+    load_policy,
+    open_folder,
+    pin_start,
+    prepare,
+    read_rows,
+    rows_fingerprint,
+)
+
+DEFAULTS = Defaults(
+    file=COMMON
+    | {"loss_type": "dpo", "beta": 0.1, "learning_rate": 1e-6, "optimizer": "rmsprop", "rows": None,
+       "eval_samples": 16, "max_new_tokens": 128},
+    reviews={"rows": 14000, "beta": 0.5, "learning_rate": 1e-4, "optimizer": "adamw", "max_length": 96,
+             "held_out": 0.03, "warmup_steps": 20, "eval_samples": 256, "max_new_tokens": 64},
+    quick={"rows": 5000, "gradient_accumulation_steps": 4, "learning_rate": 2e-4, "held_out": 0.05},
+)  # fmt: skip
+RANKED = 4  # samples of a generated ranking
+SHOWN = 5
+PREFERENCES_FILE = "preferences.jsonl"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    add_data_options(parser, DEFAULTS, "preference pairs (rankings for plackett_luce)")
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model", metavar="MODEL",
+        help="policy and reference start as this folder, run, or released name (gpt2 to gpt2-xl); needed with "
+        "--data (default: one that sft makes on the reviews)",
+    )  # fmt: skip
+    training = add_training_options(parser, DEFAULTS)
+    training.add_argument(
+        "--loss-type", choices=LOSS_TYPES,
+        help="dpo; ipo, whose log-ratio margin has the finite target 1 / (2 beta); or plackett_luce for "
+        f"rankings ({DEFAULTS.text('loss_type')})",
+    )  # fmt: skip
+    training.add_argument(
+        "--beta", type=float, metavar="B",
+        help=f"strength of the pull towards the reference ({DEFAULTS.text('beta')}, for which 0.1 would leave "
+        "the language behind)",
+    )  # fmt: skip
+    looking = parser.add_argument_group("samples")
+    looking.add_argument(
+        "--eval-samples", type=int, metavar="N",
+        help=f"of the policy at each look at the held-out rows; 0 draws none ({DEFAULTS.text('eval_samples')})",
+    )  # fmt: skip
+    looking.add_argument(
+        "--max-new-tokens", type=int, metavar="N",
+        help=f"where a sample is cut ({DEFAULTS.text('max_new_tokens')})",
+    )  # fmt: skip
+    add_run_options(parser, DEFAULTS, "dpo")
+
+
+def run(args: argparse.Namespace) -> Path:
+    """Check everything, train, and write the run folder, which is returned."""
+    options = resolve(args, "dpo", DEFAULTS)
+    loss = loss_options(options.loss_type, {"beta": options.beta})
+    check_count("--eval-samples", options.eval_samples, minimum=0)
+    check_count("--max-new-tokens", options.max_new_tokens)
+    if options.data is not None and options.model is None:
+        raise InputError(
+            "--data needs --model, the SFT model that is policy and reference at the start; make one by "
+            f"`dpo-minimal sft --data {options.data}`, or name a folder or gpt2."
+        )
+    check_folder(options)
+    if options.data is not None:  # all that can be wrong with the input, before anything is written
+        policy, dataset = load_policy(options.model), read_rows(options, LOSS_TYPES[options.loss_type].rows)
+        train, held_out = prepare(options, dataset, policy)
+        folder = open_folder(options, "dpo")
+    else:
+        folder = open_folder(options, "dpo")
+        policy = load_policy(options.model or str(_fine_tune(options, folder)))
+        dataset = _judged_reviews(options, folder, policy)
+        train, held_out = prepare(options, dataset, policy)
+    return _train(options, loss, folder, policy, dataset, train, held_out)
+
+
+def _train(
+    options: argparse.Namespace,
+    loss: dict[str, float],
+    folder: Path,
+    policy: Policy,
+    dataset: Dataset,
+    train: list[Example],
+    held_out: list[Example],
+) -> Path:
+    model, tokenizer = policy.model.to(options.device), policy.tokenizer
+    reference = copy.deepcopy(model).requires_grad_(False)
+    fingerprint = state_fingerprint(reference)
+    pin_start(folder, data=rows_fingerprint(dataset), vocabulary=tokenizer.fingerprint, model=fingerprint)
+    print(f"{count_parameters(model):,} parameters; loss {options.loss_type}, {_listed(loss)}.", flush=True)
+    logps = _reference(options, folder, policy, [*train, *held_out])
+    data = Data(train, held_out, logps[: len(train)], logps[len(train) :])
+    look = _Samples(options, policy, reference, held_out or train)
+    before = look.draw(reference)
+    records = run_training(
+        folder, model, preference_objective(model, options.loss_type, dtype=options.dtype, **loss), data,
+        settings_of(options), name=options.loss_type.upper(), resume=options.resume is not None,
+        check_first=partial(_check_start, options, loss), look=look.record,
+    )  # fmt: skip
+    if state_fingerprint(reference) != fingerprint:
+        raise AssertionError("the reference has moved in training, which is a bug in here")
+    save_model(model, folder / MODEL, eos=tokenizer.eot)
+    save_tokenizer(tokenizer, folder / MODEL)
+    after = look.draw(model)
+    from ..text_plots import preference_figure  # matplotlib is slow to import: not before it is needed
+
+    K = max(len(example.completions) for example in train)
+    start = LOSS_TYPES[options.loss_type].start(K, **loss)
+    preference_figure(records, start, before, after, folder / "training.png")
+    if before is not None:
+        print("\n".join(["", *side_by_side(before, after, SHOWN), "", *summary(before, after, options.beta)]))
+    print(f"\nWrote {folder}/model, training.png, metrics.jsonl and config.json.", flush=True)
+    return folder
+
+
+def _listed(loss: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in loss.items())
+
+
+def _check_start(options: argparse.Namespace, loss: dict[str, float], record: Record, window: Window) -> None:
+    check_start(
+        record["loss"], record["dpo/gradient_weight"], window, options.loss_type, dtype=options.dtype, **loss
+    )
+
+
+# -------------------------------------------------------------------------------------- without --data
+
+
+def _fine_tune(options: argparse.Namespace, folder: Path) -> Path:
+    """The SFT model of the reviews, in a run folder of its own; what is there already is used."""
+    target = folder / "sft"
+    if (target / MODEL / "config.json").exists():
+        return target
+    flags = ["--resume", str(target)] if (target / "config.json").exists() else _sft_flags(options, target)
+    parser = argparse.ArgumentParser()
+    sft.add_arguments(parser)
+    print("Supervised fine-tuning first: the reference has to speak the language.\n", flush=True)
+    sft.run(parser.parse_args(flags))
+    print("\nNow preferences between its own samples.\n", flush=True)
+    return target
+
+
+def _sft_flags(options: argparse.Namespace, target: Path) -> list[str]:
+    flags = ["--output-dir", str(target), "--seed", str(options.seed)]
+    flags += ["--device", options.device, "--dtype", options.dtype]
+    return flags + (["--quick"] if options.quick else [])
+
+
+def _judged_reviews(options: argparse.Namespace, folder: Path, policy: Policy) -> Dataset:
+    """Pairs (rankings) of the SFT model's own samples, kept in preferences.jsonl."""
+    path = folder / PREFERENCES_FILE
+    kind = LOSS_TYPES[options.loss_type].rows
+    if not path.exists():
+        rows = judged_samples(
+            policy, options.rows, 2 if kind == "preferences" else RANKED, reward=sentiment,
+            max_new_tokens=options.max_new_tokens, seed=options.seed,
+            progress=partial(tqdm, desc="sampling", disable=None, leave=False),
+        )  # fmt: skip
+        write_records(path, as_pairs(rows) if kind == "preferences" else rows)
+    return load_dataset(path, kind)
+
+
+# ------------------------------------------------------------------------------------------- references
+
+
+def _reference(options: argparse.Namespace, folder: Path, policy: Policy, examples: list[Example]) -> Tensor:
+    """log pi_ref of all rows: from the run's cache where it belongs to them, else computed and kept."""
+    path = folder / REFERENCE_FILE
+    key = cache_key(policy.model, policy.tokenizer, examples, options.dtype)
+    logps = load_reference_logps(path, key)
+    if logps is None:
+        logps = reference_logps(
+            policy.model, examples, micro_size=options.per_device_train_batch_size, dtype=options.dtype,
+            device=options.device, progress=partial(tqdm, desc="reference", disable=None, leave=False),
+        )  # fmt: skip
+        save_reference_logps(path, logps, key)
+    return logps
+
+
+class _Samples:
+    """Draws the policy's answers to the same prompts again and again, with the same random numbers."""
+
+    def __init__(
+        self, options: argparse.Namespace, policy: Policy, reference: torch.nn.Module, rows: list[Example]
+    ):
+        self.options, self.tokenizer, self.model, self.reference = (
+            options,
+            policy.tokenizer,
+            policy.model,
+            reference,
+        )
+        self.prompts = [policy.tokenizer.decode(example.prompt) for example in rows[: options.eval_samples]]
+
+    def draw(self, model) -> Samples | None:
+        if not self.prompts:
+            return None
+        return sample(
+            model, self.reference, self.tokenizer, self.prompts, max_new_tokens=self.options.max_new_tokens,
+            seed=self.options.seed, reward=sentiment if self.options.data is None else None,
+        )  # fmt: skip
+
+    def record(self) -> Record:
+        """What is logged at each look: divergence, length, and the true reward where it is known."""
+        samples = self.draw(self.model)
+        if samples is None:
+            return {}
+        divergence, length = mean_of(samples.log_ratios), mean_of(samples.lengths)
+        found = {"kl/policy_reference": divergence.value, "kl/error": divergence.error}
+        found |= {"samples/length": length.value, "samples/ended": samples.ended.double().mean().item()}
+        if samples.rewards is not None:
+            reward = mean_of(samples.rewards)
+            found |= {"samples/reward": reward.value, "samples/reward_error": reward.error}
+        return {name: value for name, value in found.items() if math.isfinite(value)}

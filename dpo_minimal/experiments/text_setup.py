@@ -1,0 +1,138 @@
+"""What sft and dpo do before the first step: find the model, read the data, open the run folder."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..allocator import keep_freed_memory
+from ..batches import Example, split_by_prompt, tokenize
+from ..checkpoint import load_model
+from ..data import Dataset, load_dataset
+from ..model import GPT
+from ..runs import new_run_folder, refuse_used_folder, versions, write_json
+from ..tokenizer import TOKENIZER_FILE, Tokenizer, gpt2_tokenizer, load_tokenizer
+from ..validation import InputError
+from .text_options import CONFIG_FILE, read_run_config
+
+MODEL, REFERENCE_FILE = "model", "reference_logps.safetensors"
+GPT2_VOCABULARY = 50257
+
+
+class Policy(NamedTuple):
+    """A model and the vocabulary it was trained with."""
+
+    model: GPT
+    tokenizer: Tokenizer
+
+
+def load_policy(name: str) -> Policy:
+    """The model of a folder, of a run's folder, or of a released GPT-2's name, with its tokenizer.
+
+    Raises InputError where there is none, or where the two do not belong together.
+    """
+    folder = Path(name)
+    if (folder / MODEL).is_dir():
+        folder = folder / MODEL
+    elif (folder / CONFIG_FILE).exists() and "options" in (folder / CONFIG_FILE).read_text(encoding="utf-8"):
+        raise InputError(f"--model {name}: that run has no model yet; finish it with --resume {name}.")
+    model = load_model(folder if folder.is_dir() else name)
+    vocab_size = model.config.vocab_size
+    if (folder / TOKENIZER_FILE).exists():
+        tokenizer = load_tokenizer(folder)
+    elif vocab_size == GPT2_VOCABULARY:  # Hugging Face's own folders come with files for other libraries
+        tokenizer = gpt2_tokenizer()
+    else:
+        raise InputError(
+            f"--model {name}: has no {TOKENIZER_FILE}, and with {vocab_size} tokens it is not GPT-2's "
+            "vocabulary; put the tokenizer's file beside the weights."
+        )
+    if tokenizer.vocab_size != vocab_size:
+        raise InputError(
+            f"--model {name}: its tokenizer has {tokenizer.vocab_size} tokens but its model {vocab_size}; "
+            "put the file that belongs to it beside the weights."
+        )
+    return Policy(model, tokenizer)
+
+
+def count_parameters(model: GPT) -> int:
+    """How many numbers a model has learnt, the tied head counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def context_of(options: argparse.Namespace, model: GPT) -> int:
+    """The tokens a row may have. Raises InputError where --max-length is more than the model can read."""
+    context = model.config.block_size
+    if options.max_length is None:
+        return context
+    if options.max_length > context:
+        raise InputError(f"--max-length {options.max_length}: the model reads {context} tokens; lower it.")
+    return options.max_length
+
+
+def read_rows(options: argparse.Namespace, kind: str) -> Dataset:
+    """The rows of --data."""
+    return load_dataset(options.data, kind, skip_bad_rows=bool(options.skip_bad_rows))
+
+
+def prepare(
+    options: argparse.Namespace, dataset: Dataset, policy: Policy
+) -> tuple[list[Example], list[Example]]:
+    """Rows as tokens, (training, held out); the audit is printed."""
+    examples, audit = tokenize(
+        dataset,
+        policy.tokenizer,
+        max_length=context_of(options, policy.model),
+        max_prompt_length=options.max_prompt_length,
+        skip_bad_rows=bool(options.skip_bad_rows),
+    )
+    print(f"{audit}\n", flush=True)
+    return split_by_prompt(examples, options.held_out, seed=options.seed)
+
+
+# ---------------------------------------------------------------------------------------------- run folder
+
+
+def check_folder(options: argparse.Namespace) -> None:
+    """Refuse an unusable --output-dir before any work; set up the process."""
+    if options.resume is None:
+        refuse_used_folder(options.output_dir)
+    keep_freed_memory()
+
+
+def open_folder(options: argparse.Namespace, command: str) -> Path:
+    """The run's folder with its config.json: a new one, or the one to go on with."""
+    if options.resume is not None:
+        torch.set_num_threads(read_run_config(options.resume)["threads"])  # sums depend on it
+        return options.resume
+    folder = new_run_folder(options.output_dir, command)
+    config = {"command": command, "options": vars(options), "threads": torch.get_num_threads(), **versions()}
+    write_json(folder / CONFIG_FILE, config)
+    return folder
+
+
+def pin_start(folder: Path, **facts: Any) -> None:
+    """Note what a run starts from; when it goes on, require that it still is the same.
+
+    Raises InputError naming what has changed: the data or the model under a run that is half done.
+    """
+    config = read_run_config(folder)
+    facts = json.loads(json.dumps(facts))
+    before = config.setdefault("start", facts)
+    for name, value in facts.items():
+        if before.get(name) != value:
+            raise InputError(
+                f"--resume {folder}: its {name.replace('_', ' ')} is not what it was when the run began; put "
+                "that back or start a new run."
+            )
+    write_json(folder / CONFIG_FILE, config)
+
+
+def rows_fingerprint(dataset: Dataset) -> str:
+    """SHA-256 of the rows as texts."""
+    return hashlib.sha256(json.dumps(dataset.rows).encode()).hexdigest()

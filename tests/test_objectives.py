@@ -1,0 +1,798 @@
+"""From tokens to loss and metrics: against a loop over tokens and formulas written out here."""
+
+import copy
+import errno
+import itertools
+import math
+import random
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from planting import CAUGHT, plant
+from test_policy import gradients, loop_logp, loud
+
+from dpo_minimal import objectives, policy
+from dpo_minimal.batches import Example, windows
+from dpo_minimal.losses import dpo_loss
+from dpo_minimal.model import GPT, GPTConfig
+from dpo_minimal.objectives import (
+    DTYPES,
+    LOSS_TYPES,
+    PreferenceBatch,
+    cache_key,
+    check_start,
+    completion_logps_of,
+    layout,
+    load_reference_logps,
+    loss_options,
+    make_window,
+    preference_objective,
+    reference_logps,
+    save_reference_logps,
+    sft_objective,
+)
+from dpo_minimal.policy import SequenceBatch, sequence_logps
+from dpo_minimal.tokenizer import byte_tokenizer, train_bpe
+from dpo_minimal.train import Window, _means, average, make_optimizer, train
+from dpo_minimal.validation import InputError
+
+VOCAB = 11
+SHAPE = GPTConfig(vocab_size=VOCAB, block_size=256, n_layer=2, n_head=2, n_embd=16)
+seeds = st.integers(0, 2**32 - 1)
+HERE = {"dtype": "float32", "device": "cpu"}
+
+
+def gpt_of(seed: int, shape: GPTConfig = SHAPE, scale: float = 0.2) -> GPT:
+    """A float32 GPT whose conditionals are far from uniform, from its seed alone."""
+    gpt, generator = GPT(shape), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in gpt.parameters():
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    return gpt
+
+
+def rows_of(seed: int, sizes: list[int], *, prompt: int = 4, completion: int = 6) -> list[Example]:
+    """A row for each number of completions, of random tokens and of many lengths."""
+    draw = random.Random(seed)
+
+    def text(longest: int) -> list[int]:
+        return [draw.randrange(VOCAB) for _ in range(draw.randint(1, longest))]
+
+    return [
+        Example(text(prompt), [text(completion) for _ in range(K)], f"row {number}")
+        for number, K in enumerate(sizes, start=1)
+    ]
+
+
+def sizes_of(loss_type: str, count: int) -> list[int]:
+    """How many completions each row has: pairs, or rankings of uneven length."""
+    return [2] * count if LOSS_TYPES[loss_type].rows == "preferences" else [2 + n % 3 for n in range(count)]
+
+
+def padded(table: list[list[float]]) -> torch.Tensor:
+    """(N, K) in float64, NaN where a row has fewer."""
+    width = max(map(len, table))
+    return torch.tensor([row + [math.nan] * (width - len(row)) for row in table], dtype=torch.float64)
+
+
+def looped(gpt: GPT, rows: list[Example]) -> list[list[float]]:
+    """log pi of every completion, a forward pass a token."""
+    return [[loop_logp(gpt, row.prompt, ids) for ids in row.completions] for row in rows]
+
+
+def cut(rows: list[Example], sizes: list[int]) -> list[list[int]]:
+    """Indices in micro-batches of these sizes, again cut where the number of completions changes."""
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index].completions))
+    micro_batches: list[list[int]] = []
+    for size in sizes:
+        taken, order = order[:size], order[size:]
+        for K in sorted({len(rows[index].completions) for index in taken}):
+            micro_batches.append([index for index in taken if len(rows[index].completions) == K])
+    assert not order
+    return micro_batches
+
+
+# float64 log-probabilities of a few tokens are right to 1e-11 (test_policy.ROUNDING); rewards multiply that
+# by beta and IPO's square by its margin, of size 100. Any mistake in a formula is above 1e-3.
+CLOSE = {"rel": 1e-9, "abs": 1e-9}
+# Shares of rows are averaged in float32.
+SHARES = {"rewards/accuracies", "dpo/saturated_fraction", "dpo/displacement", "dpo/ties"}
+
+
+# --------------------------------------------------------------------------------- loss and metrics by hand
+
+
+def by_hand(loss_type: str, policy_logps: list[float], reference: list[float], lengths, beta: float) -> dict:
+    """Loss and metrics of one row, in plain Python."""
+    ratios = [p - r for p, r in zip(policy_logps, reference)]
+    rewards = [beta * ratio for ratio in ratios]
+    margin = rewards[0] - rewards[-1]
+    if loss_type == "dpo":
+        loss = math.log1p(math.exp(-abs(margin))) + max(-margin, 0.0)
+        weight = beta * math.exp(-margin) / (1 + math.exp(-margin))
+    elif loss_type == "ipo":
+        loss = (ratios[0] - ratios[1] - 1 / (2 * beta)) ** 2
+        weight = -2 * (ratios[0] - ratios[1] - 1 / (2 * beta))
+    else:
+        odds = [math.exp(reward) for reward in rewards]
+        loss = -sum(math.log(odds[k] / sum(odds[k:])) for k in range(len(odds)))
+        weight = beta * (1 - odds[0] / sum(odds))
+    neighbours = list(itertools.pairwise(ratios))
+    return {
+        "loss": loss,
+        "rewards/chosen": rewards[0],
+        "rewards/rejected": rewards[-1],
+        "rewards/margins": margin,
+        "rewards/accuracies": sum(better > worse for better, worse in neighbours) / len(neighbours),
+        "logps/chosen": policy_logps[0],
+        "logps/rejected": policy_logps[-1],
+        "dpo/gradient_weight": weight,
+        "dpo/saturated_fraction": float(1 / (1 + math.exp(-margin)) > 0.99),
+        "dpo/displacement": float(ratios[0] < -1e-4 * math.sqrt(lengths[0])),
+        "dpo/ties": sum(better == worse for better, worse in neighbours) / len(neighbours),
+    }
+
+
+def check_by_hand(loss_type: str, seed: int, beta: float, sizes: list[int]) -> None:
+    gpt, reference = loud(GPT(SHAPE), seed), loud(GPT(SHAPE), seed + 1)
+    rows = rows_of(seed, sizes_of(loss_type, sum(sizes)))
+    policy_logps, reference_table = looped(gpt, rows), looped(reference, rows)
+    window = make_window(rows, cut(rows, sizes), padded(reference_table), **HERE)
+    objective = preference_objective(gpt, loss_type, dtype="float32", beta=beta)
+    record = average(objective, window)
+    expected = [
+        by_hand(loss_type, p, r, [len(ids) for ids in row.completions], beta)
+        for p, r, row in zip(policy_logps, reference_table, rows)
+    ]
+    assert list(record) == list(expected[0])
+    for name in record:
+        mean = sum(row[name] for row in expected) / len(rows)
+        assert record[name] == pytest.approx(mean, **({"abs": 1e-6} if name in SHARES else CLOSE)), name
+    if loss_type == "dpo":  # and the package's own loss, on the same log-probabilities
+        columns = [column for table in (policy_logps, reference_table) for column in padded(table).unbind(-1)]
+        assert record["loss"] == pytest.approx(dpo_loss(*columns, beta=beta).losses.mean().item(), **CLOSE)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@settings(max_examples=8)
+@given(seed=seeds, beta=st.floats(0.05, 2), sizes=st.lists(st.integers(1, 4), min_size=1, max_size=3))
+def test_loss_and_metrics_are_those_of_a_loop_over_tokens(loss_type, seed, beta, sizes):
+    """A log-probability that is a mean, holds prompt tokens or another row's reference; a metric of the wrong
+    column, without beta or averaged over micro-batches instead of rows."""
+    check_by_hand(loss_type, seed, beta, sizes)
+
+
+def test_by_hand_fixed():
+    """The same on a case that is no luck of the draw: for the planted mistakes below."""
+    for loss_type in LOSS_TYPES:
+        check_by_hand(loss_type, 5, 0.3, [3, 3, 1])
+
+
+@settings(max_examples=8)
+@given(seed=seeds, sizes=st.lists(st.integers(1, 4), min_size=1, max_size=3))
+def test_sft_loss_is_minus_the_mean_over_all_tokens(seed, sizes):
+    """A mean of sequence means weighs short rows too much; a mean of micro-batch means, small ones."""
+    check_sft(seed, sizes)
+
+
+def check_sft(seed: int, sizes: list[int]) -> None:
+    gpt, rows = loud(GPT(SHAPE), seed), rows_of(seed, [1] * sum(sizes))
+    record = average(sft_objective(gpt, dtype="float32"), make_window(rows, cut(rows, sizes), None, **HERE))
+    tokens = sum(len(row.completions[0]) for row in rows)
+    total = sum(logp for (logp,) in looped(gpt, rows))
+    assert record == {"loss": pytest.approx(-total / tokens, **CLOSE)}
+
+
+def window_with_shifts(shifts: list[list[float]], *, dtype: str = "float32") -> tuple[GPT, PreferenceBatch]:
+    """Rows whose policy lies these many nats above the reference, up to the float32 rounding of a sum."""
+    gpt = gpt_of(0)
+    rows = rows_of(0, [len(row) for row in shifts])
+    batch = layout(rows, dtype=dtype, device="cpu")
+    with torch.no_grad():
+        live = completion_logps_of(gpt, batch, dtype)
+    return gpt, PreferenceBatch(batch, live - torch.tensor(shifts))
+
+
+def test_wrong_order_ties_and_displacement_are_counted_apart():
+    """#1, #2: a tie counted as right makes an untrained policy look good; a falling chosen completion that
+    nobody counts hides behind a falling loss."""
+    gpt, micro = window_with_shifts([[0.0, 0.0], [0.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [-1.0, -2.0]])
+    _, metrics = preference_objective(gpt, "dpo", dtype="float32", beta=0.1)(micro)
+    counts = {name: metrics[name].item() for name in SHARES}
+    approx = pytest.approx  # float32 means of 0 and 1
+    assert counts == {
+        "rewards/accuracies": approx(2 / 5),
+        "dpo/ties": approx(2 / 5),
+        "dpo/displacement": approx(2 / 5),
+        "dpo/saturated_fraction": 0,
+    }
+    # the same rows the other way round: what was right is wrong, ties stay
+    swapped = micro._replace(reference_logps=2 * logps_of(gpt, micro) - micro.reference_logps)
+    _, metrics = preference_objective(gpt, "dpo", dtype="float32", beta=0.1)(swapped)
+    assert metrics["rewards/accuracies"].item() == approx(1 / 5)
+    assert metrics["dpo/ties"].item() == approx(2 / 5)
+
+
+def logps_of(gpt: GPT, micro: PreferenceBatch) -> torch.Tensor:
+    with torch.no_grad():
+        return completion_logps_of(gpt, micro.batch, "float32")
+
+
+def test_a_ranking_counts_its_neighbours():
+    """Best against worst alone would call 3 > 1 > 2 > 0 well ordered."""
+    gpt, micro = window_with_shifts([[3.0, 1.0, 2.0, 0.0], [0.0, 0.0, 0.0, -9.0]])
+    _, metrics = preference_objective(gpt, "plackett_luce", dtype="float32", beta=1.0)(micro)
+    assert metrics["rewards/accuracies"].item() == pytest.approx((2 / 3 + 1 / 3) / 2)
+    assert metrics["dpo/ties"].item() == pytest.approx(1 / 3)
+    # margins 3 and 9 nats; odds of 99 : 1 are 4.6
+    assert metrics["dpo/saturated_fraction"].item() == pytest.approx(1 / 2)
+
+
+@pytest.mark.parametrize("dtype, nats", [("float32", 1e-4), ("bfloat16", 0.3)])
+def test_displacement_is_more_than_rounding(dtype, nats):
+    """#2: at the first step half of the rows lie below the reference by a rounding."""
+    gpt, micro = window_with_shifts([[0.0, 0.0]] * 4, dtype=dtype)
+    edge = nats * micro.batch.completion_lengths[:, 0].sqrt()
+    objective = preference_objective(gpt, "dpo", dtype=dtype, beta=0.1)
+    for factor, share in ((0.0, 0), (0.8, 0), (1.2, 1)):
+        reference = micro.reference_logps.clone()
+        reference[:, 0] += factor * edge
+        assert objective(micro._replace(reference_logps=reference))[1]["dpo/displacement"].item() == share
+
+
+# -------------------------------------------------------------------------------------------- accumulation
+
+
+def separate_gradients(gpt: GPT, loss_type: str | None, rows: list[Example], reference, beta: float) -> dict:
+    """Of the whole window as one mean, each completion a sequence of its own."""
+    losses, tokens = [], 0
+    for number, row in enumerate(rows):
+        logps = []
+        for ids in row.completions:
+            lengths = torch.tensor([len(row.prompt)]), torch.tensor([len(row.prompt) + len(ids)])
+            logps.append(sequence_logps(gpt, SequenceBatch(torch.tensor([row.prompt + ids]), *lengths)))
+            tokens += len(ids)
+        if loss_type is None:
+            losses.append(-sum(logps))
+            continue
+        ratios = torch.cat(logps) - reference[number, : len(logps)]
+        if loss_type == "ipo":
+            losses.append((ratios[0] - ratios[1] - 1 / (2 * beta)) ** 2)
+        else:  # with two answers, Plackett-Luce is DPO
+            losses.append(sum((beta * ratios[k:]).logsumexp(0) - beta * ratios[k] for k in range(len(logps))))
+    return gradients(gpt, sum(losses) / (tokens if loss_type is None else len(rows)))
+
+
+WINDOWS = [[7], [3, 3, 1], [1, 4, 2], [1] * 7]
+
+
+@pytest.mark.parametrize("loss_type", [*LOSS_TYPES, None])
+def test_micro_batches_give_what_the_whole_window_gives(loss_type):
+    """#14: a share forgotten or the same for each micro-batch, above all for a last smaller one; tokens where
+    rows are meant or the reverse; a gradient that is not accumulated, or is twice."""
+    gpt = loud(GPT(SHAPE), 3)
+    rows = rows_of(3, [1] * 7 if loss_type is None else sizes_of(loss_type, 7))
+    reference = None if loss_type is None else padded(looped(loud(GPT(SHAPE), 4), rows))
+    expected, before = separate_gradients(gpt, loss_type, rows, reference, 0.3), copy.deepcopy(gpt)
+    scale = max(gradient.abs().max().item() for gradient in expected.values())
+    records = []
+    for sizes in WINDOWS:
+        gpt.load_state_dict(before.state_dict())
+        if loss_type is None:
+            objective = sft_objective(gpt, dtype="float32")
+        else:
+            objective = preference_objective(gpt, loss_type, dtype="float32", beta=0.3)
+        window = make_window(rows, cut(rows, sizes), reference, **HERE)
+        (record,) = train(objective, torch.optim.SGD(gpt.parameters(), lr=1.0), [window])
+        records.append(record)
+        for (name, after), start in zip(gpt.named_parameters(), before.parameters()):
+            # float64 sums in another order: parts in 10^12 of the largest entry; p - g adds a rounding of p
+            error = (start - after - expected[name]).abs().max().item()
+            assert error <= 1e-10 * scale + 1e-14, (sizes, name)
+    norm = math.sqrt(sum(gradient.square().sum().item() for gradient in expected.values()))
+    for record in records:
+        assert record["grad_norm"] == pytest.approx(norm, rel=1e-9)
+        for name, value in record.items():
+            close = {"abs": 1e-6} if name in SHARES else CLOSE
+            assert value == pytest.approx(records[0][name], **close), name
+
+
+def test_a_window_knows_its_rows_and_shares():
+    rows = rows_of(0, [2] * 5)
+    reference = torch.arange(15.0).view(5, 3)  # a third column, for rankings elsewhere
+    window = make_window(rows, [[4, 0], [2]], reference, **HERE)
+    assert window.shares == [2 / 3, 1 / 3] and window.name == "row 5; row 1; row 3"
+    assert [micro.reference_logps.tolist() for micro in window.micro_batches] == [
+        [[12, 13], [0, 1]],
+        [[6, 7]],
+    ]
+    assert window.micro_batches[1].batch.ids[0].tolist() == sum(rows[2].completions, rows[2].prompt)
+    rows = rows_of(0, [1] * 5)
+    window = make_window(rows, [[0, 1], [2, 3], [4]], None, **HERE)
+    tokens = [len(row.completions[0]) for row in rows]
+    assert window.name == "row 1; row 2; row 3 and 2 more"
+    assert window.shares == [
+        n / sum(tokens) for n in (tokens[0] + tokens[1], tokens[2] + tokens[3], tokens[4])
+    ]
+
+
+# ------------------------------------------------------------------------------------------ the first step
+
+
+def start_of(gpt, reference, rows, loss_type, dtype, beta, sizes=(3, 3, 2)) -> tuple[dict, Window]:
+    """The first record of a training from gpt and its window; the reference in passes of other shapes."""
+    table = reference_logps(reference, rows, micro_size=5, dtype=dtype)
+    window = make_window(rows, cut(rows, list(sizes)), table, dtype=dtype, device="cpu")
+    return average(preference_objective(gpt, loss_type, dtype=dtype, beta=beta), window), window
+
+
+def checked(record: dict, window: Window, loss_type: str, dtype: str, beta: float) -> None:
+    check_start(record["loss"], record["dpo/gradient_weight"], window, loss_type, dtype=dtype, beta=beta)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("beta", [0.1, 5.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_first_loss_is_ln_2(dtype, beta, seed):
+    """#2, #12: a reference in another precision than the policy, with dropout, of other rows or columns."""
+    wide = GPTConfig(vocab_size=VOCAB, block_size=256, n_layer=2, n_head=2, n_embd=64)
+    gpt, rows = gpt_of(seed, wide), rows_of(seed, [2] * 8, prompt=30, completion=60)
+    record, window = start_of(gpt, gpt, rows, "dpo", dtype, beta)
+    # 60 tokens, each off by 1e-4 (0.3 in bfloat16) at most as measured; independent ones add up to sqrt(60)
+    # of that, in two completions; the loss moves beta / 2 of it, or beta for one side alone
+    bound = beta * {"float32": 1e-4, "bfloat16": 0.3}[dtype] * math.sqrt(2 * 60)
+    assert abs(record["loss"] - math.log(2)) <= bound
+    checked(record, window, "dpo", dtype, beta)
+    for loss_type in ("ipo", "plackett_luce"):
+        checked(*start_of(gpt, gpt, rows, loss_type, dtype, beta), loss_type, dtype, beta)
+
+
+def test_a_start_by_name_is_the_loss_where_policy_is_reference():
+    """The number that figures show and the loss that is trained must not part."""
+    for of in LOSS_TYPES.values():
+        for K in (2,) if of.rows == "preferences" else (2, 3, 5):
+            for beta in (0.1, 3.0):
+                logps = torch.randn(4, K, dtype=torch.float64)
+                losses = of.loss(logps, PreferenceBatch(None, logps), beta=beta).losses
+                assert losses.tolist() == pytest.approx([of.start(K, beta=beta)] * 4, rel=1e-12)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@settings(max_examples=25)
+@given(seed=seeds, beta=st.floats(0.01, 20), dtype=st.sampled_from(DTYPES), sign=st.sampled_from([-1, 0, 1]))
+def test_rounding_alone_is_never_refused(loss_type, seed, beta, dtype, sign):
+    """A run stopped at its first step although nothing is wrong: log-ratios anywhere within the rounding of
+    their tokens, all to one side too, with a large beta, long completions and uneven rankings."""
+    check_rounding_passes(loss_type, seed, beta, dtype, sign)
+
+
+def check_rounding_passes(loss_type, seed, beta, dtype, sign) -> None:
+    rows = rows_of(seed, sizes_of(loss_type, 6), completion=40)
+    generator = torch.Generator().manual_seed(seed)
+    table = -100 * torch.rand(6, 4, generator=generator)
+    window = make_window(rows, cut(rows, [4, 2]), table, dtype=dtype, device="cpu")
+    loss = weight = 0.0
+    for micro, share in zip(window.micro_batches, window.shares):
+        lengths = micro.batch.completion_lengths.double()
+        box = {"float32": 1e-4, "bfloat16": 0.3}[dtype] * lengths.sqrt()
+        noise = 2 * torch.rand(lengths.shape, generator=generator, dtype=torch.float64) - 1
+        if sign:  # the worst there is: the chosen off by all of its rounding one way, the others the other
+            noise = sign * torch.tensor([1.0] + [-1.0] * (lengths.shape[1] - 1)).expand_as(noise)
+        exact = micro._replace(reference_logps=micro.reference_logps.double())
+        result = LOSS_TYPES[loss_type].loss(exact.reference_logps + box * noise, exact, beta=beta)
+        loss += share * result.losses.mean().item()
+        weight += share * result.gradient_weights.mean().item()
+    check_start(loss, weight, window, loss_type, dtype=dtype, beta=beta)
+
+
+def other_weights(gpt, rows, table):
+    stale = copy.deepcopy(gpt)
+    with torch.no_grad():
+        for parameter in stale.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    return reference_logps(stale, rows, micro_size=5, dtype="float32")
+
+
+def other_tokens(gpt, rows, table):  # one token of each completion
+    changed = [
+        row._replace(completions=[[(ids[0] + 1) % VOCAB, *ids[1:]] for ids in row.completions])
+        for row in rows
+    ]
+    return reference_logps(gpt, changed, micro_size=5, dtype="float32")
+
+
+def truncated(gpt, rows, table):
+    return reference_logps(gpt, [row._replace(prompt=row.prompt[-1:]) for row in rows], **PASSES)
+
+
+def swapped(gpt, rows, table):
+    return table.flip(-1)
+
+
+def next_row(gpt, rows, table):
+    return table.roll(1, 0)
+
+
+PASSES = {"micro_size": 5, "dtype": "float32"}
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mistake", [other_weights, other_tokens, truncated, swapped, next_row])
+def test_a_reference_that_is_not_the_policys_is_refused(mistake, dtype, loss_type):
+    """#12, #13: a run on stale log-probabilities trains towards something else and looks healthy."""
+    for seed in range(3):
+        gpt, rows = gpt_of(seed), rows_of(seed, [2] * 8, completion=20)
+        table = mistake(gpt, rows, reference_logps(gpt, rows, **PASSES))
+        window = make_window(rows, cut(rows, [3, 3, 2]), table, dtype=dtype, device="cpu")
+        record = average(preference_objective(gpt, loss_type, dtype=dtype, beta=0.5), window)
+        with pytest.raises(InputError, match=r"^the first loss is \d[^\n]*delete reference_logps[^\n]*\.$"):
+            checked(record, window, loss_type, dtype, 0.5)
+
+
+def test_ipo_is_not_fooled_by_the_other_side_of_its_target():
+    """A log-ratio margin of 1 / beta has the loss of 0; only the weight tells them apart. And NaN."""
+    rows = rows_of(0, [2] * 4)
+    window = make_window(rows, [[0, 1, 2, 3]], torch.zeros(4, 2), **HERE)
+    check_start(25.0, 10.0, window, "ipo", dtype="float32", beta=0.1)
+    for loss, weight in ((25.0, -10.0), (25.1, 10.0), (math.nan, 10.0), (25.0, math.nan)):
+        with pytest.raises(InputError, match="first loss"):
+            check_start(loss, weight, window, "ipo", dtype="float32", beta=0.1)
+
+
+# ----------------------------------------------------------------------------------------------- precision
+
+
+class Watched(GPT):
+    """Keeps the logits that it gave."""
+
+    def project(self, hidden):
+        self.logits = super().project(hidden)
+        return self.logits
+
+
+def test_in_bfloat16_the_log_softmax_is_still_float32():
+    """#15: a log-softmax in bfloat16 is off by a part in 250 of each log-probability, a loss in bfloat16 of
+    each sum; and without autocast nothing is saved."""
+    gpt = Watched(SHAPE)
+    gpt.load_state_dict(gpt_of(1, scale=0.4).state_dict())
+    rows = rows_of(1, [2] * 8, completion=30)
+    batch = layout(rows, dtype="bfloat16", device="cpu")
+    assert batch.ids.shape[1] % 16 == 0
+    logps = completion_logps_of(gpt, batch, "bfloat16")
+    assert gpt.logits.dtype == torch.bfloat16 and logps.dtype == torch.float32
+    completions = [ids for row in rows for ids in row.completions]
+    targets = torch.tensor(list(itertools.chain(*completions)))
+    exact = gpt.logits.double().log_softmax(-1)[torch.arange(len(targets)), targets]
+    sums = [part.sum().item() for part in exact.split([len(ids) for ids in completions])]
+    # up to 30 terms, each right to 2^-22 of logits near 30; in bfloat16 it would be 0.1
+    assert logps.flatten().tolist() == pytest.approx(sums, abs=1e-3)
+    loss, metrics = preference_objective(gpt, "dpo", dtype="bfloat16", beta=0.1)(
+        PreferenceBatch(batch, logps.detach())
+    )
+    assert loss.dtype == torch.float32 and all(value.dtype == torch.float32 for value in metrics.values())
+    assert metrics["logps/chosen"].item() == pytest.approx(sum(sums[::2]) / 8, abs=1e-3)
+    assert layout(rows, **HERE).ids.shape[1] == max(len(sum(row.completions, row.prompt)) for row in rows)
+
+
+@pytest.mark.parametrize("name, first_step", [("adamw", 1.0), ("rmsprop", 10.0)])
+def test_weights_stay_float32_and_small_steps_count(name, first_step):
+    """#15: a weight of 0.2 in bfloat16 has neighbours 1e-3 away, so a step of 5e-7 would change nothing."""
+    gpt, rows = gpt_of(2), rows_of(2, [2] * 6)
+    before = copy.deepcopy(gpt)
+    _, window = start_of(gpt, gpt_of(3), rows, "dpo", "bfloat16", 0.5, sizes=(4, 2))
+    optimizer = make_optimizer(gpt.parameters(), name, 5e-7)
+    objective = preference_objective(gpt, "dpo", dtype="bfloat16", beta=0.5)
+    assert len(list(train(objective, optimizer, [window]))) == 1
+    for (label, after), start in zip(gpt.named_parameters(), before.parameters()):
+        assert after.dtype == after.grad.dtype == torch.float32
+        assert all(v.dtype == torch.float32 for v in optimizer.state[after].values() if v.numel() > 1)
+        large = after.grad.abs() > 1e-5  # far above eps = 1e-8 of both optimizers
+        moved = (start - after)[large] / 5e-7
+        # the first step is a sign times the rate, or 1 / sqrt(1 - 0.99) of it; weights near 1 are 6e-8 apart
+        assert torch.allclose(moved, first_step * after.grad[large].sign(), atol=0.25, rtol=0.01), label
+        assert torch.equal(after[after.grad == 0], start[after.grad == 0])  # no weight decay
+
+
+def test_scoring_has_no_dropout():
+    """#3: noise in the policy or the reference is noise in every margin."""
+    gpt, rows = gpt_of(4), rows_of(4, [2] * 3)
+    batch = layout(rows, **HERE)
+    first, second = (completion_logps_of(gpt.train(), batch, "float32") for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(first, completion_logps_of(gpt.eval(), batch, "float32"))
+
+
+def test_an_unknown_dtype_is_refused():
+    rows = rows_of(0, [1])
+    for dtype in ("float16", "bf16"):
+        with pytest.raises(InputError, match=rf"^--dtype {dtype}: choose one of float32, bfloat16\.$"):
+            completion_logps_of(gpt_of(0), layout(rows, **HERE), dtype)
+
+
+# --------------------------------------------------------------------------------- reference, kept for later
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kept_and_live_log_probabilities_agree(dtype):
+    """#12: rows given back in the order of their lengths, columns shifted, another precision. In batches of
+    the same shape bit for bit, in others to the rounding of their tokens."""
+    gpt, rows = gpt_of(6), rows_of(6, [2, 3, 2, 4, 3, 2, 2, 3, 2], prompt=20, completion=40)
+    seen = []
+
+    def progress(passes):
+        assert len(passes) == len(list(passes))  # a bar knows how many there are
+        for rows_of_pass in passes:
+            seen.append(rows_of_pass)
+            yield rows_of_pass
+
+    table = reference_logps(gpt, rows, micro_size=4, dtype=dtype, progress=progress)
+    assert table.shape == (9, 4) and table.dtype == torch.float32 and not table.requires_grad
+    assert sorted(index for indices in seen for index in indices) == list(range(9))
+    assert max(map(len, seen)) <= 4 and len(seen) < 9
+    for indices in seen:
+        batch = layout([rows[index] for index in indices], dtype=dtype, device="cpu")
+        live = completion_logps_of(gpt, batch, dtype)
+        assert torch.equal(live, table[indices, : live.shape[1]])
+    for row, kept in zip(rows, table):
+        live = completion_logps_of(gpt, layout([row], dtype=dtype, device="cpu"), dtype)[0]
+        K = len(row.completions)
+        lengths = torch.tensor([len(ids) for ids in row.completions])
+        bound = {"float32": 1e-4, "bfloat16": 0.3}[dtype] * lengths.sqrt()  # as in the first step's check
+        assert ((live - kept[:K]).abs() <= bound).all()
+        assert kept[K:].isnan().all()
+    exact = looped(copy.deepcopy(gpt).double(), rows)
+    error = max(abs(kept - e) for row, values in zip(table.tolist(), exact) for kept, e in zip(row, values))
+    assert error <= {"float32": 1e-3, "bfloat16": 4.0}[dtype]  # of values near -200
+
+
+def test_the_key_knows_all_that_log_probabilities_depend_on():
+    """#12: a file of older weights, of another vocabulary or of rows cut elsewhere, taken for this one."""
+    gpt, tokenizer, rows = gpt_of(0), byte_tokenizer(), rows_of(0, [2] * 3, prompt=6)
+    moved = copy.deepcopy(gpt)
+    with torch.no_grad():
+        moved.wpe.weight[-1, -1] += 1e-7  # the smallest change of the last number
+    heads = GPT(GPTConfig(**vars(SHAPE) | {"n_head": 4}))
+    heads.load_state_dict(gpt.state_dict())
+    first = rows[0]
+    longest = max(rows, key=lambda row: len(row.prompt))
+    cut_left = [row._replace(prompt=row.prompt[1:]) if row is longest else row for row in rows]
+    shifted = [first._replace(prompt=first.prompt + first.completions[0][:1]), *rows[1:]]
+    joined = [first._replace(completions=[first.completions[0] + first.completions[1]]), *rows[1:]]
+    variants = [
+        (gpt, tokenizer, rows, "float32"),
+        (moved, tokenizer, rows, "float32"),
+        (heads, tokenizer, rows, "float32"),
+        (gpt, train_bpe("abab" * 9, 258), rows, "float32"),
+        (gpt, tokenizer, rows, "bfloat16"),
+        (gpt, tokenizer, cut_left, "float32"),
+        (gpt, tokenizer, shifted, "float32"),
+        (gpt, tokenizer, joined, "float32"),
+        (gpt, tokenizer, rows[::-1], "float32"),
+        (gpt, tokenizer, rows[:-1], "float32"),
+        (gpt, tokenizer, [row._replace(completions=row.completions[::-1]) for row in rows], "float32"),
+    ]
+    keys = [cache_key(*variant) for variant in variants]
+    assert len(set(keys)) == len(keys)
+    renamed = [row._replace(place="elsewhere") for row in rows]
+    assert cache_key(copy.deepcopy(gpt), byte_tokenizer(), renamed, "float32") == keys[0]
+
+
+def test_a_kept_table_comes_back_bit_for_bit_and_only_for_its_key(tmp_path):
+    path = tmp_path / "reference_logps.safetensors"
+    assert load_reference_logps(path, "key") is None
+    table = torch.tensor([[-1.5, -1e-30, math.nan], [-500.25, 0.1, -3.0]]).T  # not contiguous
+    save_reference_logps(path, table, "key")
+    back = load_reference_logps(path, "key")
+    assert torch.equal(back.view(torch.int32), table.contiguous().view(torch.int32))
+    assert load_reference_logps(path, "another") is None
+    save_reference_logps(path, table + 1, "another")  # replaces it
+    assert load_reference_logps(path, "key") is None
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_damaged_table_is_named(tmp_path):
+    """A run that computes it again in silence hides a failing disk; one that trains on it is worse."""
+    path = tmp_path / "reference_logps.safetensors"
+    save_reference_logps(path, torch.randn(5, 2), "key")
+    whole = path.read_bytes()
+    damages = [whole[:length] for length in (0, 7, 30, len(whole) - 41, len(whole) - 1)]
+    damages += [b"\xff" * 8 + whole[8:], whole[:8] + b"[" + whole[9:], whole + b"x", b"not a table at all"]
+    for content in damages:
+        path.write_bytes(content)
+        with pytest.raises(InputError) as caught:
+            load_reference_logps(path, "key")
+        message = str(caught.value)
+        assert message.startswith(f"{path}: ") and message.endswith("compute it again."), content[:20]
+        assert "\n" not in message
+    safetensors.torch.save_file({"other": torch.zeros(2)}, path, metadata={"key": "key"})
+    with pytest.raises(InputError, match="damaged"):
+        load_reference_logps(path, "key")
+
+
+def test_a_full_disk_leaves_the_older_table(tmp_path, monkeypatch):
+    """Half a file in place of a whole one, or a temporary file left behind."""
+    path = tmp_path / "reference_logps.safetensors"
+    save_reference_logps(path, torch.ones(3, 2), "key")
+    whole = path.read_bytes()
+
+    def full(content, target, metadata):
+        target.write_bytes(whole[:20])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(InputError, match=r"cannot be written .*No space left on device.*make room there\.$"):
+        save_reference_logps(path, torch.zeros(3, 2), "key")
+    assert path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]
+
+
+# ------------------------------------------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_options_that_a_loss_does_not_use_are_refused(loss_type):
+    """#10: label smoothing given to a loss that ignores it; a beta that nobody gave."""
+    assert loss_options(loss_type, {"beta": 0.1, "gamma": None}) == {"beta": 0.1}
+    with pytest.raises(InputError, match=rf"^--loss-type {loss_type} does not use --label-smoothing; .*\.$"):
+        loss_options(loss_type, {"beta": 0.1, "label_smoothing": 0.0})
+    for given_options in ({}, {"beta": None}):
+        with pytest.raises(InputError, match=rf"^--loss-type {loss_type} needs --beta\.$"):
+            loss_options(loss_type, given_options)
+    for beta in (0, -0.1, math.nan, math.inf, "0.1"):
+        with pytest.raises(InputError, match=r"^--beta must be a positive .*\.$"):
+            loss_options(loss_type, {"beta": beta})
+    with pytest.raises(InputError, match="does not use --lam"):
+        preference_objective(gpt_of(0), loss_type, dtype="float32", beta=0.1, lam=1.0)
+
+
+def test_an_unknown_loss_is_refused_with_the_known_ones():
+    with pytest.raises(
+        InputError, match=r"^--loss-type ppo: no such loss; choose one of dpo, ipo, pl[^.]*\.$"
+    ):
+        loss_options("ppo", {"beta": 0.1})
+
+
+def test_weights_that_are_not_numbers_stop_the_first_step():
+    """Named with step and rows, before anything moves."""
+    gpt, rows = gpt_of(0), rows_of(0, [2] * 5)
+    table = reference_logps(gpt, rows, **PASSES)
+    gpt.ln_f.bias.data[0] = math.nan
+    before = copy.deepcopy(gpt.state_dict())
+    for loss_type in (*LOSS_TYPES, None):
+        if loss_type is None:
+            objective = sft_objective(gpt, dtype="float32")
+        else:
+            objective = preference_objective(gpt, loss_type, dtype="float32", beta=0.1)
+        window = make_window(rows, [[0, 1], [2, 3, 4]], None if loss_type is None else table, **HERE)
+        stream = train(objective, make_optimizer(gpt.parameters(), "adamw", 0.1), [window], first_step=8)
+        with pytest.raises(InputError, match=r"^step 8 \(row 1; row 2; row 3 and 2 more\): .*nan.*\.$"):
+            next(stream)
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(gpt.state_dict().values(), before.values())
+            if a.isfinite().all()
+        )
+
+
+# ----------------------------------------------------------------------------------------- planted mistakes
+
+
+def test_windows_of_an_epoch_train_to_the_same_weights():
+    """The whole chain, batches.windows included: one micro-batch a step or many, partial last window too."""
+    rows, table = rows_of(8, [2] * 11), None
+    finals = []
+    for micro_size in (4, 1, 3):
+        gpt = loud(GPT(SHAPE), 8)
+        table = padded(looped(gpt, rows)) if table is None else table
+        objective = preference_objective(gpt, "dpo", dtype="float32", beta=0.3)
+        steps = windows(rows, window_size=4, micro_size=4, seed=0, epoch=0)
+        assert [sum(map(len, step)) for step in steps] == [4, 4, 3]
+        cuts = [
+            [micro[i : i + micro_size] for micro in step for i in range(0, len(micro), micro_size)]
+            for step in steps
+        ]
+        stream = (make_window(rows, step, table, **HERE) for step in cuts)
+        list(train(objective, torch.optim.SGD(gpt.parameters(), lr=1e-3), stream))
+        finals.append(gpt)
+    for other in finals[1:]:
+        for one, two in zip(finals[0].parameters(), other.parameters()):
+            torch.testing.assert_close(one, two, rtol=0, atol=1e-11)  # three float64 steps
+
+
+def accumulation() -> None:
+    for loss_type in ("dpo", None):
+        test_micro_batches_give_what_the_whole_window_gives(loss_type)
+
+
+def kept() -> None:
+    test_kept_and_live_log_probabilities_agree("float32")
+
+
+MUTANTS = {
+    "mean of token log-probabilities": (
+        policy.shared_prompt_logps, ".view(B, K)", ".view(B, K) / completion_lengths", test_by_hand_fixed,
+    ),
+    "prompt tokens scored": (
+        objectives.layout,
+        "prompts, completions, *_ = zip(*examples, strict=True)",
+        "prompts = [e.prompt[:1] for e in examples]\n"
+        "    completions = [[e.prompt[1:] + c for c in e.completions] for e in examples]",
+        test_by_hand_fixed,
+    ),
+    "policy and reference swapped": (
+        objectives.preference_objective,
+        "loss_of(logps, micro, **options)",
+        "loss_of(micro.reference_logps, micro._replace(reference_logps=logps), **options)",
+        test_by_hand_fixed,
+    ),
+    "columns of the reference swapped": (
+        objectives.make_window, "logps.to(device)", "logps.flip(-1).to(device)", test_by_hand_fixed,
+    ),
+    "ties count as right": (
+        objectives.preference_objective, "(order > 0)", "(order >= 0)",
+        test_wrong_order_ties_and_displacement_are_counted_apart,
+    ),
+    "displacement of the rejected completion": (
+        objectives.preference_objective, "ratios[:, 0] <", "ratios[:, -1] <",
+        test_wrong_order_ties_and_displacement_are_counted_apart,
+    ),
+    "share forgotten in the gradient": (_means, "each(share * loss)", "each(loss)", accumulation),
+    "metrics of the last micro-batch alone": (
+        _means, "means.get(name, 0) + share * value", "value", accumulation,
+    ),
+    "partial window counted as whole": (
+        objectives.make_window, "size / sum(sizes)", "1 / len(sizes)", accumulation,
+    ),
+    "SFT averages rows": (
+        objectives.make_window,
+        "sum(len(ids) for example in chosen for ids in example.completions)", "len(rows)",
+        accumulation,
+    ),
+    "SFT divides by padding": (
+        objectives.sft_objective, "micro.completion_lengths.sum()", "micro.ids.numel()",
+        lambda: check_sft(3, [3, 1]),
+    ),
+    "log-softmax in bfloat16": (
+        policy._target_logps, "widen(model.project(hidden))", "model.project(hidden)",
+        test_in_bfloat16_the_log_softmax_is_still_float32,
+    ),
+    "autocast off": (
+        objectives.completion_logps_of, 'enabled=dtype == "bfloat16"', "enabled=False",
+        test_in_bfloat16_the_log_softmax_is_still_float32,
+    ),
+    "weights in bfloat16": (
+        objectives.completion_logps_of, "return shared", "model.bfloat16(); return shared",
+        lambda: test_weights_stay_float32_and_small_steps_count("adamw", 1.0),
+    ),
+    "rows left in the order of their lengths": (
+        objectives.reference_logps, "torch.tensor(rows)", "torch.tensor(sorted(rows))", kept,
+    ),
+    "key without the prompt": (
+        objectives.cache_key, "[example.prompt, example.completions]", "example.completions",
+        test_the_key_knows_all_that_log_probabilities_depend_on,
+    ),
+    "key without the weights": (
+        objectives.cache_key, "state_fingerprint(model)", "len(list(model.parameters()))",
+        test_the_key_knows_all_that_log_probabilities_depend_on,
+    ),
+    "float32's rounding asked of bfloat16": (
+        objectives.check_start, "_rounding(longest, dtype)", '_rounding(longest, "float32")',
+        lambda: check_rounding_passes("dpo", 0, 0.5, "bfloat16", 1),
+    ),
+    "a start that refuses nothing": (
+        objectives.check_start, "<= slack", "< math.inf",
+        lambda: test_a_reference_that_is_not_the_policys_is_refused(swapped, "float32", "dpo"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_planted_mistakes_are_caught(monkeypatch, name):
+    function, right, wrong, guard = MUTANTS[name]
+    guard()
+    plant(monkeypatch, function, right, wrong)
+    with pytest.raises(CAUGHT):
+        guard()
