@@ -62,7 +62,7 @@ def generate(
 
 
 def _generate(model: GPT, prompts, max_new_tokens: int, eos, cut, generator) -> Tensor:
-    """(B, at most max_new_tokens) ids; what stands behind an end-of-text means nothing."""
+    """(B, max_new_tokens) ids; what stands behind an end-of-text means nothing."""
     temperature, top_k, top_p = cut
     device = model.wte.weight.device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
@@ -74,33 +74,38 @@ def _generate(model: GPT, prompts, max_new_tokens: int, eos, cut, generator) -> 
 
     causal = torch.ones(P, P, dtype=torch.bool, device=device).tril()
     hidden = model.hidden(ids, mask=causal, caches=caches)[torch.arange(B, device=device), lengths - 1]
-    drawn, done = [], torch.zeros(B, dtype=torch.bool, device=device)
+    drawn = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
+    rows, running = torch.arange(B, device=device), torch.ones(B, dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
         probabilities = sampling_probabilities(
             model.project(hidden), temperature=temperature, top_k=top_k, top_p=top_p
         )
-        token = _draw(probabilities, generator)  # (B, 1)
-        drawn.append(token)
+        # A number for every prompt, ended or not, so that a row's numbers do not depend on its neighbours'.
+        uniform = torch.rand(B, 1, dtype=torch.float64, generator=generator, device=device)
+        token = _draw(probabilities, uniform[rows])  # (running rows, 1)
+        drawn[rows, step] = token.squeeze(-1)
         if eos is not None:
-            done |= token.squeeze(-1) == eos
-            if done.all():
-                break
+            running &= token.squeeze(-1) != eos
+            if 2 * running.sum() <= len(rows):  # half have ended: go on with the others alone
+                rows, lengths, readable, token = (x[running] for x in (rows, lengths, readable, token))
+                for cache in caches:
+                    cache.keep(running)
+                running = running[running]
+                if len(rows) == 0:
+                    break
         if step + 1 < max_new_tokens:
             mask = readable[:, None, None, : P + step + 1]  # (B, 1, 1, filled)
             hidden = model.hidden(token, (lengths + step).unsqueeze(-1), mask, caches).squeeze(1)
-    return torch.cat(drawn, -1)
+    return drawn
 
 
-def _draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
-    """(B, V) -> (B, 1): where one uniform number falls in the cumulated probabilities.
+def _draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """(B, V) -> (B, 1): where a number in [0, 1) of each row, (B, 1), falls in the cumulated probabilities.
 
     torch.multinomial draws a number for each entry of the vocabulary, a tenth of the time of a sample. In
     float64, so that the sum's rounding (1e-16) never reaches a token that is to have no probability.
     """
     cumulated = probabilities.double().cumsum(-1)
-    uniform = torch.rand(
-        len(cumulated), 1, dtype=torch.float64, generator=generator, device=probabilities.device
-    )
     token = torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True)
     return token.clamp_(max=probabilities.shape[-1] - 1)
 

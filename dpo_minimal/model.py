@@ -117,6 +117,10 @@ class LayerCache:
         self.filled = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some rows only: (B,) true for those."""
+        self.keys, self.values = self.keys[rows], self.values[rows]
+
 
 class MLP(nn.Module):
     """Two linear maps with a tanh-approximated GELU between; the released weights need that form."""

@@ -302,6 +302,7 @@ def check_start(
 
     Each log-ratio is 0 up to the rounding of its completion's tokens, and the losses are convex, so they are
     off by no more than in the corners of that box. The weight must fit too: IPO's loss has two equal sides.
+    In bfloat16, whose rounding is large, only gross mistakes show, such as swapped columns or rows.
 
     Args: loss and weight (`dpo/gradient_weight`) of the first record, and its window.
     Raises InputError: it is not; the reference log-probabilities belong to other weights or tokens.
@@ -325,5 +326,5 @@ def check_start(
         raise InputError(
             f"the first loss is {loss:.6f} with weight {weight:.6f}, but where policy = reference they are "
             f"{expected[0]:.6f} and {expected[1]:.6f} within {slack[0]:.1g} and {slack[1]:.1g}; the kept "
-            "reference is of other weights or tokens, so delete reference_logps.safetensors or start a new run."
+            "log-probs are of other weights or tokens, so delete reference_logps.safetensors or start anew."
         )

@@ -11,7 +11,7 @@ from test_policy import ALL, EOS, LENGTH, SMALL, VOCAB, loop_logp, loud
 
 from dpo_minimal import generation
 from dpo_minimal.generation import generate, sampling_probabilities
-from dpo_minimal.model import GPT, LayerCache
+from dpo_minimal.model import GPT, GPTConfig, LayerCache
 from dpo_minimal.sampling_laws import chi_square_quantile
 from dpo_minimal.validation import InputError
 
@@ -134,7 +134,8 @@ def test_nothing_follows_the_end_of_text():
 def test_forbidden_tokens_are_never_drawn():
     """A probability of exactly zero at either end of the vocabulary, and a uniform number near 0 or 1."""
     probabilities = torch.tensor([[0.0, 0.25, 0.75, 0.0]]).expand(50_000, -1)
-    drawn = generation._draw(probabilities, seeded(3)).flatten()
+    uniform = torch.rand(50_000, 1, dtype=torch.float64, generator=seeded(3))
+    drawn = generation._draw(probabilities, uniform).flatten()
     assert set(drawn.tolist()) == {1, 2}
     share = (drawn == 1).float().mean().item()
     assert abs(share - 0.25) < 4.9 * (0.25 * 0.75 / 50_000) ** 0.5  # 4.9 standard errors: 1e-6
@@ -172,15 +173,28 @@ def test_what_makes_no_sense_is_refused(prompts, options, named):
 
 def test_draw_at_zero():
     """A uniform number of exactly 0 must not pick a first token of probability 0."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "rand", lambda *shape, **_: torch.zeros(*shape[:2], dtype=torch.float64))
-        assert generation._draw(torch.tensor([[0.0, 0.5, 0.5]]), None).item() == 1
+    zero = torch.zeros(1, 1, dtype=torch.float64)
+    assert generation._draw(torch.tensor([[0.0, 0.5, 0.5]]), zero).item() == 1
 
 
 def every_greedy_loop():
     """One seed's likeliest tokens may survive a bug that moves the logits a little."""
     for seed in range(8):
         test_greedy_equals_a_loop_without_cache(seed, None)
+
+
+def test_rows_that_go_on_alone_are_what_they_were():
+    """Sixteen prompts, end-of-text about once in three tokens: half leave early, then half of those. The
+    samples are those of a run in which nobody ends, cut at the first end-of-text (float64: no two tokens are
+    so close that another batch shape would decide)."""
+    gpt = loud(GPT(GPTConfig(vocab_size=3, block_size=32, n_layer=2, n_head=2, n_embd=8)), seed=1).double()
+    prompts = [[1] * length for length in range(1, 17)]
+    options = {"max_new_tokens": 12, "temperature": 1.0}
+    for seed in range(4):
+        whole = generate(gpt, prompts, generator=torch.Generator().manual_seed(seed), **options)
+        cut = generate(gpt, prompts, eos=0, generator=torch.Generator().manual_seed(seed), **options)
+        assert cut == [row[: row.index(0) + 1] if 0 in row else row for row in whole]
+        assert len({len(row) for row in cut}) > 3
 
 
 MUTANTS = {
@@ -199,6 +213,14 @@ MUTANTS = {
     "keys are kept as values": (
         LayerCache.append, "self.filled : end] = values", "self.filled : end] = keys",
         every_greedy_loop,
+    ),
+    "who goes on alone keeps another's keys": (
+        LayerCache.keep, "self.keys[rows]", "self.keys[: rows.sum()]",
+        test_rows_that_go_on_alone_are_what_they_were,
+    ),
+    "who goes on alone takes another's numbers": (
+        generation._generate, "uniform[rows]", "uniform[: len(rows)]",
+        test_rows_that_go_on_alone_are_what_they_were,
     ),
     "temperature multiplies": (
         generation.sampling_probabilities, "logits / temperature", "logits * temperature",

@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
+from planting import CAUGHT, plant
 
 from dpo_minimal.experiments import convergence
-from dpo_minimal.train import train
+from dpo_minimal.train import OPTIMIZERS, Window, _means, average, make_optimizer, train, warm_up
 from dpo_minimal.validation import InputError
 
 
@@ -228,6 +229,198 @@ def test_training_stops_before_a_step_that_is_not_finite(kind, limit):
         next(stream)
     assert torch.equal(p, before)
     assert all(torch.equal(old, new) for old, new in zip(moments, optimizer.state[p].values()))
+
+
+# ----------------------------------------------------------------------------------------------- windows
+
+
+def pull(p: torch.nn.Parameter):
+    """batch (weight, target) -> weight 0.5 |p - target|^2: each piece of a window pulls elsewhere."""
+
+    def objective(batch):
+        weight, target = batch
+        if weight is None:
+            raise InputError("this piece is bad; drop it.")
+        distance = 0.5 * (p - target).square().sum()
+        return weight * distance, {"distance": distance}
+
+    return objective
+
+
+# At p = 2: gradients -4, 4, 12, losses 8, 4, 72, distances 8, 2, 72. All is exact in float64.
+PIECES = Window([(1.0, 6.0), (2.0, 0.0), (1.0, -10.0)], [0.5, 0.25, 0.25], "rows 1 to 8")
+
+
+@pytest.mark.parametrize("limit", [None, 1.0])
+def test_a_window_is_one_step_on_the_average_of_its_pieces(limit):
+    """#14: a step for each piece, a share forgotten, metrics of the last piece alone, or each piece clipped
+    by itself, which would leave another direction."""
+    p = parameter(2.0)
+    records = list(train(pull(p), torch.optim.SGD([p], lr=0.5), [PIECES], max_grad_norm=limit))
+    whole = {
+        "step": 1,
+        "loss": 0.5 * 8 + 0.25 * 4 + 0.25 * 72,
+        "distance": 0.5 * 8 + 0.25 * 2 + 0.25 * 72,
+        "grad_norm": 2.0,  # 0.5 * -4 + 0.25 * 4 + 0.25 * 12
+        "learning_rate": 0.5,
+    }
+    assert records == [whole]
+    # torch clips to limit / (norm + 1e-6)
+    assert p.item() == pytest.approx(1.0 if limit is None else 2 - 0.5 * 2 / (2 + 1e-6), rel=1e-15)
+
+
+def test_average_is_the_record_without_the_step():
+    p = parameter(2.0)
+    assert average(pull(p), PIECES) == {"loss": 23.0, "distance": 22.5}
+    assert p.grad is None and p.item() == 2.0
+
+
+@pytest.mark.parametrize("shares", [[0.5, 0.25, 0.2], [1.0, 1.0, 1.0], [math.nan, 0.5, 0.5]])
+def test_shares_that_do_not_make_a_whole_are_refused(shares):
+    """Shares that sum to k scale the learning rate by k, and nobody sees it."""
+    p = parameter(2.0)
+    window = PIECES._replace(shares=shares)
+    with pytest.raises(InputError, match=r"^step 1 \(rows 1 to 8\): .* must sum to 1, .*\.$"):
+        list(train(pull(p), torch.optim.SGD([p], lr=0.5), [window]))
+    with pytest.raises(InputError, match="sum to 1"):
+        average(pull(p), window)
+    assert p.item() == 2.0
+    list(
+        train(pull(p), torch.optim.SGD([p], lr=0.1), [Window([(1.0, 0.0)] * 7, [1 / 7] * 7)])
+    )  # rounding is fine
+
+
+@pytest.mark.parametrize("piece", [(math.nan, 1.0), (1.0, math.inf), (None, 1.0)])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_bad_piece_is_named_by_its_step_and_rows(piece, place):
+    """Somebody has to find the row among thousands; and good pieces of the same window must not be taken."""
+    p = parameter(2.0)
+    optimizer = torch.optim.Adam([p], lr=0.1)
+    pieces = list(PIECES.micro_batches)
+    pieces[place] = piece
+    stream = train(pull(p), optimizer, [PIECES, Window(pieces, PIECES.shares, "rows 9 to 16")], first_step=41)
+    assert next(stream)["step"] == 41
+    before, moments = p.item(), [value.clone() for value in optimizer.state[p].values()]
+    with pytest.raises(
+        InputError, match=r"^step 42 \(rows 9 to 16\): [^\n]*(nan|inf|this piece is bad)[^\n]*\.$"
+    ):
+        next(stream)
+    assert p.item() == before
+    assert all(torch.equal(old, new) for old, new in zip(moments, optimizer.state[p].values()))
+
+
+# --------------------------------------------------------------------------- warm-up, going on, optimizers
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 1, 4, 150])
+def test_warm_up_is_linear_and_reaches_its_rate(warmup_steps):
+    """A first rate of zero wastes a step, a rate reached one step late or overshot is another schedule."""
+    p = parameter(1.0)
+    optimizer = torch.optim.SGD([p], lr=123.0)  # replaced by the scheduler's
+    scheduler = warm_up(optimizer, 0.25, warmup_steps)
+    records = list(train(half_square(p), optimizer, range(warmup_steps + 3), scheduler=scheduler))
+    rates = [0.25 * step / warmup_steps for step in range(1, warmup_steps)] + [0.25] * 4
+    # one multiplication by a quotient: within a rounding of the exact rate
+    assert [record["learning_rate"] for record in records] == pytest.approx(rates[-len(records) :], rel=1e-15)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("done", [1, 3, 4, 5, 11])
+def test_going_on_equals_never_having_stopped(name, done):
+    """Warm-up begun again, steps counted from one, moments or their step count lost: bit by bit the same
+    records and weights as without an interruption."""
+
+    def going(network, objective, batches, optimizer, first_step):
+        scheduler = warm_up(optimizer, 0.01, warmup_steps=4, first_step=first_step)
+        return list(
+            train(
+                objective, optimizer, batches, scheduler=scheduler, max_grad_norm=0.3, first_step=first_step
+            )
+        )
+
+    network, objective, batches = regression()
+    whole = going(network, objective, batches, make_optimizer(network.parameters(), name, 0.01), 1)
+
+    stopped, objective, _ = regression()
+    optimizer = make_optimizer(stopped.parameters(), name, 0.01)
+    first = going(stopped, objective, batches[:done], optimizer, 1)
+    other, objective, _ = regression(seed=1)
+    other.load_state_dict(stopped.state_dict())
+    restored = make_optimizer(other.parameters(), name, 0.01)
+    restored.load_state_dict(optimizer.state_dict())
+    assert first + going(other, objective, batches[done:], restored, done + 1) == whole
+    assert all(torch.equal(p, q) for p, q in zip(network.parameters(), other.parameters()))
+
+
+def test_optimizers_are_the_formulas_of_their_papers():
+    """RMSprop with torch's defaults, Adam with decoupled decay of zero; three steps by hand."""
+    rate, slopes = 0.01, [2.0, -1.0, 0.5]
+    square, first, second = 0.0, 0.0, 0.0
+    by_hand = {"rmsprop": 1.0, "adamw": 1.0}
+    for t, slope in enumerate(slopes, start=1):
+        square = 0.99 * square + 0.01 * slope**2
+        by_hand["rmsprop"] -= rate * slope / (math.sqrt(square) + 1e-8)
+        first, second = 0.9 * first + 0.1 * slope, 0.999 * second + 0.001 * slope**2
+        by_hand["adamw"] -= rate * first / (1 - 0.9**t) / (math.sqrt(second / (1 - 0.999**t)) + 1e-8)
+    assert set(by_hand) == set(OPTIMIZERS)
+    for name, expected in by_hand.items():
+        p = parameter(1.0)
+        list(train(lambda slope, p=p: (slope * p.sum(), {}), make_optimizer([p], name, rate), slopes))
+        assert p.item() == pytest.approx(expected, rel=1e-14)  # float64, some twenty roundings
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_there_is_no_weight_decay(name):
+    """Decay pulls towards zero weights, not towards the reference: it moves the optimum. A parameter that
+    the loss does not depend on, or has no slope in, must stay where it is, bit by bit."""
+    p, flat, unused = parameter(1.0), parameter(3.0, -0.1), parameter(5.0)
+    optimizer = make_optimizer([p, flat, unused], name, 0.1)
+    list(train(lambda _: (p.sum() + 0 * flat.sum(), {}), optimizer, range(50)))
+    assert p.item() < 0 and flat.tolist() == [3.0, -0.1] and unused.item() == 5.0
+    assert all(group["weight_decay"] == 0 for group in optimizer.param_groups)
+
+
+def test_an_unknown_optimizer_is_refused():
+    with pytest.raises(InputError, match=r"^no optimizer 'sgd'; choose one of rmsprop, adamw\.$"):
+        make_optimizer([parameter(1.0)], "sgd", 0.1)
+
+
+TRAIN_MUTANTS = {
+    "step before the window is whole": (
+        train, "for step, batch in enumerate(batches, start=first_step):",
+        "pieces = (Window([piece], [1.0]) for window in batches for piece in window[0])\n"
+        "    for step, batch in enumerate(pieces, start=first_step):",
+        lambda: test_a_window_is_one_step_on_the_average_of_its_pieces(None),
+    ),
+    "not finite seen after the step": (
+        train, "if not math.isfinite(numbers[\"loss\"]) or",
+        "optimizer.step()\n        if not math.isfinite(numbers[\"loss\"]) or",
+        lambda: test_a_bad_piece_is_named_by_its_step_and_rows((math.nan, 1.0), 1),
+    ),
+    "any shares": (
+        _means, "math.isclose(sum(window.shares), 1)", "window.shares",
+        lambda: test_shares_that_do_not_make_a_whole_are_refused([1.0, 1.0, 1.0]),
+    ),
+    "warm-up from zero": (
+        warm_up, "(done + 1) / max", "done / max", lambda: test_warm_up_is_linear_and_reaches_its_rate(4),
+    ),
+    "warm-up begun again": (
+        warm_up, "last_epoch=first_step - 2", "last_epoch=-1",
+        lambda: test_going_on_equals_never_having_stopped("adamw", 3),
+    ),
+    "decay left at torch's default": (
+        make_optimizer, "weight_decay=0.0, ", "", lambda: test_there_is_no_weight_decay("adamw"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRAIN_MUTANTS)
+def test_planted_mistakes_are_caught(monkeypatch, name):
+    function, right, wrong, guard = TRAIN_MUTANTS[name]
+    guard()
+    plant(monkeypatch, function, right, wrong)
+    with pytest.raises(CAUGHT):
+        guard()
 
 
 # ----------------------------------------------------------------------------------------- determinism

@@ -27,16 +27,14 @@ from pathlib import Path
 
 import torch
 
-from dpo_minimal.runs import write_json
 from dpo_minimal.validation import InputError, check_count, check_positive
 
-from .contestant import TRL_VARIANTS
 from .duels import LOSS_TOLERANCE, Duel, contest
 from .ours import write_weights
-from .results import LABELS, rate_ratio, rows, table
-from .tasks import CHECKED_STEPS, SHAPES, STEPS_PER_EPOCH, Task
+from .results import rate_ratio, rows, table
+from .tasks import CHECKED_STEPS, CONTESTANTS, SHAPES, STEPS_PER_EPOCH, Task
 
-TRAINERS = (*TRL_VARIANTS, "plain")
+PEERS = [name for name in CONTESTANTS if not name.startswith("ours")]
 SAMPLER = "hugging-face-sampling"
 
 
@@ -57,18 +55,17 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add, every = result.add_argument, [*TRAINERS, SAMPLER]
+    add = result.add_argument
     add("--shape", choices=(*SHAPES, "both"), default="small", help="of the GPT-2 (default: small)")
     add("--dtype", choices=("float32", "bfloat16", "both"), default="both", help="default: both")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
-    add("--against", nargs="+", choices=every, metavar="PEER", help=f"default: all of {', '.join(every)}")
+    add("--against", nargs="+", choices=PEERS, metavar="PEER", help=f"default: all of {', '.join(PEERS)}")
     add("--rounds", type=int, default=5, help="of each duel (default: 5)")
     add("--seconds", type=float, default=3.0, help="that a block lasts at least (default: 3)")
     add("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     add("--pairs-per-step", type=int, help="default: 32 (small), 8 (124M)")
     add("--micro-size", type=int, help="pairs that ours takes at a time (default: 8; 16 for small in "
         "bfloat16; on cuda the whole step)")  # fmt: skip
-    add("--json", type=Path, help="a new file for every block's numbers")
     return result
 
 
@@ -80,8 +77,6 @@ def check(options: argparse.Namespace) -> None:
     check_positive("--seconds", options.seconds)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no GPU here; use --device cpu.")
-    if options.json is not None and (options.json.exists() or not options.json.parent.is_dir()):
-        raise InputError(f"--json {options.json}: exists or has no folder; name a new file in a folder.")
     sampled = options.shape != "124M" and options.dtype != "bfloat16"
     if SAMPLER in (options.against or []) and not sampled:
         raise InputError(
@@ -110,15 +105,12 @@ def run(options: argparse.Namespace) -> None:
     print("\n" + table(lines))
     print(notes(options, duels))
     print("; ".join(f"{name} {value}" for name, value in about.items()))
-    if options.json is not None:
-        blocks = [duel._replace(task=duel.task._asdict())._asdict() for duel in duels]
-        write_json(options.json, {"machine": about, "columns": lines, "duels": blocks})
 
 
 def contests(options: argparse.Namespace, shape: str, folder: str) -> list[tuple[Task, list[str]]]:
     """(our side, its opponents) for each dtype, and for sampling."""
-    against = options.against or [*TRAINERS, SAMPLER]
-    trainers = [name for name in TRAINERS if name in against]
+    against = options.against or PEERS
+    trainers = [name for name in against if name != SAMPLER]
     pairs = options.pairs_per_step or SHAPES[shape].pairs_per_step
     result = []
     for dtype in ("float32", "bfloat16") if options.dtype == "both" else (options.dtype,):
@@ -146,7 +138,7 @@ def announce(duel: Duel) -> None:
     """One line a duel, so that a long run shows how far it is."""
     task = duel.task
     times = rate_ratio(duel, first_epoch=False)
-    label = LABELS[task.contestant]
+    label, *_ = CONTESTANTS[task.contestant]
     print(
         f"{task.shape}, {task.dtype}: ours is {times} times as fast as {label}", file=sys.stderr, flush=True
     )

@@ -1,16 +1,15 @@
 """The process of one contestant: python -m tests.benchmarks.contestant TASK, with the task as JSON.
 
 Commands come on standard input, reports leave on standard output, one JSON line each; whatever a library
-prints goes to standard error. {"seconds": s, "steps": n} asks for a block of steps: so many or a multiple of
-it, until so much time has passed. End of file ends the contest. Each branch of `main` imports only what its
-contestant needs.
+prints goes to standard error. {"seconds": s, "steps": n} asks for a block of steps: n or a multiple of it,
+until so much time has passed. End of file ends the contest.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
-import resource
 import sys
 import time
 from pathlib import Path
@@ -19,14 +18,7 @@ from typing import TextIO
 import torch
 from torch import Tensor
 
-from .tasks import CHECKED_STEPS, Task, digest
-
-TRL_VARIANTS = {  # name: (references precomputed, gradient checkpointing)
-    "trl": (False, True),  # both as its defaults have them
-    "trl-precomputed": (True, True),
-    "trl-no-checkpointing": (False, False),
-    "trl-precomputed-no-checkpointing": (True, False),
-}
+from .tasks import CHECKED_STEPS, CONTESTANTS, Task, digest
 
 
 class Turns:
@@ -40,18 +32,12 @@ class Turns:
     def __init__(self, commands: TextIO, reports: TextIO, device: str):
         self._commands, self._reports, self._device = commands, reports, device
         self._imports_mib = memory_mib("VmRSS")
-        self._losses: list[float | Tensor] = []  # of the steps at the start that are compared
+        self._losses: list[float | Tensor] = []  # of the steps at the start, which are compared
 
     def ready(self, rows: list, *, reference_seconds: float = 0.0) -> bool:
         """Say which tokens are held and what one pass of the reference over them took, if it is cached."""
-        facts = {
-            "tokens": digest(rows),
-            "rows": len(rows),
-            "reference_seconds": reference_seconds,
-            "imports_mib": self._imports_mib,
-            "threads": torch.get_num_threads(),
-        }
-        return self._next(facts)
+        facts = {"tokens": digest(rows), "rows": len(rows), "threads": torch.get_num_threads()}
+        return self._next(facts | {"reference_seconds": reference_seconds, "imports_mib": self._imports_mib})
 
     def step_done(self, items: int, loss: float | Tensor | None = None) -> bool:
         """Count a step of so many pairs or tokens, and keep its loss if it is one of the first."""
@@ -66,16 +52,10 @@ class Turns:
         seconds = time.perf_counter() - self._start
         if seconds < self._wanted["seconds"]:
             return True
-        report = {
-            "items": self._items,
-            "steps": self._steps,
-            "seconds": seconds,
-            "losses": [float(loss) for loss in self._losses],
-            "peak_mib": memory_mib("VmHWM"),
-        }
+        report = {"items": self._items, "seconds": seconds, "peak_mib": memory_mib("VmHWM")}
         if self._device == "cuda":
             report["peak_gpu_mib"] = torch.cuda.max_memory_allocated() / 2**20
-        return self._next(report)
+        return self._next(report | {"losses": [float(loss) for loss in self._losses]})
 
     def _next(self, report: dict) -> bool:
         print(json.dumps(report), file=self._reports, flush=True)
@@ -89,13 +69,9 @@ class Turns:
 
 
 def memory_mib(field: str) -> float:
-    """Resident memory of this process: VmRSS now, VmHWM at most so far (outside Linux at most, for both)."""
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage would count what the parent had before it started this process
-        (line,) = [line for line in status.read_text().splitlines() if line.startswith(field)]
-        return int(line.split()[1]) / 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 1024
+    """Resident memory of this process, from Linux: VmRSS now, VmHWM the most it ever was."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(field)) / 1024
 
 
 def main() -> None:
@@ -104,25 +80,10 @@ def main() -> None:
     os.dup2(2, 1)
     torch.set_num_threads(task.threads)
     torch.manual_seed(task.seed)
-    variant = {}
-    match task.contestant:
-        case "ours":
-            from dpo_minimal.allocator import keep_freed_memory
-
-            from .ours import train_ours as work
-
-            keep_freed_memory()  # as the package's own commands do
-        case "ours-sampling":
-            from .ours import sample_ours as work
-        case "plain":
-            from .hugging_face import train_plainly as work
-        case "hugging-face-sampling":
-            from .hugging_face import sample_hugging_face as work
-        case name:
-            from .trl_dpo import train_trl as work
-
-            variant = dict(zip(("precomputed", "checkpointing"), TRL_VARIANTS[name]))
-    work(task, Turns(sys.stdin, reports, task.device), **variant)
+    _, place, options = CONTESTANTS[task.contestant]
+    module, function = place.split(".")
+    work = getattr(importlib.import_module(f".{module}", __package__), function)
+    work(task, Turns(sys.stdin, reports, task.device), **options)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ their order changing from round to round. Before that they prove that they do th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -46,16 +47,12 @@ class Contestant:
 
     def __init__(self, task: Task):
         self.task = task
-        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115, see below
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.benchmarks.contestant", json.dumps(task._asdict())],
-            cwd=ROOT,
-            env=os.environ | surroundings(task),
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-        )
+            cwd=ROOT, env=os.environ | surroundings(task), text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
+        )  # fmt: skip
         try:
             self.facts = self._report()
         except BaseException:
@@ -76,10 +73,8 @@ class Contestant:
 
     def block(self, seconds: float, steps: int) -> dict:
         """Let it work for a multiple of so many steps, until so much time has passed."""
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it has died: the missing report tells
             print(json.dumps({"seconds": seconds, "steps": steps}), file=self._process.stdin, flush=True)
-        except BrokenPipeError:
-            pass  # it has died: the missing report tells
         return self._report()
 
     def _report(self) -> dict:
@@ -102,20 +97,13 @@ def surroundings(task: Task) -> dict[str, str]:
         "HF_HOME": str(Path(task.folder) / "cache"),
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": str(task.threads),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
-    if task.device == "cuda":
-        settings["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
-    return settings
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    return settings | ({"CUDA_VISIBLE_DEVICES": gpu} if task.device == "cuda" else {})
 
 
 def contest(
-    ours: Task,
-    opponents: list[str],
-    *,
-    rounds: int,
-    seconds: float,
-    notify: Callable[[Duel], None] = lambda duel: None,
+    ours: Task, opponents: list[str], *, rounds: int, seconds: float, notify: Callable[[Duel], None]
 ) -> list[Duel]:
     """Ours against each opponent in turn, all with the same weights and tokens.
 

@@ -12,18 +12,8 @@ from statistics import median
 from typing import NamedTuple
 
 from .duels import Duel
-from .tasks import Task
+from .tasks import CONTESTANTS, Task
 
-LABELS = {
-    "ours": "ours",
-    "trl": "TRL as it comes",
-    "trl-precomputed": "TRL, references precomputed",
-    "trl-no-checkpointing": "TRL, no checkpointing",
-    "trl-precomputed-no-checkpointing": "TRL, precomputed, no checkpointing",
-    "plain": "plain loop of tutorials",
-    "ours-sampling": "ours, sampling (tokens/s)",
-    "hugging-face-sampling": "Hugging Face generate (tokens/s)",
-}
 COLUMNS = (
     "shape", "dtype", "contestant", "pairs/s", "ours ÷ it", "epoch 1, pairs/s", "ours ÷ it",
     "peak MiB (above imports)", "ours ÷ it",
@@ -87,10 +77,10 @@ def rows(duels: list[Duel], ours: str) -> list[list[str]]:
 def _row(task: Task, blocks: list[dict], facts: dict, ratios: list[str]) -> list[str]:
     later = median(map(rate, blocks))
     first, first_ratio = _number(first_epoch_rate(later, facts)), ratios[1]
-    if task.contestant in ("ours-sampling", "hugging-face-sampling"):
+    if task.contestant.endswith("sampling"):
         first = first_ratio = "–"  # nothing is cached there
     memory = _pair([f"{mib:.0f}" for mib in peaks(blocks, facts)])
-    names = [task.shape, task.dtype, LABELS[task.contestant]]
+    names = [task.shape, task.dtype, CONTESTANTS[task.contestant][0]]
     return [*names, _number(later), ratios[0], first, first_ratio, memory, ratios[2]]
 
 

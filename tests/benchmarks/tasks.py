@@ -11,6 +11,19 @@ import json
 import random
 from typing import NamedTuple
 
+CONTESTANTS = {  # name: (label in the table, module and function, options of the function)
+    "ours": ("ours", "ours.train_ours", {}),
+    "trl": ("TRL as it comes", "trl_dpo.train_trl", {}),
+    "trl-precomputed": ("TRL, references precomputed", "trl_dpo.train_trl", {"precompute": True}),
+    "trl-no-checkpointing": ("TRL, no checkpointing", "trl_dpo.train_trl", {"checkpoint": False}),
+    "trl-precomputed-no-checkpointing": (
+        "TRL, precomputed, no checkpointing", "trl_dpo.train_trl", {"precompute": True, "checkpoint": False},
+    ),
+    "plain": ("plain loop of tutorials", "hugging_face.train_plainly", {}),
+    "ours-sampling": ("ours, sampling (tokens/s)", "ours.sample_ours", {}),
+    "hugging-face-sampling": ("Hugging Face generate (tokens/s)", "hugging_face.sample_hugging_face", {}),
+}  # fmt: skip
+
 
 class Shape(NamedTuple):
     """A GPT-2 and the batch it is trained with."""
@@ -33,21 +46,20 @@ LEARNING_RATE = 1e-4  # of AdamW, constant; high enough to move the losses that 
 STEPS_PER_EPOCH = 8  # few, because a block is whole epochs: then its pairs are the same for everybody
 CHECKED_STEPS = 3  # at the start, on the first pairs in their order: everybody's losses must be the same
 SAMPLES, NEW_TOKENS = 64, 64  # of the sampling contest
-_PROMPT, _COMPLETION = (16, 48), (8, 64)  # tokens, uniform; a completion's end-of-text included
+PROMPT, COMPLETION = (16, 48), (8, 64)  # tokens, uniform; a completion's end-of-text included
 
 
 class Task(NamedTuple):
     """All that a contestant's process is told.
 
     Fields:
-        contestant: its name in contestant.py.
+        contestant: a key of CONTESTANTS.
         shape: a key of SHAPES.
         dtype: "float32", or "bfloat16" for autocast of float32 weights.
         device: "cpu" or "cuda".
         threads: of the CPU, for torch.
         folder: of the weights, in Hugging Face's layout.
-        pairs_per_step: of an optimizer step.
-        micro_size: how many of them ours takes at a time.
+        pairs_per_step, micro_size: of an optimizer step; how many of them ours takes at a time.
         seed: of weights, tokens and order.
     """
 
@@ -62,42 +74,28 @@ class Task(NamedTuple):
     seed: int = 0
 
 
-class Pair(NamedTuple):
-    """Token ids; both completions end with their one end-of-text."""
-
-    prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
-
-
 def end_of_text(task: Task) -> int:
     """The last id, as in GPT-2's vocabulary; no other token of a pair is it."""
     return SHAPES[task.shape].vocab_size - 1
 
 
-def make_pairs(task: Task) -> list[Pair]:
-    """The data set of one epoch: the same for every contestant with this shape, size and seed."""
-    draw = random.Random(f"pairs {task.seed}")
-    eot = end_of_text(task)
+def make_pairs(task: Task) -> list[list[list[int]]]:
+    """The data set of one epoch: [prompt, chosen, rejected], both completions ending with end-of-text."""
+    draw, eot = random.Random(f"pairs {task.seed}"), end_of_text(task)
 
     def tokens(count: int) -> list[int]:
         return [draw.randrange(eot) for _ in range(count)]
 
     return [
-        Pair(
-            tokens(draw.randint(*_PROMPT)),
-            [*tokens(draw.randint(*_COMPLETION) - 1), eot],
-            [*tokens(draw.randint(*_COMPLETION) - 1), eot],
-        )
+        [tokens(draw.randint(*PROMPT)), *([*tokens(draw.randint(*COMPLETION) - 1), eot] for _ in range(2))]
         for _ in range(task.pairs_per_step * STEPS_PER_EPOCH)
     ]
 
 
 def make_prompts(task: Task) -> list[list[int]]:
     """The prompts of the sampling contest."""
-    draw = random.Random(f"prompts {task.seed}")
-    eot = end_of_text(task)
-    return [[draw.randrange(eot) for _ in range(draw.randint(*_PROMPT))] for _ in range(SAMPLES)]
+    draw, eot = random.Random(f"prompts {task.seed}"), end_of_text(task)
+    return [[draw.randrange(eot) for _ in range(draw.randint(*PROMPT))] for _ in range(SAMPLES)]
 
 
 def digest(rows: list) -> str:
