@@ -295,36 +295,20 @@ def load_reference_logps(path: Path, key: str) -> Tensor | None:
         raise InputError(f"{path}: is damaged ({error}); delete it to compute it again.") from None
 
 
-def check_start(
-    loss: float, weight: float, window: Window, loss_type: str, *, dtype: str, **options: float
-) -> None:
-    """At the first step policy = reference: is the loss what it is there, ln 2 for DPO?
+def check_start(model: GPT, window: Window, *, dtype: str) -> None:
+    """Before the first step policy = reference: every log-ratio is 0, and so the loss ln 2 for DPO.
 
-    Each log-ratio is 0 up to the rounding of its completion's tokens, and the losses are convex, so they are
-    off by no more than in the corners of that box. The weight must fit too: IPO's loss has two equal sides.
-    In bfloat16, whose rounding is large, only gross mistakes show, such as swapped columns or rows.
+    Each is compared, because means hide much: where columns are swapped, gains and losses nearly cancel.
 
-    Args: loss and weight (`dpo/gradient_weight`) of the first record, and its window.
-    Raises InputError: it is not; the reference log-probabilities belong to other weights or tokens.
+    Args: the policy before any step; the first `PreferenceBatch` window.
+    Raises InputError: one is not 0 up to rounding: the reference's were those of other weights or tokens.
     """
-    loss_of = LOSS_TYPES[loss_type].loss
-    expected = slack = torch.zeros(2, dtype=torch.float64)  # of loss and weight
-    for micro, share in zip(window.micro_batches, window.shares, strict=True):
-        longest = micro.batch.completion_lengths.cpu().amax(-1, keepdim=True)  # (B, 1)
-        reference = micro.reference_logps.cpu().double()
-        here, K = micro._replace(reference_logps=reference), reference.shape[1]
-        corners = 1 - 2 * torch.ones(K - 1, K).tril()  # row j: the best j + 1 less likely, the others more
-        results = [
-            loss_of(reference + signs * _rounding(longest, dtype), here, **options)
-            for signs in (torch.zeros(K), *corners, *-corners)
-        ]
-        found = torch.stack([torch.stack([r.losses, r.gradient_weights]) for r in results])  # (2K - 1, 2, B)
-        expected = expected + share * found[0].mean(-1)
-        slack = slack + share * (found - found[0]).abs().amax(0).mean(-1)
-    slack = slack + 1e-6 * expected.abs()  # float32's rounding of the two themselves
-    if not ((torch.tensor([loss, weight]).double() - expected).abs() <= slack).all():
-        raise InputError(
-            f"the first loss is {loss:.6f} with weight {weight:.6f}, but where policy = reference they are "
-            f"{expected[0]:.6f} and {expected[1]:.6f} within {slack[0]:.1g} and {slack[1]:.1g}; the kept "
-            "log-probs are of other weights or tokens, so delete reference_logps.safetensors or start anew."
-        )
+    for micro in window.micro_batches:
+        with torch.no_grad():
+            log_ratios = completion_logps_of(model, micro.batch, dtype) - micro.reference_logps
+        if not (log_ratios.abs() <= _rounding(micro.batch.completion_lengths, dtype)).all():
+            raise InputError(
+                f"the first loss would not be that of policy = reference ({window.name}: log-ratios up to "
+                f"{log_ratios.abs().max():.3g} nats); the kept reference log-probabilities belong to other "
+                "weights or tokens, so delete reference_logps.safetensors or start a new run."
+            )

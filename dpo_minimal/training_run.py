@@ -136,7 +136,7 @@ def run_training(
     settings: Settings,
     *,
     name: str,
-    check_first: Callable[[Record, Window], None] | None = None,
+    check_first: Callable[[Window], None] | None = None,
     look: Callable[[], Record] = dict,
     resume: bool = False,
 ) -> list[Record]:
@@ -147,7 +147,7 @@ def run_training(
         model: altered in place.
         objective: as `train` takes it, on this model.
         name: for the progress bar.
-        check_first: called with the first record and its window, before a second step.
+        check_first: called with the first window, before the first step.
         look: further measurements at each evaluation, by their names.
         resume: go on from the newest checkpoint, from the beginning where there is none.
     Returns:
@@ -161,11 +161,13 @@ def run_training(
     done, records = _go_on(folder, model, optimizer) if resume else (0, [])
     log = _Log(folder / METRICS_FILE, records)
     if done == 0:
+        if check_first is not None:
+            check_first(next(_windows_from(settings, data, 1, 1)))
         log.add({"step": 0, **evaluate(objective, settings, data), **look()})
     stream = train(
         objective,
         optimizer,
-        _keep_first(_windows_from(settings, data, done + 1, last_step), first := []),
+        _windows_from(settings, data, done + 1, last_step),
         scheduler=warm_up(optimizer, settings.learning_rate, settings.warmup_steps, first_step=done + 1),
         max_grad_norm=settings.max_grad_norm,
         first_step=done + 1,
@@ -173,8 +175,6 @@ def run_training(
     with _Interrupt() as interrupt, _Progress(name, done, last_step, settings.window_size) as progress:
         for record in stream:
             step = int(record["step"])
-            if step == 1 and check_first is not None:
-                check_first(record, first[0])
             progress.show(record)
             if step % settings.logging_steps == 0 or step in (1, last_step):
                 log.add(record)
@@ -189,14 +189,6 @@ def run_training(
 
 def _due(step: int, every: int, last_step: int) -> bool:
     return step == last_step or (every > 0 and step % every == 0)
-
-
-def _keep_first(batches: Iterator[Window], first: list[Window]) -> Iterator[Window]:
-    """Pass windows on, leaving the first one in the list."""
-    for window in batches:
-        if not first:
-            first.append(window)
-        yield window
 
 
 # ---------------------------------------------------------------------------------------------- going on
@@ -283,9 +275,7 @@ def is_displaced(recent: Sequence[Record]) -> bool:
     """
     if len(recent) < RECENT or "dpo/displacement" not in recent[-1]:
         return False
-    share, reward = (
-        sum(r[key] for r in recent) / RECENT for key in ("dpo/displacement", "rewards/chosen")
-    )
+    share, reward = (sum(r[key] for r in recent) / RECENT for key in ("dpo/displacement", "rewards/chosen"))
     return share > 0.5 and reward < 0
 
 

@@ -51,7 +51,7 @@ from ..objectives import (
 from ..reviews import sentiment
 from ..runs import write_records
 from ..tokenizer import save_tokenizer
-from ..train import Record, Window
+from ..train import Record
 from ..training_run import Data, run_training
 from ..validation import InputError, check_count
 from . import sft
@@ -170,7 +170,7 @@ def _train(
     records = run_training(
         folder, model, preference_objective(model, options.loss_type, dtype=options.dtype, **loss), data,
         settings_of(options), name=options.loss_type.upper(), resume=options.resume is not None,
-        check_first=partial(_check_start, options, loss), look=look.record,
+        check_first=partial(check_start, model, dtype=options.dtype), look=look.record,
     )  # fmt: skip
     if state_fingerprint(reference) != fingerprint:
         raise AssertionError("the reference has moved in training, which is a bug in here")
@@ -190,12 +190,6 @@ def _train(
 
 def _listed(loss: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in loss.items())
-
-
-def _check_start(options: argparse.Namespace, loss: dict[str, float], record: Record, window: Window) -> None:
-    check_start(
-        record["loss"], record["dpo/gradient_weight"], window, options.loss_type, dtype=options.dtype, **loss
-    )
 
 
 # -------------------------------------------------------------------------------------- without --data

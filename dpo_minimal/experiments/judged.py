@@ -19,6 +19,7 @@ from .text_setup import Policy
 
 CHUNK = 512  # samples drawn together
 
+
 def judged_samples(
     policy: Policy,
     count: int,

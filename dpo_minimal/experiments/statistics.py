@@ -24,9 +24,8 @@ import math
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 import numpy as np
+import torch
 
 from ..runs import new_run_folder, refuse_used_folder, versions, write_arrays, write_json, write_records
 from ..sampling_laws import kl_law

@@ -71,9 +71,9 @@ def sample_hugging_face(task: Task, turns: Turns) -> None:
     model.generation_config.eos_token_id = None
     prompts, padding = tasks.make_prompts(task), tasks.end_of_text(task)
     ids = pad_sequence([torch.tensor(p) for p in prompts], True, padding, padding_side="left").to(task.device)
+    mask = (ids != padding).long()
     options = {"do_sample": True, "top_k": 0, "use_cache": True, "max_new_tokens": tasks.NEW_TOKENS}
     going = turns.ready(prompts)
     while going:
-        mask = (ids != padding).long()
         rows = model.generate(ids, attention_mask=mask, pad_token_id=padding, **options)
         going = turns.step_done(rows[:, ids.shape[1] :].numel())

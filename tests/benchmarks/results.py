@@ -41,7 +41,7 @@ def first_epoch_rate(later: float, facts: dict) -> float:
     return 1 / (1 / later + facts["reference_seconds"] / facts["rows"])
 
 
-def rate_ratio(duel: Duel, *, first_epoch: bool) -> Ratio:
+def rate_ratio(duel: Duel, *, first_epoch: bool = False) -> Ratio:
     """How many times as fast ours is, in the later epochs or in the first."""
     ratios = []
     for ours, theirs in duel.rounds:
@@ -62,39 +62,41 @@ def peaks(blocks: Sequence[dict], facts: dict) -> list[float]:
 
 def rows(duels: list[Duel], ours: str) -> list[list[str]]:
     """The lines of one contest: ours, then every opponent."""
-    first = duels[0]
+    our_facts = duels[0].ours_facts
     our_blocks = [block for duel in duels for block, _ in duel.rounds]
-    lines = [_row(first.task._replace(contestant=ours), our_blocks, first.ours_facts, ["1"] * 3)]
+    lines = [_row(duels[0].task._replace(contestant=ours), our_blocks, our_facts, ["1"] * 3)]
     for duel in duels:
-        ours_now, blocks = ([pair[side] for pair in duel.rounds] for side in (0, 1))
-        memory = zip(peaks(ours_now, duel.ours_facts), peaks(blocks, duel.facts))
-        ratios = [str(rate_ratio(duel, first_epoch=first_epoch)) for first_epoch in (False, True)]
-        ratios.append(_pair([f"{a / b:.2f}" for a, b in memory]))
+        blocks = [block for _, block in duel.rounds]
+        memory = zip(peaks([block for block, _ in duel.rounds], our_facts), peaks(blocks, duel.facts))
+        ratios = [str(rate_ratio(duel)), str(rate_ratio(duel, first_epoch=True))]
+        ratios.append(_joined([f"{mine / theirs:.2f}" for mine, theirs in memory]))
         lines.append(_row(duel.task, blocks, duel.facts, ratios))
     return lines
 
 
 def _row(task: Task, blocks: list[dict], facts: dict, ratios: list[str]) -> list[str]:
     later = median(map(rate, blocks))
-    first, first_ratio = _number(first_epoch_rate(later, facts)), ratios[1]
+    first = [_number(first_epoch_rate(later, facts)), ratios[1]]
     if task.contestant.endswith("sampling"):
-        first = first_ratio = "–"  # nothing is cached there
-    memory = _pair([f"{mib:.0f}" for mib in peaks(blocks, facts)])
-    names = [task.shape, task.dtype, CONTESTANTS[task.contestant][0]]
-    return [*names, _number(later), ratios[0], first, first_ratio, memory, ratios[2]]
+        first = ["–", "–"]  # nothing is cached there
+    memory = _joined([f"{mib:.0f}" for mib in peaks(blocks, facts)])
+    label, *_ = CONTESTANTS[task.contestant]
+    return [task.shape, task.dtype, label, _number(later), ratios[0], *first, memory, ratios[2]]
 
 
 def _number(rate: float) -> str:
     return f"{rate:.3g}" if rate < 1000 else f"{rate:.0f}"
 
 
-def _pair(texts: list[str]) -> str:
+def _joined(texts: list[str]) -> str:
     return texts[0] + "".join(f" ({text})" for text in texts[1:])
 
 
 def table(lines: list[list[str]]) -> str:
     """Markdown, padded so that it reads as plain text too."""
-    cells = [list(COLUMNS), *lines]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(COLUMNS))]
-    padded = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in cells]
-    return "\n".join([padded[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *padded[1:]])
+    widths = [max(map(len, column)) for column in zip(COLUMNS, *lines)]
+    rule = ["-" * width for width in widths]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |"
+        for line in [COLUMNS, rule, *lines]
+    )
