@@ -91,7 +91,9 @@ def _ratio_panel(axis, records: list[Record]) -> None:
 
 
 def _accuracy_panel(axis, records: list[Record]) -> None:
-    _curves(axis, records, "rewards/accuracies", label="rows ordered rightly")
+    # Where policy = reference all rewards are equal: neither right nor wrong, so not to be drawn as wrong.
+    decided = [r for r in records if max(r.get("dpo/ties", 0), r.get("eval_dpo/ties", 0)) < 0.5]
+    _curves(axis, decided, "rewards/accuracies", label="rows ordered rightly")
     steps, weights = series(records, "dpo/gradient_weight")
     relative = np.array(weights) / weights[0]
     axis.plot(steps, _running_mean(list(relative)), color=GREEN, label="gradient weight / its first value")
@@ -101,12 +103,13 @@ def _accuracy_panel(axis, records: list[Record]) -> None:
 
 
 def _reward_panel(axis, before: Samples, after: Samples) -> None:
-    bins = np.linspace(-3, 3, 25)
-    for samples, colour, name in ((before, GREY, "reference"), (after, BLUE, "policy")):
-        label = f"{name}: mean {mean_of(samples.rewards)}"
-        axis.hist(samples.rewards.numpy(), bins=bins, color=colour, alpha=0.6, label=label)
+    bins = np.linspace(-3, 3, 13)
+    both = [samples.rewards.numpy() for samples in (before, after)]
+    labels = [f"reference: mean {mean_of(before.rewards)}", f"policy: mean {mean_of(after.rewards)}"]
+    axis.hist(both, bins=bins, color=[GREY, BLUE], label=labels)
+    axis.set_ylim(top=1.4 * axis.get_ylim()[1])  # room for the legend
     divergence: Mean = mean_of(after.log_ratios)
-    axis.legend(title=f"KL(policy, reference) = {divergence} nats", title_fontsize=13)
+    axis.legend(title=f"KL(policy, reference) = {divergence} nats", title_fontsize=13, loc="upper left")
     axis.set(title="What the samples became", xlabel="true reward of a sample", ylabel="samples")
 
 

@@ -317,7 +317,7 @@ class _Progress:
         if not self.warned and is_displaced(self.recent):
             self.warned = True
             tqdm.write(
-                f"Displacement: in the last {RECENT} steps to {step}, most chosen completions were less likely "
-                "than under the reference. The loss sees only the margin; if samples get worse, lower the "
+                f"Displacement: in the last {RECENT} steps to {step}, most chosen completions were less "
+                "likely than under the reference. The loss sees only the margin; if samples get worse, lower the "
                 "learning rate or raise beta (derivations.md, D13.1)."
             )

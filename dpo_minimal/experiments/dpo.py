@@ -1,22 +1,23 @@
 """`python -m dpo_minimal dpo`: a language model learns from preferences, without a reward model.
 
-Pairs of completions of one prompt, chosen and rejected, and a reference pi_ref, which is the model that
-training starts from. The loss of a pair is
+Pairs of completions of one prompt, chosen and rejected, and a reference pi_ref: the model that training
+starts from. The loss of a pair is
 
-    -log sigmoid(beta (log pi(yw|x)/pi_ref(yw|x) - log pi(yl|x)/pi_ref(yl|x)))                          (Eq. 7)
+  -log sigmoid(beta (log pi(yw|x)/pi_ref(yw|x) - log pi(yl|x)/pi_ref(yl|x)))                       (Eq. 7)
 
 and its optimum is pi_ref exp(r / beta) / Z for the reward r behind the preferences (derivations.md).
 
-  dpo-minimal dpo                                            all of it on film reviews, in two minutes: SFT,
-                                                             then DPO on judged samples of the SFT model
+  dpo-minimal dpo                                            film reviews: SFT, then DPO on judged samples
+                                                             of the SFT model, in a minute or two
   dpo-minimal dpo --data pairs.jsonl --model runs/sft-001    your pairs, from your SFT model
   dpo-minimal dpo --data pairs.jsonl --model gpt2 --dtype bfloat16
   dpo-minimal dpo --resume runs/dpo-001                      go on where Ctrl-C or a power cut stopped it
 
-What to watch. loss starts at ln 2 = 0.693 exactly; rewards/accuracies is the share of pairs ordered rightly
-(0.5 is guessing, 1 on the held-out pairs is not to be had: people disagree). rewards/chosen and rewards/rejected
-may both fall, as only their difference is trained (displacement). kl/policy_reference, measured on the policy's own
-samples, is what beta limits; when it runs off while samples get worse, raise beta or stop earlier.
+What to watch. Before the first step every log-ratio must be 0 and so the loss ln 2 = 0.693, which is checked.
+rewards/accuracies is the share of pairs ordered rightly: 0.5 is guessing, and 1 on held-out pairs is not to
+be had, because people disagree. rewards/chosen and rewards/rejected may both fall, as only their difference
+is trained (displacement). kl/policy_reference, measured on the policy's own samples, is what beta limits;
+where it runs off while samples get worse, raise beta or stop earlier.
 
 A run folder holds model/ (Hugging Face's layout), metrics.jsonl, training.png, config.json, checkpoints/, the
 reference's log-probabilities, and without --data also sft/ and preferences.jsonl.
@@ -85,7 +86,7 @@ DEFAULTS = Defaults(
     | {"loss_type": "dpo", "beta": 0.1, "learning_rate": 1e-6, "optimizer": "rmsprop", "rows": None,
        "eval_samples": 16, "max_new_tokens": 128},
     reviews={"rows": 8000, "beta": 0.5, "learning_rate": 2e-4, "optimizer": "adamw", "max_length": 96,
-             "held_out": 0.04, "warmup_steps": 20, "eval_samples": 256, "max_new_tokens": 64},
+             "held_out": 0.04, "warmup_steps": 20, "eval_steps": 25, "eval_samples": 256, "max_new_tokens": 64},
     quick={"rows": 3000, "gradient_accumulation_steps": 4, "held_out": 0.09},
 )  # fmt: skip
 RANKED = 4  # samples of a generated ranking
@@ -99,8 +100,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument(
         "--model", metavar="MODEL",
-        help="policy and reference start as this folder, run, or released name (gpt2 to gpt2-xl); needed with "
-        "--data (default: one that sft makes on the reviews)",
+        help="policy and reference start as this folder, run, or released name (gpt2 to gpt2-xl); needed "
+        "with --data (default: one that sft makes on the reviews)",
     )  # fmt: skip
     training = add_training_options(parser, DEFAULTS)
     training.add_argument(
@@ -110,13 +111,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     training.add_argument(
         "--beta", type=float, metavar="B",
-        help=f"strength of the pull towards the reference ({DEFAULTS.text('beta')}, for which 0.1 would leave "
-        "the language behind)",
+        help=f"strength of the pull towards the reference ({DEFAULTS.text('beta')}, for which 0.1 would "
+        "leave the language behind)",
     )  # fmt: skip
     looking = parser.add_argument_group("samples")
     looking.add_argument(
         "--eval-samples", type=int, metavar="N",
-        help=f"of the policy at each look at the held-out rows; 0 draws none ({DEFAULTS.text('eval_samples')})",
+        help="of the policy at each look at the held-out rows; 0 draws none "
+        f"({DEFAULTS.text('eval_samples')})",
     )  # fmt: skip
     looking.add_argument(
         "--max-new-tokens", type=int, metavar="N",

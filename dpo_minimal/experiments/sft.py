@@ -1,7 +1,7 @@
 """`python -m dpo_minimal sft`: supervised fine-tuning, from which every preference training starts.
 
-Maximum likelihood of completions given their prompts: the loss is -log pi(y|x) / (tokens of y), in nats. Only
-the completion is scored, its one end-of-text included; the prompt is read but not learnt.
+Maximum likelihood of completions given their prompts: the loss is -log pi(y|x) / (tokens of y), in nats.
+Only the completion is scored, its one end-of-text included; the prompt is read but not learnt.
 
   dpo-minimal sft                                      a small GPT-2 learns to write film reviews
   dpo-minimal sft --data rows.jsonl                    a small GPT-2 of your own, with a vocabulary of its own
@@ -75,12 +75,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument(
         "--model", metavar="MODEL",
-        help="start from this folder, run, or released name (gpt2 to gpt2-xl), with its own tokenizer and a "
-        f"learning rate of {FINE_TUNING.file['learning_rate']:g} (default: a new small GPT-2)",
+        help="start from this folder, run, or released name (gpt2 to gpt2-xl), with its own tokenizer and "
+        f"a learning rate of {FINE_TUNING.file['learning_rate']:g} (default: a new small GPT-2)",
     )  # fmt: skip
     model.add_argument(
         "--tokenizer", choices=("bytes", "bpe", "gpt2"),
-        help=f"of a new model: raw bytes, a BPE learnt from the data, GPT-2's own ({DEFAULTS.text('tokenizer')})",
+        help="of a new model: raw bytes, a BPE learnt from the data, GPT-2's own "
+        f"({DEFAULTS.text('tokenizer')})",
     )  # fmt: skip
     model.add_argument(
         "--vocab-size", type=int, metavar="V", help=f"of that BPE ({DEFAULTS.text('vocab_size')})"

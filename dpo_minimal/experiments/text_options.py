@@ -85,8 +85,8 @@ def add_data_options(parser: argparse.ArgumentParser, defaults: Defaults, rows: 
     )  # fmt: skip
     group.add_argument(
         "--max-length", type=int, metavar="N",
-        help="tokens of a prompt with its longest completion; a longer prompt loses its left end, a completion "
-        f"never loses anything (default: the model's context; reviews {defaults.reviews['max_length']})",
+        help="tokens of a prompt with its longest completion; a longer prompt loses its left end, a "
+        f"completion never loses anything (default: the model's context; reviews {defaults.reviews['max_length']})",
     )  # fmt: skip
     group.add_argument("--max-prompt-length", type=int, metavar="N", help="and of the prompt alone")
     group.add_argument(
@@ -123,8 +123,8 @@ def add_run_options(parser: argparse.ArgumentParser, defaults: Defaults, command
     group.add_argument("--output-dir", metavar="DIR", help=f"new folder (default runs/{command}-NNN)")
     group.add_argument(
         "--resume", metavar="DIR",
-        help="go on with an interrupted run, to the same weights as if it had not been interrupted; all other "
-        "options are then those of the run",
+        help="go on with an interrupted run, to the same weights as if it had not been interrupted; all "
+        "other options are then those of the run",
     )  # fmt: skip
     group.add_argument(
         "--dtype", choices=DTYPES,

@@ -163,8 +163,8 @@ def check_same_losses(task: Task, ours: list[float], theirs: list[float]) -> flo
     way = max(abs(loss - math.log(2)) for loss in ours)
     if not apart <= LOSS_TOLERANCE[task.dtype] * way:
         raise InputError(
-            f"{describe(task)} has losses {theirs} where ours are {ours}, so the two do not train alike; mend "
-            "it or leave it out with --against."
+            f"{describe(task)} has losses {theirs} where ours are {ours}, so the two do not train alike; "
+            "mend it or leave it out with --against."
         )
     return apart / way
 
