@@ -7,7 +7,7 @@ import os
 import sys
 
 from . import __version__
-from .experiments import audit, bandit, dpo, sft, statistics
+from .experiments import audit, bandit, dpo, sample, score, sft, statistics
 from .validation import InputError
 
 COMMANDS = {
@@ -19,6 +19,8 @@ COMMANDS = {
     "sft": (sft, "teach a GPT-2 to continue prompts: the start of every preference training"),
     "dpo": (dpo, "train a GPT-2 on preferences; without arguments, film reviews from SFT to DPO"),
     "audit": (audit, "what a model will read of a preference file, and what is wrong with it"),
+    "sample": (sample, "what a model writes: samples of prompts, with their log-probabilities"),
+    "score": (score, "what a model prefers, pair by pair and token by token, against its reference"),
 }
 
 

@@ -182,6 +182,7 @@ def run_training(
                 log.add({"step": step, **evaluate(objective, settings, data), **look()})
             if _due(step, settings.save_steps, last_step) or interrupt.asked:
                 _save(folder, model, optimizer, step)
+            progress.resume()
             if interrupt.asked and step < last_step:
                 raise Interrupted(f"Saved after step {step} of {last_step}; go on with --resume {folder}")
     return log.records
@@ -286,7 +287,7 @@ class _Progress:
 
     def __init__(self, name: str, done: int, last_step: int, rows: int):
         self.name, self.last_step, self.rows, self.warned = name, last_step, rows, False
-        self.started, self.first = time.perf_counter(), done
+        self.done, self.seconds, self.resumed = 0, 0.0, time.perf_counter()
         self.recent: deque[Record] = deque(maxlen=RECENT)
         self.bar = tqdm(
             total=last_step, initial=done, desc=name, unit="step", disable=not sys.stderr.isatty()
@@ -298,9 +299,15 @@ class _Progress:
     def __exit__(self, *_: Any) -> None:
         self.bar.close()
 
+    def resume(self) -> None:
+        """Start the clock again: what is looked at and saved between two steps does not count."""
+        self.resumed = time.perf_counter()
+
     def show(self, record: Record) -> None:
         step = int(record["step"])
-        rate = (step - self.first) * self.rows / (time.perf_counter() - self.started)
+        self.done += 1
+        self.seconds += time.perf_counter() - self.resumed
+        rate = self.done * self.rows / self.seconds
         shown = {"loss": f"{record['loss']:.3f}"}
         if "rewards/margins" in record:
             shown["accuracy"] = f"{record['rewards/accuracies']:.2f}"
@@ -318,6 +325,6 @@ class _Progress:
             self.warned = True
             tqdm.write(
                 f"Displacement: in the last {RECENT} steps to {step}, most chosen completions were less "
-                "likely than under the reference. The loss sees only the margin; if samples get worse, lower the "
-                "learning rate or raise beta (derivations.md, D13.1)."
+                "likely than under the reference. The loss sees only the margin; if samples get worse, lower "
+                "the learning rate or raise beta (derivations.md, D13.1)."
             )

@@ -79,14 +79,15 @@ from .text_setup import (
     prepare,
     read_rows,
     rows_fingerprint,
+    sample_length,
 )
 
 DEFAULTS = Defaults(
     file=COMMON
     | {"loss_type": "dpo", "beta": 0.1, "learning_rate": 1e-6, "optimizer": "rmsprop", "rows": None,
-       "eval_samples": 16, "max_new_tokens": 128},
+       "eval_samples": 16},
     reviews={"rows": 8000, "beta": 0.5, "learning_rate": 2e-4, "optimizer": "adamw", "max_length": 96,
-             "held_out": 0.04, "warmup_steps": 20, "eval_steps": 25, "eval_samples": 256, "max_new_tokens": 64},
+             "held_out": 0.04, "warmup_steps": 20, "eval_steps": 25, "eval_samples": 256},
     quick={"rows": 3000, "gradient_accumulation_steps": 4, "held_out": 0.09},
 )  # fmt: skip
 RANKED = 4  # samples of a generated ranking
@@ -122,7 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     looking.add_argument(
         "--max-new-tokens", type=int, metavar="N",
-        help=f"where a sample is cut ({DEFAULTS.text('max_new_tokens')})",
+        help="where a sample is cut (default: half of the model's context, 128 at most)",
     )  # fmt: skip
     add_run_options(parser, DEFAULTS, "dpo")
 
@@ -132,7 +133,8 @@ def run(args: argparse.Namespace) -> Path:
     options = resolve(args, "dpo", DEFAULTS)
     loss = loss_options(options.loss_type, {"beta": options.beta})
     check_count("--eval-samples", options.eval_samples, minimum=0)
-    check_count("--max-new-tokens", options.max_new_tokens)
+    if options.max_new_tokens is not None:
+        check_count("--max-new-tokens", options.max_new_tokens)
     if options.data is not None and options.model is None:
         raise InputError(
             "--data needs --model, the SFT model that is policy and reference at the start; make one by "
@@ -141,6 +143,7 @@ def run(args: argparse.Namespace) -> Path:
     check_folder(options)
     if options.data is not None:  # all that can be wrong with the input, before anything is written
         policy, dataset = load_policy(options.model), read_rows(options, LOSS_TYPES[options.loss_type].rows)
+        sample_length(options.max_new_tokens, policy.model)
         train, held_out = prepare(options, dataset, policy)
         folder = open_folder(options, "dpo")
     else:
@@ -224,7 +227,7 @@ def _judged_reviews(options: argparse.Namespace, folder: Path, policy: Policy) -
     if not path.exists():
         rows = judged_samples(
             policy, options.rows, 2 if kind == "preferences" else RANKED, reward=sentiment,
-            max_new_tokens=options.max_new_tokens, seed=options.seed,
+            max_new_tokens=sample_length(options.max_new_tokens, policy.model), seed=options.seed,
             progress=partial(tqdm, desc="sampling", disable=None, leave=False),
         )  # fmt: skip
         write_records(path, as_pairs(rows) if kind == "preferences" else rows)
@@ -266,7 +269,7 @@ class _Samples:
         if not self.prompts:
             return None
         return sample(
-            model, self.reference, self.tokenizer, self.prompts, max_new_tokens=self.options.max_new_tokens,
+            model, self.reference, self.tokenizer, self.prompts, max_new_tokens=sample_length(self.options.max_new_tokens, model),
             seed=self.options.seed, reward=sentiment if self.options.data is None else None,
         )  # fmt: skip
 

@@ -6,7 +6,7 @@ Only the completion is scored, its one end-of-text included; the prompt is read 
   dpo-minimal sft                                      a small GPT-2 learns to write film reviews
   dpo-minimal sft --data rows.jsonl                    a small GPT-2 of your own, with a vocabulary of its own
   dpo-minimal sft --data rows.jsonl --model gpt2       go on from a released GPT-2, or from any folder of one
-  dpo-minimal sft --data pairs.jsonl --model FOLDER    the chosen of preference pairs: the paper's Preferred-FT
+  dpo-minimal sft --data pairs.jsonl --model FOLDER    the chosen of pairs: the paper's Preferred-FT
 
 Rows are {prompt, completion}, {instruction, input, output}, {text}, chat messages, or preference pairs. DPO
 assumes that its reference knows the completions it compares: without this step it pulls on answers that
@@ -53,13 +53,14 @@ from .text_setup import (
     prepare,
     read_rows,
     rows_fingerprint,
+    sample_length,
 )
 
 SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 128}
 DEFAULTS = Defaults(
     file=COMMON | SHAPE
     | {"optimizer": "adamw", "learning_rate": 1e-3, "tokenizer": "bpe", "vocab_size": 1024, "rows": None},
-    reviews={"rows": 12000, "vocab_size": 704, "max_length": 96, "learning_rate": 2e-3, "warmup_steps": 20,
+    reviews={"rows": 16000, "vocab_size": 704, "max_length": 96, "learning_rate": 2e-3, "warmup_steps": 20,
              "gradient_accumulation_steps": 4},
     quick={"rows": 6000},
 )  # fmt: skip
@@ -116,7 +117,7 @@ def run(args: argparse.Namespace) -> Path:
     sft_figure(records, folder / "training.png")
     texts = [policy.tokenizer.decode(example.prompt) for example in (held_out or train)[:SHOWN]]
     samples = sample(
-        model, model, policy.tokenizer, texts, max_new_tokens=_room(model), seed=options.seed,
+        model, model, policy.tokenizer, texts, max_new_tokens=sample_length(None, model), seed=options.seed,
         reward=sentiment if options.data is None else None,
     )  # fmt: skip
     print("\n".join(["", "What it writes:", *sample_lines(samples, SHOWN), ""]))
@@ -160,8 +161,3 @@ def _tokenizer(options: argparse.Namespace, dataset: Dataset) -> Tokenizer:
         return byte_tokenizer()
     check_count("--vocab-size", options.vocab_size, minimum=258)
     return train_bpe("\n".join(row.prompt + row.completion for row in dataset.rows), options.vocab_size)
-
-
-def _room(model: GPT) -> int:
-    """Tokens of a shown sample: half of the context, 128 at most."""
-    return min(128, model.config.block_size // 2)

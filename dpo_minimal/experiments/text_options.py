@@ -86,7 +86,8 @@ def add_data_options(parser: argparse.ArgumentParser, defaults: Defaults, rows: 
     group.add_argument(
         "--max-length", type=int, metavar="N",
         help="tokens of a prompt with its longest completion; a longer prompt loses its left end, a "
-        f"completion never loses anything (default: the model's context; reviews {defaults.reviews['max_length']})",
+        "completion never loses anything (default: the model's context; reviews "
+        f"{defaults.reviews['max_length']})",
     )  # fmt: skip
     group.add_argument("--max-prompt-length", type=int, metavar="N", help="and of the prompt alone")
     group.add_argument(

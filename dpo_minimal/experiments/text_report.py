@@ -76,12 +76,12 @@ def summary(before: Samples, after: Samples, beta: float) -> list[str]:
         lines.append(
             f"No policy can exceed reward - {beta:g} KL = {best:.2f}: it is beta log Z, here estimated"
         )
-        lines.append(f"from the reference's {len(before.texts)} samples (derivations.md, D3.2).")
+        lines.append(f"from the reference's {len(before.texts)} samples (derivations.md, D3.4).")
     return lines
 
 
 def best_objective(reference: Samples, beta: float) -> float:
-    """beta log E[exp(r / beta)] over the reference's samples: no policy's E[r] - beta KL is above it [D3.2].
+    """beta log E[exp(r / beta)] over the reference's samples: no policy's E[r] - beta KL is above it [D3.4].
 
     The mean is taken over prompts too, inside the logarithm, which by Jensen's inequality is no less than the
     mean of each prompt's own beta log Z.

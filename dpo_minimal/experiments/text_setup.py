@@ -75,6 +75,21 @@ def context_of(options: argparse.Namespace, model: GPT) -> int:
     return options.max_length
 
 
+def sample_length(given: int | None, model: GPT) -> int:
+    """--max-new-tokens, by default half of the context and 128 at most.
+
+    Raises InputError where no room would be left for a prompt.
+    """
+    context = model.config.block_size
+    if given is None:
+        return max(1, min(128, context // 2))
+    if given >= context:
+        raise InputError(
+            f"--max-new-tokens {given}: leaves no room for a prompt in the model's {context} tokens; lower it."
+        )
+    return given
+
+
 def read_rows(options: argparse.Namespace, kind: str) -> Dataset:
     """The rows of --data."""
     return load_dataset(options.data, kind, skip_bad_rows=bool(options.skip_bad_rows))

@@ -159,14 +159,14 @@ def check_same_losses(task: Task, ours: list[float], theirs: list[float]) -> flo
     """
     if not ours and not theirs:
         return None
-    apart = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+    apart = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
     way = max(abs(loss - math.log(2)) for loss in ours)
-    if not apart <= LOSS_TOLERANCE[task.dtype] * way:
+    if not all(difference <= LOSS_TOLERANCE[task.dtype] * way for difference in apart):  # NaN neither
         raise InputError(
             f"{describe(task)} has losses {theirs} where ours are {ours}, so the two do not train alike; "
             "mend it or leave it out with --against."
         )
-    return apart / way
+    return max(apart) / way
 
 
 def describe(task: Task) -> str:

@@ -1,0 +1,427 @@
+"""sft and dpo from the command line: what they write, what they refuse, and that they learn."""
+
+import errno
+import gzip
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+import safetensors.torch
+import torch
+
+from dpo_minimal.__main__ import COMMANDS, main
+from dpo_minimal.checkpoint import load_model, save_model, state_fingerprint
+from dpo_minimal.experiments import dpo
+from dpo_minimal.experiments.text_setup import load_policy
+from dpo_minimal.model import GPT, GPTConfig
+from dpo_minimal.tokenizer import byte_tokenizer, save_tokenizer, train_bpe
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+GOOD, BAD = ("yes", "sure", "of course", "gladly"), ("no", "never", "not now", "hardly")
+STEPS = ["--per-device-train-batch-size", "4", "--gradient-accumulation-steps", "2", "--warmup-steps", "2"]
+TINY = ["--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--max-length", "40"]
+
+
+def lines(rows: list[dict]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def pairs(count: int, seed: int = 0) -> list[dict]:
+    """The chosen answer is polite, whatever the prompt: a rule that a small GPT finds."""
+    draw = random.Random(seed)
+    return [
+        {"prompt": f"Can you {draw.randint(1, 99)}?", "chosen": f" {draw.choice(GOOD)}",
+         "rejected": f" {draw.choice(BAD)}"}
+        for _ in range(count)
+    ]  # fmt: skip
+
+
+def rankings(count: int) -> list[dict]:
+    return [
+        {
+            "prompt": row["prompt"],
+            "responses": [row["rejected"], row["chosen"], " maybe"],
+            "ranking": [3, 1, 2],
+        }
+        for row in pairs(count)
+    ]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """pairs.jsonl and a small GPT that was fine-tuned on both sides of them: paths as strings."""
+    folder = tmp_path_factory.mktemp("world")
+    (folder / "pairs.jsonl").write_text(lines(pairs(120)))
+    (folder / "ranked.jsonl").write_text(lines(rankings(60)))
+    both = [
+        {"prompt": row["prompt"], "completion": row[side]}
+        for row in pairs(120)
+        for side in ("chosen", "rejected")
+    ]
+    (folder / "both.jsonl").write_text(lines(both))
+    run = ["sft", "--data", str(folder / "both.jsonl"), "--tokenizer", "bytes", *TINY, *STEPS]
+    assert (
+        main(
+            [*run, "--learning-rate", "1e-2", "--num-train-epochs", "3", "--output-dir", str(folder / "sft")]
+        )
+        == 0
+    )
+    return folder
+
+
+def dpo_flags(world: Path, out: str = "run", **changes: object) -> list[str]:
+    flags = {"--data": world / "pairs.jsonl", "--model": world / "sft", "--optimizer": "adamw",
+             "--learning-rate": 3e-3, "--eval-samples": 4, "--max-new-tokens": 8, "--output-dir": out,
+             "--save-steps": 3}  # fmt: skip
+    flags |= {"--" + name.replace("_", "-"): value for name, value in changes.items()}
+    return [
+        "dpo",
+        *STEPS,
+        *(str(x) for flag, value in flags.items() if value is not None for x in (flag, value)),
+    ]
+
+
+@pytest.fixture(scope="module")
+def trained(world, tmp_path_factory):
+    """One DPO run that several tests read."""
+    folder = tmp_path_factory.mktemp("dpo") / "run"
+    assert main(dpo_flags(world, str(folder))) == 0
+    return folder
+
+
+def records_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def refused(capsys, arguments: list[str], *named: str, code: int = 2) -> str:
+    """Exit code 2 and one sentence that names the trouble."""
+    capsys.readouterr()
+    assert main(arguments) == code
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("dpo-minimal: error: ") and message.endswith("."), message
+    assert ". " not in message.removeprefix("dpo-minimal: error: ").rstrip("."), message
+    for name in named:
+        assert name in message, message
+    return message
+
+
+# ------------------------------------------------------------------------------------------------ learning
+
+
+def test_the_loss_starts_at_ln_2_and_falls(trained):
+    """The rule is learnable, so the held-out loss must be far below ln 2 and the order right."""
+    records = records_of(trained)
+    looked = [record for record in records if "eval_loss" in record]
+    assert looked[0]["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert looked[-1]["eval_loss"] < 0.6 and looked[-1]["eval_rewards/accuracies"] > 0.9
+    assert looked[0]["kl/policy_reference"] == pytest.approx(0, abs=1e-6)
+    assert looked[-1]["kl/policy_reference"] > 0.1
+
+
+def test_a_run_folder_holds_what_the_help_says(trained, world):
+    assert {path.name for path in trained.iterdir()} == {
+        "config.json", "metrics.jsonl", "training.png", "model", "checkpoints", "reference_logps.safetensors"
+    }  # fmt: skip
+    assert {path.name for path in (trained / "model").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "tiktoken.json",
+    }
+    policy, reference = load_policy(str(trained)), load_policy(str(world / "sft"))
+    assert policy.tokenizer.fingerprint == reference.tokenizer.fingerprint
+    assert state_fingerprint(policy.model) != state_fingerprint(reference.model)
+    assert json.loads((trained / "config.json").read_text())["start"]["model"] == state_fingerprint(
+        reference.model
+    )
+    assert matplotlib.image.imread(trained / "training.png").shape[:2] == (1320, 1760)
+
+
+def test_the_same_seed_gives_the_same_run(trained, world):
+    assert main(dpo_flags(world)) == 0
+    for name in ("metrics.jsonl", "model/model.safetensors", "reference_logps.safetensors"):
+        assert (Path("run") / name).read_bytes() == (trained / name).read_bytes(), name
+    assert main(dpo_flags(world, "other", seed=1)) == 0
+    assert Path("other/metrics.jsonl").read_bytes() != (trained / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("loss_type, data, first", [
+    ("ipo", "pairs.jsonl", 1 / (4 * 0.1**2)), ("plackett_luce", "ranked.jsonl", math.log(6)),
+])  # fmt: skip
+def test_every_loss_starts_where_it_must_and_falls(world, loss_type, data, first):
+    assert main(dpo_flags(world, loss_type=loss_type, data=world / data)) == 0
+    looked = [record["eval_loss"] for record in records_of(Path("run")) if "eval_loss" in record]
+    assert looked[0] == pytest.approx(first, rel=1e-5)
+    assert looked[-1] < looked[0]
+
+
+def test_bfloat16_multiplies_in_half_precision_and_keeps_float32_weights(world):
+    assert main(dpo_flags(world, dtype="bfloat16")) == 0
+    weights = safetensors.torch.load_file(Path("run/model/model.safetensors"))
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert [r["eval_loss"] for r in records_of(Path("run")) if "eval_loss" in r][-1] < 0.6
+
+
+def test_sft_of_pairs_learns_the_chosen(world):
+    """Preferred-FT: the chosen become likelier than the rejected, which the first model knows as well."""
+    flags = ["sft", "--data", str(world / "pairs.jsonl"), "--model", str(world / "sft"), *STEPS]
+    assert main([*flags, "--learning-rate", "1e-2", "--output-dir", "run"]) == 0
+    looked = [record["eval_loss"] for record in records_of(Path("run")) if "eval_loss" in record]
+    assert looked[-1] < looked[0] - 0.1
+    assert load_policy("run").model.config == load_policy(str(world / "sft")).model.config
+
+
+def test_a_folder_without_tokenizer_is_gpt_2s_only_by_its_size(world, capsys):
+    model = load_model(world / "sft" / "model")
+    save_model(model, "bare")
+    refused(capsys, dpo_flags(world, model="bare"), "bare", "tiktoken.json")
+    save_tokenizer(train_bpe("the cat sat on the mat", 260), "bare")
+    refused(capsys, dpo_flags(world, model="bare"), "260", "257")
+
+
+# ------------------------------------------------------------------------------------------------ going on
+
+
+def test_ctrl_c_and_resume(trained, world):
+    """A run in a process of its own is interrupted, and goes on to the files of the uninterrupted one."""
+    command = [sys.executable, "-m", "dpo_minimal", *dpo_flags(world)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not Path("run/checkpoints/step-000003").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "go on with --resume run" in err, err
+    assert not Path("run/model").exists()
+    assert main(["dpo", "--resume", "run"]) == 0
+    for name in ("metrics.jsonl", "model/model.safetensors"):
+        assert (Path("run") / name).read_bytes() == (trained / name).read_bytes(), name
+
+
+def test_a_resumed_run_is_the_run(trained, world, capsys, monkeypatch):
+    """Nothing about it may change: flags, command, data, model."""
+    run = str(trained)
+    refused(capsys, ["dpo", "--resume", run, "--beta", "0.2"], "--beta is 0.1")
+    refused(capsys, ["dpo", "--resume", run, "--max-steps", "9"], "--max-steps is not given")
+    refused(capsys, ["sft", "--resume", run], "'dpo'")
+    refused(capsys, ["dpo", "--resume", "nowhere"], "nowhere")
+    data, kept = world / "pairs.jsonl", (world / "pairs.jsonl").read_text()
+    data.write_text(lines(pairs(120, seed=1)))
+    refused(capsys, ["dpo", "--resume", run], "data is not what it was")
+    data.write_text(kept)
+    weights = world / "sft" / "model"
+    model = load_model(weights)
+    kept = (weights / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        model.wte.weight[0, 0] += 1e-3
+    save_model(model, weights)
+    refused(capsys, ["dpo", "--resume", run], "model is not what it was")
+    (weights / "model.safetensors").write_bytes(kept)
+    before = (trained / "model" / "model.safetensors").read_bytes()
+    assert main(["dpo", "--resume", run]) == 0  # finished already: the same again
+    assert (trained / "model" / "model.safetensors").read_bytes() == before
+
+
+def test_references_that_are_not_the_models_are_seen_before_a_step(world, capsys, monkeypatch):
+    """A cache file with the right key and wrong numbers."""
+    monkeypatch.setattr(dpo, "load_reference_logps", lambda path, key: torch.full((120, 2), -30.0))
+    refused(capsys, dpo_flags(world), "reference log-probabilities belong to other weights")
+    assert not Path("run/model").exists() and not Path("run/checkpoints").exists()
+
+
+def test_references_are_computed_once(trained, world, monkeypatch):
+    monkeypatch.setattr(dpo, "reference_logps", lambda *_, **__: pytest.fail("computed again"))
+    assert main(["dpo", "--resume", str(trained)]) == 0
+
+
+# ----------------------------------------------------------------------------------------------- bad input
+
+ROW = {"prompt": "a", "chosen": " b", "rejected": " c"}
+BAD_FILES = {
+    "not JSON": (b"chosen: b\n", ("line 1", "JSON")),
+    "a truncated gzip": (gzip.compress(lines([ROW] * 50).encode())[:-9], ("gzip",)),
+    "a missing column": (lines([ROW, {"prompt": "a", "chosen": "b"}]).encode(), ("line 2", "'rejected'")),
+    "a wrong type": (lines([ROW | {"chosen": 3}]).encode(), ("line 1", "'chosen'", "number")),
+    "an empty completion": (lines([ROW | {"rejected": " "}]).encode(), ("line 1", "'rejected'", "empty")),
+    "identical completions": (lines([ROW | {"rejected": " b"}]).encode(), ("line 1", "same as chosen")),
+    "a pair that is too long": (lines([ROW | {"chosen": "b" * 60}]).encode(), ("line 1", "--max-length 40")),
+    "not UTF-8": (lines([ROW]).encode() + b'{"prompt": "\xff"}\n', ("line 2", "UTF-8")),
+    "no row": (b"\n", ("empty",)),
+    "a ranking": (lines(rankings(1)).encode(), ("row of rankings", "--loss-type")),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_bad_file_is_refused_before_anything_is_written(world, capsys, name):
+    content, named = BAD_FILES[name]
+    Path("bad.jsonl").write_bytes(content)
+    refused(capsys, dpo_flags(world, data="bad.jsonl"), "bad.jsonl", *named)
+    assert [path.name for path in Path().iterdir()] == ["bad.jsonl"]
+
+
+def test_bad_rows_may_be_left_out(world, capsys):
+    bad = [ROW | {"rejected": " b"}, ROW | {"chosen": "b" * 60}]
+    Path("some.jsonl").write_text(lines(pairs(20) + bad))
+    assert main([*dpo_flags(world, data="some.jsonl", held_out=0.2), "--skip-bad-rows"]) == 0
+    printed = capsys.readouterr().out
+    assert "preference pairs: 20" in printed and "line 21" in printed and "line 22" in printed
+
+
+BAD_FLAGS = {
+    "data without model": (dict(model=None), ("--model", "sft --data")),
+    "no such model": (dict(model="nowhere"), ("nowhere",)),
+    "no such file": (dict(data="nowhere.jsonl"), ("nowhere.jsonl",)),
+    "rows of a file": (dict(rows=5), ("--rows",)),
+    "beta zero": (dict(beta=0), ("--beta",)),
+    "beta nan": (dict(beta="nan"), ("--beta",)),
+    "learning rate": (dict(learning_rate=-1), ("--learning-rate",)),
+    "no epochs": (dict(num_train_epochs=0), ("--num-train-epochs",)),
+    "negative warm-up": (dict(warmup_steps=-1), ("--warmup-steps",)),
+    "all held out": (dict(held_out=1), ("--held-out",)),
+    "beyond the context": (dict(max_length=41), ("--max-length 41", "40")),
+    "prompt as long as all": (dict(max_prompt_length=40), ("--max-prompt-length",)),
+    "device": (dict(device="tpu"), ("--device tpu",)),
+    "samples beyond the context": (dict(max_new_tokens=40), ("--max-new-tokens 40",)),
+    "seed": (dict(seed=-1), ("--seed",)),
+    "clip": (dict(max_grad_norm=-1), ("--max-grad-norm",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_FLAGS)
+def test_bad_options_are_refused_before_anything_is_written(world, capsys, name):
+    changes, named = BAD_FLAGS[name]
+    refused(capsys, dpo_flags(world, **changes), *named)
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("arguments, named", [
+    (["dpo", "--skip-bad-rows"], "--skip-bad-rows"),
+    (["sft", "--data", "x", "--quick"], "--quick"),
+    (["sft", "--model", "m", "--tokenizer", "bytes"], "--tokenizer"),
+    (["sft", "--model", "m", "--n-layer", "2"], "--n-layer"),
+    (["sft", "--tokenizer", "bytes", "--vocab-size", "300"], "--vocab-size"),
+    (["sft", "--rows", "0"], "--rows"),
+    (["sft", "--n-embd", "10", "--n-head", "4", "--rows", "500"], "n_embd"),
+])  # fmt: skip
+def test_options_without_use_are_refused(capsys, arguments, named):
+    refused(capsys, arguments, named)
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("how", ["nan", "inf", "shape", "vocabulary", "truncated"])
+def test_a_bad_model_is_refused_with_its_tensor(world, capsys, how):
+    model = load_model(world / "sft" / "model")
+    save_model(model, "model")
+    save_tokenizer(byte_tokenizer(), "model")
+    path = Path("model/model.safetensors")
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+        refused(capsys, dpo_flags(world, model="model"), "model.safetensors", "truncated")
+        return
+    tensors = safetensors.torch.load_file(path)
+    if how in ("nan", "inf"):
+        tensors["transformer.wpe.weight"][3, 1] = float(how)
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    else:
+        size = dict(model.config.__dict__)
+        size |= {"n_embd": 8} if how == "shape" else {"vocab_size": 300}
+        save_model(GPT(GPTConfig(**size)), "model")
+        if how == "shape":
+            safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    named = {"shape": "shape", "vocabulary": "300"}.get(how, "wpe.weight")
+    refused(capsys, dpo_flags(world, model="model"), named)
+    assert not Path("run").exists()
+
+
+def test_a_full_disk_is_one_sentence(world, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    refused(capsys, dpo_flags(world), "No space left on device", "make room")
+    assert not list(Path("run").glob("**/*.safetensors")) and not list(Path("run").glob("**/.*"))
+
+
+def test_a_used_folder_is_refused(trained, world, capsys):
+    refused(capsys, dpo_flags(world, str(trained)), "holds another run")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    printed = capsys.readouterr().out
+    assert ended.value.code == 0 and len(printed.splitlines()) > 20 and "default" in printed
+    assert max(map(len, printed.splitlines())) <= 120
+
+
+# ---------------------------------------------------------------------------------------------- real things
+
+
+@pytest.mark.slow
+def test_reviews_turn_positive(capsys):
+    """The default run in small: SFT, samples judged, DPO. The rise of the true reward is many standard
+    errors, and the policy stays below the bound that no policy can exceed, up to its sampling error."""
+    assert main(["dpo", "--quick", "--output-dir", "run"]) == 0
+    looked = [record for record in records_of(Path("run")) if "samples/reward" in record]
+    first, last = looked[0], looked[-1]
+    error = math.hypot(first["samples/reward_error"], last["samples/reward_error"])
+    assert last["samples/reward"] > first["samples/reward"] + 4 * error  # 4: one in 30,000 by chance
+    assert last["eval_loss"] < math.log(2)
+    assert last["kl/policy_reference"] > 4 * last["kl/error"]
+    printed = capsys.readouterr().out
+    assert "before" in printed and "No policy can exceed" in printed
+    assert {"sft", "preferences.jsonl", "model"} <= {path.name for path in Path("run").iterdir()}
+    assert main(["dpo", "--resume", "run"]) == 0
+
+
+@pytest.mark.slow
+def test_real_preferences_with_gpt_2s_vocabulary(monkeypatch):
+    """Twenty steps on pairs that people wrote, with 50,257 tokens: the held-out loss falls below ln 2."""
+    data = SHARED / "data" / "instruction_preferences.json"
+    if not data.exists():
+        pytest.skip("the real preference pairs are not on this machine")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken"))
+    torch.manual_seed(0)
+    config = GPTConfig(vocab_size=50257, block_size=256, n_layer=2, n_head=2, n_embd=64)
+    save_model(GPT(config), "small")
+    rows = json.loads(data.read_text())
+    Path("some.json").write_text(json.dumps(rows[:300]))
+    flags = ["--optimizer", "adamw", "--learning-rate", "1e-3", "--warmup-steps", "0", "--max-steps", "20"]
+    flags += ["--gradient-accumulation-steps", "1", "--held-out", "0.2", "--eval-samples", "0"]
+    assert (
+        main(
+            [
+                "dpo",
+                "--data",
+                "some.json",
+                "--model",
+                "small",
+                "--skip-bad-rows",
+                *flags,
+                "--output-dir",
+                "run",
+            ]
+        )
+        == 0
+    )
+    looked = [record["eval_loss"] for record in records_of(Path("run")) if "eval_loss" in record]
+    assert looked[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert looked[-1] < math.log(2) - 0.01
