@@ -22,20 +22,23 @@ def series(records: list[Record], name: str) -> tuple[list[float], list[float]]:
 
 
 def preference_figure(
-    records: list[Record], start: float, before: Samples, after: Samples, path: Path
+    records: list[Record], start: float, before: Samples | None, after: Samples | None, path: Path
 ) -> None:
     """Loss, log-ratios of chosen and rejected, accuracy and weight, and what the samples became.
 
     Args:
         start: the loss where policy = reference (ln 2 for DPO).
-        before, after: samples of the reference and of the trained policy for the same prompts.
+        before, after: samples of the reference and of the trained policy for the same prompts, or None.
     """
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(2, 2, figsize=(16, 12), layout="constrained")
         _loss_panel(axes[0, 0], records, start)
         _ratio_panel(axes[0, 1], records)
         _accuracy_panel(axes[1, 0], records)
-        (_divergence_panel if after.rewards is None else _reward_panel)(axes[1, 1], before, after)
+        if before is None or after is None:
+            axes[1, 1].axis("off")
+        else:
+            (_divergence_panel if after.rewards is None else _reward_panel)(axes[1, 1], before, after)
         save_figure(figure, path)
 
 

@@ -88,7 +88,6 @@ DEFAULTS = Defaults(
        "eval_samples": 16},
     reviews={"rows": 8000, "beta": 0.5, "learning_rate": 2e-4, "optimizer": "adamw", "max_length": 96,
              "held_out": 0.04, "warmup_steps": 20, "eval_steps": 25, "eval_samples": 256},
-    quick={"rows": 3000, "gradient_accumulation_steps": 4, "held_out": 0.09},
 )  # fmt: skip
 RANKED = 4  # samples of a generated ranking
 SHOWN = 5
@@ -215,9 +214,9 @@ def _fine_tune(options: argparse.Namespace, folder: Path) -> Path:
 
 
 def _sft_flags(options: argparse.Namespace, target: Path) -> list[str]:
-    flags = ["--output-dir", str(target), "--seed", str(options.seed)]
-    flags += ["--device", options.device, "--dtype", options.dtype]
-    return flags + (["--quick"] if options.quick else [])
+    flags = {"--output-dir": target, "--seed": options.seed}
+    flags |= {"--device": options.device, "--dtype": options.dtype}
+    return [str(word) for pair in flags.items() for word in pair]
 
 
 def _judged_reviews(options: argparse.Namespace, folder: Path, policy: Policy) -> Dataset:
@@ -269,8 +268,9 @@ class _Samples:
         if not self.prompts:
             return None
         return sample(
-            model, self.reference, self.tokenizer, self.prompts, max_new_tokens=sample_length(self.options.max_new_tokens, model),
-            seed=self.options.seed, reward=sentiment if self.options.data is None else None,
+            model, self.reference, self.tokenizer, self.prompts, seed=self.options.seed,
+            max_new_tokens=sample_length(self.options.max_new_tokens, model),
+            reward=sentiment if self.options.data is None else None,
         )  # fmt: skip
 
     def record(self) -> Record:

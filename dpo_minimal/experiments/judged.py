@@ -15,6 +15,7 @@ import torch
 
 from ..generation import generate
 from ..reviews import prompts
+from ..validation import InputError
 from .text_setup import Policy
 
 CHUNK = 512  # samples drawn together
@@ -37,6 +38,7 @@ def judged_samples(
     worse of two is preferred, as it is with people.
 
     Args: reward judges a completion; the other arguments are those of the names.
+    Raises InputError where too few prompts remain.
     """
     model, tokenizer = policy
     generator = torch.Generator(model.wte.weight.device).manual_seed(seed)
@@ -56,6 +58,11 @@ def judged_samples(
             rows.append({"prompt": prompt, "responses": texts, "ranking": _ranks(texts, reward, noise)})
         if len(rows) >= count:
             break
+    if len(rows) < count:
+        raise InputError(
+            f"of {len(openings)} prompts only {len(rows)} got {K} different samples that ended within "
+            f"--max-new-tokens {max_new_tokens}; fine-tune --model longer or raise that number."
+        )
     return rows[:count]
 
 

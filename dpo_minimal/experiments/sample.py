@@ -1,7 +1,7 @@
 """`python -m dpo_minimal sample`: what a model writes.
 
   dpo-minimal sample --model runs/dpo-001                         openings of film reviews, with true rewards
-  dpo-minimal sample --model gpt2 --prompt "The film" --count 3   prompts of your own; --prompt may be repeated
+  dpo-minimal sample --model gpt2 --prompt "The film" --count 3   a prompt of yours; --prompt may be repeated
   dpo-minimal sample --model FOLDER --data pairs.jsonl            the prompts of a file, each once
 
 MODEL is a run, a folder in Hugging Face's layout with its tiktoken.json, or a released name. A prompt is read
@@ -136,7 +136,7 @@ def _check(args: argparse.Namespace) -> None:
         for flag, value in (("--count", args.count), ("--top-k", args.top_k), ("--top-p", args.top_p)):
             if value is not None:
                 raise InputError(
-                    f"{flag} is not used with --temperature 0, which has one sample, the likeliest token each "
+                    f"{flag} is not used with --temperature 0, whose only sample is the likeliest token each "
                     "time; leave it out."
                 )
         if args.seed is not None and not _reviews(args):

@@ -62,7 +62,6 @@ DEFAULTS = Defaults(
     | {"optimizer": "adamw", "learning_rate": 1e-3, "tokenizer": "bpe", "vocab_size": 1024, "rows": None},
     reviews={"rows": 16000, "vocab_size": 704, "max_length": 96, "learning_rate": 2e-3, "warmup_steps": 20,
              "gradient_accumulation_steps": 4},
-    quick={"rows": 6000},
 )  # fmt: skip
 FINE_TUNING = DEFAULTS._replace(  # of a model that knows a language already
     file=DEFAULTS.file | {"learning_rate": 2e-5}, reviews=DEFAULTS.reviews | {"learning_rate": 2e-5}

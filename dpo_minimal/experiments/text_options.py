@@ -26,17 +26,13 @@ class Defaults(NamedTuple):
     Fields:
         file: with --data.
         reviews: what differs for the generated reviews.
-        quick: what differs further with --quick.
     """
 
     file: dict[str, Any]
     reviews: dict[str, Any]
-    quick: dict[str, Any]
 
-    def of(self, data: str | None, quick: bool) -> dict[str, Any]:
-        if data is not None:
-            return self.file
-        return self.file | self.reviews | (self.quick if quick else {})
+    def of(self, data: str | None) -> dict[str, Any]:
+        return self.file if data is not None else self.file | self.reviews
 
     def text(self, name: str) -> str:
         """The defaults of an option, for its help."""
@@ -142,7 +138,6 @@ def add_run_options(parser: argparse.ArgumentParser, defaults: Defaults, command
         group.add_argument(
             flag, type=int, metavar="N", help=f"{text} {_in(defaults, flag[2:].replace('-', '_'))}"
         )
-    group.add_argument("--quick", action="store_true", default=None, help="fewer reviews, for a first look")
 
 
 def _in(defaults: Defaults, name: str) -> str:
@@ -159,12 +154,11 @@ def resolve(args: argparse.Namespace, command: str, defaults: Defaults) -> argpa
     if args.resume is not None:
         return _resumed(args, command)
     if args.data is not None:
-        for name in ("rows", "quick"):
-            if getattr(args, name, None) is not None:
-                raise InputError(f"--{name} is used only without --data, for the generated reviews.")
+        if args.rows is not None:
+            raise InputError("--rows is used only without --data, for the generated reviews; leave it out.")
     elif args.skip_bad_rows is not None:
         raise InputError("--skip-bad-rows is used only with --data: the generated reviews have no bad rows.")
-    values = defaults.of(args.data, bool(args.quick))
+    values = defaults.of(args.data)
     options = argparse.Namespace(
         **{name: values.get(name) if value is None else value for name, value in vars(args).items()}
     )

@@ -85,7 +85,7 @@ def sample_length(given: int | None, model: GPT) -> int:
         return max(1, min(128, context // 2))
     if given >= context:
         raise InputError(
-            f"--max-new-tokens {given}: leaves no room for a prompt in the model's {context} tokens; lower it."
+            f"--max-new-tokens {given}: leaves no room for a prompt in a context of {context}; lower it."
         )
     return given
 
