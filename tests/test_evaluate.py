@@ -135,22 +135,22 @@ def test_judged_samples_are_whole_different_and_reproducible():
     """An untrained model says all sorts of things: rows hold only what ended by itself, and no text twice."""
     tokenizer = train_bpe("the film is good and the plot is bad " * 20, 275)
     torch.manual_seed(0)
-    model = GPT(GPTConfig(tokenizer.vocab_size, 48, 1, 2, 8))
+    model = GPT(GPTConfig(tokenizer.vocab_size, 96, 1, 2, 8))
     with torch.no_grad():  # end-of-text about every fourth token, so that some samples end and some do not
-        model.wte.weight[tokenizer.eot] += 1.5
+        model.wte.weight[tokenizer.eot] += 0.8
         model.ln_f.bias += 0.6
-    options = {"reward": len, "max_new_tokens": 8, "seed": 2}
-    rows = judged_samples(Policy(model, tokenizer), 20, 2, **options)
-    assert rows == judged_samples(Policy(model, tokenizer), 20, 2, **options)
-    assert len(rows) == 20
+    options = {"reward": len, "max_new_tokens": 24, "seed": 2}
+    rows = judged_samples(Policy(model, tokenizer), 30, 2, **options)
+    assert rows == judged_samples(Policy(model, tokenizer), 30, 2, **options)
+    assert len(rows) == 30
     for row in rows:
         assert sorted(row["ranking"]) == [1, 2] and len(set(row["responses"])) == 2
         assert all(text.strip() for text in row["responses"])
-        assert all(len(tokenizer.encode(text)) < 8 for text in row["responses"])
+        assert all(len(tokenizer.encode(text)) < 24 for text in row["responses"])
     with torch.no_grad():
         model.wte.weight[tokenizer.eot] -= 3.0
-    with pytest.raises(InputError, match="--max-new-tokens 8"):
-        judged_samples(Policy(model, tokenizer), 20, 2, **options)
+    with pytest.raises(InputError, match="--max-new-tokens 24"):
+        judged_samples(Policy(model, tokenizer), 30, 2, **options)
 
 
 MUTANTS = {

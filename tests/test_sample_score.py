@@ -21,7 +21,7 @@ from dpo_minimal.model import GPT, GPTConfig
 from dpo_minimal.policy import SequenceBatch, sequence_logps, shared_prompt_batch, shared_prompt_logps
 from dpo_minimal.reviews import prompts as review_prompts
 from dpo_minimal.reviews import sentiment
-from dpo_minimal.tokenizer import byte_tokenizer, load_tokenizer, save_tokenizer, train_bpe
+from dpo_minimal.tokenizer import byte_tokenizer, save_tokenizer, train_bpe
 
 CONTEXT = 64
 PAIRS = [
@@ -34,14 +34,17 @@ PAIRS = [
 TOLERANCE = {"rtol": 0, "atol": 2e-4}
 
 
-def save(folder: Path, seed: int, *, spread: float = 0.3, tokenizer=None) -> str:
-    """A GPT of one layer whose opinions are strong enough to be seen."""
+def save(folder: Path, seed: int, *, tokenizer=None) -> str:
+    """A GPT of one layer whose opinions are strong enough to be seen, and which writes ASCII."""
     tokenizer = tokenizer or byte_tokenizer()
     torch.manual_seed(seed)
     gpt = GPT(GPTConfig(tokenizer.vocab_size, CONTEXT, n_layer=1, n_head=2, n_embd=16))
     with torch.no_grad():
         for parameter in gpt.parameters():
-            parameter.add_(spread * torch.randn_like(parameter))
+            parameter.add_(0.2 * torch.randn_like(parameter))
+        gpt.ln_f.bias += 1.0  # which adds the sum of its embedding to a token's logit
+        gpt.wte.weight[128:256] -= 1.5
+        gpt.wte.weight[tokenizer.eot] += 0.1
     save_model(gpt, folder, eos=tokenizer.eot)
     save_tokenizer(tokenizer, folder)
     return str(folder)
@@ -196,16 +199,17 @@ def test_numbers(capsys, check):
     ("function", "right", "wrong", "check"),
     [
         # a rejected token counted like a chosen one
-        (pair_scores.PairScores.contributions, "rejected[1] - rejected[0]", "rejected[0] - rejected[1]", check_contributions),
+        (pair_scores.PairScores.contributions, "(rejected[1] - rejected[0])", "(rejected[0] - rejected[1])",
+         check_contributions),
         # tokens read one place too early, so that the prompt's end counts and end-of-text does not
-        (pair_scores.completion_token_logps, "start : start + len(completion)", "start - 1 : start - 1 + len(completion)", check_contributions),
-        # results put back in the order of lengths, not of the file
-        (pair_scores.completion_token_logps, "result[row].append", "result[passes[-1][-1] - row].append", check_numbers),
+        (pair_scores.completion_token_logps, "line[start : start", "line[start - 1 : start - 1", check_numbers),
+        # results put back in the order in which they were computed, not that of the file
+        (pair_scores.completion_token_logps, "result[row]", "result[-1 - row]", check_numbers),
         # policy and reference exchanged
-        (pair_scores.score_pairs, "*sums[0].unbind(-1), *sums[1].unbind(-1)", "*sums[1].unbind(-1), *sums[0].unbind(-1)", check_numbers),
+        (pair_scores.score_pairs, "*sums[0].unbind(-1), *sums[1]", "*sums[1].unbind(-1), *sums[0]", check_numbers),
         # a tie counted as right
         (pair_scores.PairScores.columns, "margins > 0", "margins >= 0", check_at_reference),
-        # a seed that is not heeded, and log pi of the wrong completion
+        # a seed that is not heeded, log pi of another sample, a cut sample called ended
         (sample._draw, "manual_seed(args.seed or 0)", "manual_seed(0)", check_samples),
         (sample._draw, "logps, strict=True", "logps[::-1], strict=True", check_samples),
         (sample._draw, "y[-1] == tokenizer.eot", "True", check_samples),
@@ -291,7 +295,7 @@ def test_depth_follows_size():
 
 
 def test_rows_are_those_shown(capsys):
-    """--rows limits what is shown, never what is averaged; one pair of your own is read like a row of a file."""
+    """--rows limits what is shown, never what is averaged; a pair of your own is read like a row of a file."""
     whole = records(capsys, *ON_FILE)
     assert records(capsys, *ON_FILE, "--rows", "2") == [*whole[:2], whole[-1]]
     assert records(capsys, *ON_FILE, "--rows", "0") == whole[-1:]
@@ -330,14 +334,15 @@ def test_a_run_knows_its_reference_and_beta(capsys, tmp_path):
 
 def test_greedy_is_temperature_zero(capsys):
     """Each token of a greedy sample is the likeliest one; nothing is left to chance."""
-    (one,) = records(capsys, "sample", "--model", "policy", "--prompt", "The", "--temperature", "0", "--max-new-tokens", "6")  # fmt: skip
+    asked = ("sample", "--model", "policy", "--prompt", "The", "--max-new-tokens", "6")
+    (one,) = records(capsys, *asked, "--temperature", "0")
     gpt, tokenizer = load_model("policy"), byte_tokenizer()
     ids = tokenizer.encode("The")
     for _ in range(one["tokens"]):
         with torch.no_grad():
             ids.append(int(gpt(torch.tensor([ids]))[0, -1].argmax()))
     assert tokenizer.decode(ids[3:]) == one["completion"] and one["tokens"] in range(1, 7)
-    (top,) = records(capsys, "sample", "--model", "policy", "--prompt", "The", "--top-k", "1", "--max-new-tokens", "6")  # fmt: skip
+    (top,) = records(capsys, *asked, "--top-k", "1")
     assert top == one
 
 
