@@ -16,7 +16,6 @@ from dpo_minimal.experiments.text_setup import Policy
 from dpo_minimal.model import GPT, GPTConfig
 from dpo_minimal.policy import SequenceBatch, completion_logps, enumerate_completions, sequence_logps
 from dpo_minimal.preferences import bradley_terry
-from dpo_minimal.tokenizer import train_bpe
 from dpo_minimal.validation import InputError
 
 
@@ -131,26 +130,25 @@ def test_pairs_keep_the_better_rank_as_chosen():
     ]  # fmt: skip
 
 
+class Deaf(Letters):
+    """Hears "ab" whatever is said."""
+
+    def encode(self, text):
+        return [1, 2]
+
+
 def test_judged_samples_are_whole_different_and_reproducible():
-    """An untrained model says all sorts of things: rows hold only what ended by itself, and no text twice."""
-    tokenizer = train_bpe("the film is good and the plot is bad " * 20, 275)
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(tokenizer.vocab_size, 96, 1, 2, 8))
-    with torch.no_grad():  # end-of-text about every fourth token, so that some samples end and some do not
-        model.wte.weight[tokenizer.eot] += 0.8
-        model.ln_f.bias += 0.6
-    options = {"reward": len, "max_new_tokens": 24, "seed": 2}
-    rows = judged_samples(Policy(model, tokenizer), 30, 2, **options)
-    assert rows == judged_samples(Policy(model, tokenizer), 30, 2, **options)
-    assert len(rows) == 30
+    """Two letters and an end that comes early or late: rows hold only what ended by itself, is not blank, and
+    no text twice; where too few do, that is said."""
+    policy = Policy(loud(GPT(TINY), 1), Deaf())
+    options = {"reward": len, "max_new_tokens": 6, "seed": 2}
+    rows = judged_samples(policy, 15, 2, **options)
+    assert rows == judged_samples(policy, 15, 2, **options) and len(rows) == 15
     for row in rows:
         assert sorted(row["ranking"]) == [1, 2] and len(set(row["responses"])) == 2
-        assert all(text.strip() for text in row["responses"])
-        assert all(len(tokenizer.encode(text)) < 24 for text in row["responses"])
-    with torch.no_grad():
-        model.wte.weight[tokenizer.eot] -= 3.0
-    with pytest.raises(InputError, match="--max-new-tokens 24"):
-        judged_samples(Policy(model, tokenizer), 30, 2, **options)
+        assert all(0 < len(text) < 6 for text in row["responses"])
+    with pytest.raises(InputError, match="--max-new-tokens 6"):
+        judged_samples(policy, 15, 4, **options)
 
 
 MUTANTS = {

@@ -24,6 +24,7 @@ from dpo_minimal.reviews import sentiment
 from dpo_minimal.tokenizer import byte_tokenizer, save_tokenizer, train_bpe
 
 CONTEXT = 64
+POLICY, REFERENCE, OTHER = 4, 3, 5  # seeds; under the first two, some margins are positive and some are not
 PAIRS = [
     {"prompt": "What is 4 + 2?", "chosen": " It is 6.", "rejected": " It is 7, I am sure."},
     {"prompt": "", "chosen": " Good.", "rejected": "\x1b[2J é bad"},
@@ -54,9 +55,9 @@ def save(folder: Path, seed: int, *, tokenizer=None) -> str:
 def saved(tmp_path_factory):
     """Two models of one vocabulary, one of another, and a file of pairs."""
     folder = tmp_path_factory.mktemp("models")
-    save(folder / "policy", 1)
-    save(folder / "reference", 2)
-    save(folder / "other", 3, tokenizer=train_bpe("low lower lowest low lower", 260))
+    save(folder / "policy", POLICY)
+    save(folder / "reference", REFERENCE)
+    save(folder / "other", OTHER, tokenizer=train_bpe("low lower lowest low lower", 260))
     (folder / "pairs.json").write_text(json.dumps(PAIRS), encoding="utf-8")
     return folder
 
@@ -202,11 +203,13 @@ def test_numbers(capsys, check):
         (pair_scores.PairScores.contributions, "(rejected[1] - rejected[0])", "(rejected[0] - rejected[1])",
          check_contributions),
         # tokens read one place too early, so that the prompt's end counts and end-of-text does not
-        (pair_scores.completion_token_logps, "line[start : start", "line[start - 1 : start - 1", check_numbers),
+        (pair_scores.completion_token_logps, "line[start : start", "line[start - 1 : start - 1",
+         check_numbers),
         # results put back in the order in which they were computed, not that of the file
         (pair_scores.completion_token_logps, "result[row]", "result[-1 - row]", check_numbers),
         # policy and reference exchanged
-        (pair_scores.score_pairs, "*sums[0].unbind(-1), *sums[1]", "*sums[1].unbind(-1), *sums[0]", check_numbers),
+        (pair_scores.score_pairs, "*sums[0].unbind(-1), *sums[1]", "*sums[1].unbind(-1), *sums[0]",
+         check_numbers),
         # a tie counted as right
         (pair_scores.PairScores.columns, "margins > 0", "margins >= 0", check_at_reference),
         # a seed that is not heeded, log pi of another sample, a cut sample called ended
@@ -295,7 +298,7 @@ def test_depth_follows_size():
 
 
 def test_rows_are_those_shown(capsys):
-    """--rows limits what is shown, never what is averaged; a pair of your own is read like a row of a file."""
+    """--rows limits what is shown, never what is averaged; a pair given is read like a row of a file."""
     whole = records(capsys, *ON_FILE)
     assert records(capsys, *ON_FILE, "--rows", "2") == [*whole[:2], whole[-1]]
     assert records(capsys, *ON_FILE, "--rows", "0") == whole[-1:]
@@ -309,7 +312,7 @@ def test_rows_are_those_shown(capsys):
 
 def make_run(folder: Path, **options) -> None:
     """What score reads of a run folder of dpo."""
-    save(folder / "model", 1)
+    save(folder / "model", POLICY)
     start = {"model": state_fingerprint(load_model("reference"))}
     content = {"command": "dpo", "options": {"model": None} | options, "start": start}
     (folder / "config.json").write_text(json.dumps(content), encoding="utf-8")
@@ -323,9 +326,9 @@ def test_a_run_knows_its_reference_and_beta(capsys, tmp_path):
     assert records(capsys, *with_run) == expected
     assert records(capsys, *with_run, "--beta", "0.1") == records(capsys, *ON_FILE)
     make_run(tmp_path / "run", beta=0.7)
-    save(tmp_path / "run" / "sft" / "model", 2)
+    save(tmp_path / "run" / "sft" / "model", REFERENCE)
     assert records(capsys, *with_run) == expected
-    save(tmp_path / "run" / "sft" / "model", 5)
+    save(tmp_path / "run" / "sft" / "model", OTHER)
     assert_refused(capsys, *with_run, named=("run/sft", "other weights", "--reference"))
 
 
