@@ -130,25 +130,30 @@ def test_pairs_keep_the_better_rank_as_chosen():
     ]  # fmt: skip
 
 
-class Deaf(Letters):
-    """Hears "ab" whatever is said."""
+class Deaf:
+    """Hears the same whatever is said, and answers in nine letters."""
+
+    eot = 0
 
     def encode(self, text):
         return [1, 2]
 
+    def decode(self, ids):
+        return "".join("^abcdefghi"[i] for i in ids if i)
+
 
 def test_judged_samples_are_whole_different_and_reproducible():
-    """Two letters and an end that comes early or late: rows hold only what ended by itself, is not blank, and
+    """Letters and an end that comes early or late: rows hold only what ended by itself, is not blank, and
     no text twice; where too few do, that is said."""
-    policy = Policy(loud(GPT(TINY), 1), Deaf())
-    options = {"reward": len, "max_new_tokens": 6, "seed": 2}
+    policy = Policy(loud(GPT(GPTConfig(10, 40, 1, 2, 8)), 4), Deaf())
+    options = {"reward": len, "max_new_tokens": 20, "seed": 2}
     rows = judged_samples(policy, 15, 2, **options)
     assert rows == judged_samples(policy, 15, 2, **options) and len(rows) == 15
     for row in rows:
         assert sorted(row["ranking"]) == [1, 2] and len(set(row["responses"])) == 2
-        assert all(0 < len(text) < 6 for text in row["responses"])
-    with pytest.raises(InputError, match="--max-new-tokens 6"):
-        judged_samples(policy, 15, 4, **options)
+        assert all(0 < len(text) < 20 for text in row["responses"])
+    with pytest.raises(InputError, match="--max-new-tokens 20"):
+        judged_samples(policy, 15, 5, **options)
 
 
 MUTANTS = {
