@@ -14,6 +14,7 @@ from .closed_form import (
     rlhf_objective,
     soft_value,
 )
+from .data import PreferencePair, load_preferences
 from .finite_data import maximum_likelihood
 from .generation import generate
 from .losses import (
@@ -65,6 +66,7 @@ __all__ = [
     "GPTConfig",
     "InputError",
     "PreferenceLoss",
+    "PreferencePair",
     "Rankings",
     "SequenceBatch",
     "SharedPromptBatch",
@@ -87,6 +89,7 @@ __all__ = [
     "implicit_reward",
     "ipo_loss",
     "kl_divergence",
+    "load_preferences",
     "log_partition",
     "maximum_likelihood",
     "next_token_logps",

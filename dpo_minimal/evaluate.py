@@ -26,7 +26,7 @@ CHUNK = 256  # prompts that are sampled together
 
 
 class Mean(NamedTuple):
-    """A mean over independent draws and its standard error."""
+    """A mean over independent draws and its standard error [D7.6]."""
 
     value: float
     error: float
@@ -36,14 +36,14 @@ class Mean(NamedTuple):
 
 
 def mean_of(values: Tensor) -> Mean:
-    """(N,) -> mean and standard error, which is NaN for a single draw."""
+    """(N,) -> mean and standard error, which is NaN for a single draw [D7.6]."""
     values = values.double()
     error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return Mean(values.mean().item(), error)
 
 
 class Samples(NamedTuple):
-    """One sample of each of N prompts.
+    """One sample of each of N prompts [D7.6].
 
     Fields:
         prompts, texts: N strings each.

@@ -47,21 +47,15 @@ def test_readme_map_names_every_file():
 def test_files_import_only_downward():
     """The order of the README's map is the order of imports; a circle would break it."""
     order = ["version", "validation", "closed_form", "preferences", "losses", "bandit", "certificates"]
-    order += [
-        "finite_data",
-        "sampling_laws",
-        "model",
-        "policy",
-        "train",
-        "tables",
-        "runs",
-        "plots",
-        "experiments",
-    ]
+    order += ["finite_data", "sampling_laws", "model", "generation", "policy", "runs", "tokenizer", "reviews"]
+    order += ["files", "data", "checkpoint", "training_state", "audit", "batches", "train", "objectives"]
+    order += ["evaluate", "allocator", "training_run", "tables", "plots", "text_plots", "experiments"]
+    assert {path.stem for path in (ROOT / "dpo_minimal").glob("[!_]*.py")} <= set(order)
     for place, name in enumerate(order[:-1]):
         source = (ROOT / "dpo_minimal" / f"{name}.py").read_text(encoding="utf-8")
         source = source.split("if TYPE_CHECKING:")[0]
-        imported = set(re.findall(r"^\s*from \.(\w+)", source, re.MULTILINE))
+        # At the top of the file: GPT.from_pretrained reads checkpoint.py only when it is called.
+        imported = set(re.findall(r"^from \.(\w+)", source, re.MULTILINE))
         assert imported <= set(order[:place]), f"{name}.py imports {imported - set(order[:place])}"
 
 
