@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"dpo-minimal: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interruption:
-        print(f"\ndpo-minimal: {interruption or 'interrupted.'}", file=sys.stderr)
+        print(f"\ndpo-minimal: {str(interruption) or 'interrupted.'}", file=sys.stderr)
         return 130
     return 0
 

@@ -816,7 +816,7 @@ def test_the_figure_shows_the_laws(simulation, monkeypatch, tmp_path):
     """Heights, error bars of two standard errors, the theory's lines and the chi-square density."""
     truth, _, many = simulation
     kept = {}
-    monkeypatch.setattr(plots, "_save", lambda figure, path: kept.update(figure=figure))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: kept.update(figure=figure))
     plots.statistics_figure([many], truth.degrees, tmp_path / "x.png")
     kl, coverage, score, efficiency = kept["figure"].axes
     law = {law.key: law for law in many.laws}

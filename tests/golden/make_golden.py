@@ -13,13 +13,14 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 import torch
-import transformers
 
 FOLDER = Path(__file__).parent
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 64, "n_positions": 32}
 
 
 def main() -> None:
+    import transformers  # not at the top: pytest looks for doctests in this file too
+
     torch.manual_seed(0)
     config = transformers.GPT2Config(**SHAPE, bos_token_id=63, eos_token_id=63)
     model = transformers.GPT2LMHeadModel(config).eval()
