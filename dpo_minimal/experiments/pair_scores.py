@@ -18,7 +18,6 @@ from ..model import GPT
 from ..policy import SequenceBatch, shared_prompt_batch, token_logps
 from ..tokenizer import Tokenizer
 from ..validation import InputError
-from .sample import visible
 from .text_report import WIDTH, prompt_line
 
 TOGETHER = 4  # pairs that go through a model together; more are no faster on a CPU and take memory
@@ -152,7 +151,7 @@ def pair_record(scores: PairScores, pair: int, tokenizer: Tokenizer) -> dict[str
 def pair_lines(scores: PairScores, pair: int, tokenizer: Tokenizer, *, colour: bool) -> list[str]:
     """A pair as lines: its numbers, then each token with its contribution."""
     example, results = scores.examples[pair], scores.results
-    lines = [example.place, "  " + prompt_line(visible(tokenizer.decode(example.prompt)))]
+    lines = [example.place, "  " + prompt_line(tokenizer.decode(example.prompt))]
     lines.append(f"  {'':<10}{'log pi':>12}{'log pi_ref':>12}{'log-ratio':>12}{'reward':>12}")
     for side, name in enumerate(SIDES):
         policy, reference = scores.policy[pair][side].sum(), scores.reference[pair][side].sum()

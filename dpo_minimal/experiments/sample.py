@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> list[Sample]:
     print(f"Before each sample: {reward}log pi(y|x) in nats.")
     for number, sample in enumerate(samples):
         if number % (args.count or 1) == 0:
-            print("\n" + prompt_line(visible(sample.prompt)))
+            print("\n" + prompt_line(sample.prompt))
         print("\n".join(_sample_lines(sample)))
     return samples
 
@@ -225,17 +225,5 @@ def _draw(args: argparse.Namespace, policy: Policy, prompts: list[_Prompt], most
 
 def _sample_lines(sample: Sample) -> list[str]:
     reward = "" if sample.reward is None else f"{sample.reward:+.2f} "
-    text = visible(sample.completion) + ("" if sample.ended else " [cut]")
+    text = sample.completion + ("" if sample.ended else " [cut]")
     return text_lines(f"{reward}{sample.logp:8.2f}", text)
-
-
-def visible(text: str) -> str:
-    r"""A text that a terminal cannot take for a command: control characters but white space as \x1b.
-
-    >>> print(visible("one\x1b[2J two"))
-    one\x1b[2J two
-    """
-    return "".join(
-        sign if sign.isprintable() or sign.isspace() else sign.encode("unicode_escape").decode()
-        for sign in text
-    )

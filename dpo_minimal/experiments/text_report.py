@@ -13,9 +13,21 @@ from ..evaluate import Samples, mean_of
 WIDTH, PROMPT_END = 100, 160  # characters of a line; of a prompt's end that is shown
 
 
+def visible(text: str) -> str:
+    r"""A text that a terminal cannot take for a command: control characters but white space as \x1b.
+
+    >>> print(visible("one\x1b[2J two"))
+    one\x1b[2J two
+    """
+    return "".join(
+        sign if sign.isprintable() or sign.isspace() else sign.encode("unicode_escape").decode()
+        for sign in text
+    )
+
+
 def text_lines(label: str, text: str) -> list[str]:
     """A text under a label, wrapped, on as many lines as it needs."""
-    words = " ".join(text.split()) or "(nothing)"
+    words = " ".join(visible(text).split()) or "(nothing)"
     return textwrap.wrap(
         words, WIDTH, initial_indent=f"  {label:<16}", subsequent_indent=" " * 18, break_on_hyphens=False
     )
@@ -23,7 +35,7 @@ def text_lines(label: str, text: str) -> list[str]:
 
 def prompt_line(prompt: str) -> str:
     """The end of a prompt, on one line."""
-    shown = " ".join(prompt.split())
+    shown = " ".join(visible(prompt).split())
     return shown if len(shown) <= PROMPT_END else "... " + shown[-PROMPT_END:]
 
 
