@@ -86,8 +86,8 @@ DEFAULTS = Defaults(
     file=COMMON
     | {"loss_type": "dpo", "beta": 0.1, "learning_rate": 1e-6, "optimizer": "rmsprop", "rows": None,
        "eval_samples": 16},
-    reviews={"rows": 8000, "beta": 0.5, "learning_rate": 2e-4, "optimizer": "adamw", "max_length": 96,
-             "held_out": 0.04, "warmup_steps": 20, "eval_steps": 25, "eval_samples": 256},
+    reviews={"rows": 6000, "beta": 0.5, "learning_rate": 2e-4, "optimizer": "adamw", "max_length": 96,
+             "warmup_steps": 20, "eval_steps": 25, "eval_samples": 256},
 )  # fmt: skip
 RANKED = 4  # samples of a generated ranking
 SHOWN = 5
