@@ -190,13 +190,6 @@ MUTANTS = [
         test_policy.test_what_lies_beyond_the_length_does_not_matter,
     ),
     Mutant(
-        "summed in bfloat16",
-        policy._target_logps,
-        "widen(model.project(hidden))",
-        "model.project(hidden)",
-        test_policy.test_bfloat16_models_are_summed_in_float32,
-    ),
-    Mutant(
         "siblings see each other",
         policy.prefix_tree,
         "F.pad(ancestors, (0, count))",

@@ -119,6 +119,34 @@ def test_only_completion_positions_reach_the_vocabulary(monkeypatch):
     assert projected == [128]  # 4 x 32 scored tokens of 4 x 72 positions
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_target_logps_are_log_softmax_and_gather(dtype, monkeypatch):
+    """Value and gradient, in parts of three rows, against autograd in float64; and the table holds but once.
+
+    Tolerances: float64 and float32 rounding of 40 terms; in bfloat16 the logits are exact (the same numbers),
+    sums are float32, and the gradient is rounded to a part in 2^8 of itself.
+    """
+    monkeypatch.setattr(policy, "_rows_at_a_time", lambda logits: 3)
+    generator = torch.Generator().manual_seed(0)
+    logits = (8 * torch.randn(10, 40, generator=generator, dtype=torch.float64)).to(dtype)
+    targets = torch.randint(40, (10,), generator=generator)
+    incoming = torch.randn(10, generator=generator, dtype=torch.float64)
+    exact = logits.double().requires_grad_()
+    expected = exact.log_softmax(-1)[torch.arange(10), targets]
+    (gradient,) = torch.autograd.grad((incoming * expected).sum(), exact)
+    ours = logits.clone().requires_grad_()
+    found = policy._TargetLogps.apply(ours * 1, targets)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    within = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 2e-6}[dtype]
+    torch.testing.assert_close(found.double(), expected, rtol=within, atol=20 * within)
+    (given,) = torch.autograd.grad((incoming.to(found.dtype) * found).sum(), ours, retain_graph=True)
+    assert given.dtype == dtype
+    rounding = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2**-8}[dtype]
+    torch.testing.assert_close(given.double(), gradient, rtol=rounding, atol=1e-6)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(found.sum(), ours)  # a second time, over the overwritten table
+
+
 def test_per_token_terms_add_up_and_sit_at_their_tokens():
     """`token_logps` is what `score` shows; a shift by one would blame the wrong word."""
     prompt, completion = [0, 3], [1, 1, EOS]
