@@ -160,6 +160,11 @@ def run_training(
     optimizer = make_optimizer(model.parameters(), settings.optimizer, settings.learning_rate)
     done, records = _go_on(folder, model, optimizer) if resume else (0, [])
     log = _Log(folder / METRICS_FILE, records)
+    if settings.warmup_steps > last_step:
+        print(
+            f"note: all {last_step} steps are warm-up, up to {last_step / settings.warmup_steps:.0%} of "
+            f"--learning-rate {settings.learning_rate:g}; lower --warmup-steps {settings.warmup_steps} for more."
+        )
     if done == 0:
         if check_first is not None:
             check_first(next(_windows_from(settings, data, 1, 1)))

@@ -108,7 +108,7 @@ def test_the_plan_names_every_contest_once():
     assert names == [
         ("small", "float32", "ours", 8),
         ("small", "float32", "ours-sampling", 8),
-        ("small", "bfloat16", "ours", 16),
+        ("small", "bfloat16", "ours", 8),
         ("124M", "float32", "ours", 8),
         ("124M", "bfloat16", "ours", 8),
     ]

@@ -286,6 +286,7 @@ def test_bad_rows_may_be_left_out(world, capsys):
 
 BAD_FLAGS = {
     "data without model": (dict(model=None), ("--model", "sft --data")),
+    "no such model, on the reviews": (dict(model="nowhere", data=None), ("nowhere",)),
     "no such model": (dict(model="nowhere"), ("nowhere",)),
     "no such file": (dict(data="nowhere.jsonl"), ("nowhere.jsonl",)),
     "rows of a file": (dict(rows=5), ("--rows",)),

@@ -261,6 +261,14 @@ def test_records_have_the_names_of_the_field(tmp_path):
     assert looked[0]["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
+def test_a_run_that_is_all_warm_up_says_so(tmp_path, capsys):
+    """The paper's 150 steps on a small file: the learning rate would never be reached, in silence."""
+    start(tmp_path / "long", settings=SETTINGS._replace(warmup_steps=48))
+    assert "all 12 steps are warm-up, up to 25% of --learning-rate 0.01" in capsys.readouterr().out
+    start(tmp_path / "short", settings=SETTINGS._replace(warmup_steps=12))
+    assert "warm-up" not in capsys.readouterr().out
+
+
 def test_few_steps_may_be_logged(tmp_path):
     _, records, _ = start(tmp_path / "run", settings=SETTINGS._replace(logging_steps=5, eval_steps=0))
     assert [record["step"] for record in records] == [0, 1, 5, 10, 12, 12]

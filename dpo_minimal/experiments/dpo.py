@@ -36,7 +36,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..batches import Example
-from ..checkpoint import save_model, state_fingerprint
+from ..checkpoint import state_fingerprint
 from ..data import Dataset, load_dataset
 from ..evaluate import Samples, mean_of, sample
 from ..objectives import (
@@ -51,7 +51,6 @@ from ..objectives import (
 )
 from ..reviews import sentiment
 from ..runs import write_records
-from ..tokenizer import save_tokenizer
 from ..train import Record
 from ..training_run import Data, run_training
 from ..validation import InputError, check_count
@@ -80,6 +79,7 @@ from .text_setup import (
     read_rows,
     rows_fingerprint,
     sample_length,
+    save_policy,
 )
 
 DEFAULTS = Defaults(
@@ -146,8 +146,9 @@ def run(args: argparse.Namespace) -> Path:
         train, held_out = prepare(options, dataset, policy)
         folder = open_folder(options, "dpo")
     else:
+        policy = None if options.model is None else load_policy(options.model)
         folder = open_folder(options, "dpo")
-        policy = load_policy(options.model or str(_fine_tune(options, folder)))
+        policy = policy or load_policy(str(_fine_tune(options, folder)))
         dataset = _judged_reviews(options, folder, policy)
         train, held_out = prepare(options, dataset, policy)
     return _train(options, loss, folder, policy, dataset, train, held_out)
@@ -162,10 +163,11 @@ def _train(
     train: list[Example],
     held_out: list[Example],
 ) -> Path:
-    model, tokenizer = policy.model.to(options.device), policy.tokenizer
+    model = policy.model.to(options.device)
     reference = copy.deepcopy(model).requires_grad_(False)
     fingerprint = state_fingerprint(reference)
-    pin_start(folder, data=rows_fingerprint(dataset), vocabulary=tokenizer.fingerprint, model=fingerprint)
+    vocabulary = policy.tokenizer.fingerprint
+    pin_start(folder, data=rows_fingerprint(dataset), vocabulary=vocabulary, model=fingerprint)
     print(f"{count_parameters(model):,} parameters; loss {options.loss_type}, {_listed(loss)}.", flush=True)
     logps = _reference(options, folder, policy, [*train, *held_out])
     data = Data(train, held_out, logps[: len(train)], logps[len(train) :])
@@ -178,8 +180,7 @@ def _train(
     )  # fmt: skip
     if state_fingerprint(reference) != fingerprint:
         raise AssertionError("the reference has moved in training, which is a bug in here")
-    save_model(model, folder / MODEL, eos=tokenizer.eot)
-    save_tokenizer(tokenizer, folder / MODEL)
+    save_policy(policy, folder)
     after = look.draw(model)
     from ..text_plots import preference_figure  # matplotlib is slow to import: not before it is needed
 
@@ -256,12 +257,8 @@ class _Samples:
     def __init__(
         self, options: argparse.Namespace, policy: Policy, reference: torch.nn.Module, rows: list[Example]
     ):
-        self.options, self.tokenizer, self.model, self.reference = (
-            options,
-            policy.tokenizer,
-            policy.model,
-            reference,
-        )
+        self.options, self.reference = options, reference
+        self.model, self.tokenizer = policy
         self.prompts = [policy.tokenizer.decode(example.prompt) for example in rows[: options.eval_samples]]
 
     def draw(self, model) -> Samples | None:

@@ -23,13 +23,12 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint import save_model
 from ..data import Dataset, dataset_from_rows
 from ..evaluate import sample
 from ..model import GPT, GPTConfig
 from ..objectives import sft_objective
 from ..reviews import demonstrations, sentiment
-from ..tokenizer import Tokenizer, byte_tokenizer, gpt2_tokenizer, save_tokenizer, train_bpe
+from ..tokenizer import Tokenizer, byte_tokenizer, gpt2_tokenizer, train_bpe
 from ..training_run import Data, run_training
 from ..validation import InputError, check_count
 from .text_options import (
@@ -43,7 +42,6 @@ from .text_options import (
 )
 from .text_report import sample_lines
 from .text_setup import (
-    MODEL,
     Policy,
     check_folder,
     count_parameters,
@@ -54,6 +52,7 @@ from .text_setup import (
     read_rows,
     rows_fingerprint,
     sample_length,
+    save_policy,
 )
 
 SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 128}
@@ -109,8 +108,7 @@ def run(args: argparse.Namespace) -> Path:
         folder, model, sft_objective(model, dtype=options.dtype), Data(train, held_out), settings_of(options),
         name="SFT", resume=options.resume is not None,
     )  # fmt: skip
-    save_model(model, folder / MODEL, eos=policy.tokenizer.eot)
-    save_tokenizer(policy.tokenizer, folder / MODEL)
+    save_policy(policy, folder)
     from ..text_plots import sft_figure  # matplotlib is slow to import: not before it is needed
 
     sft_figure(records, folder / "training.png")

@@ -80,7 +80,7 @@ def summary(before: Samples, after: Samples, beta: float) -> list[str]:
     row("KL(policy, reference), nats", zero, mean_of(after.log_ratios))
     if before.rewards is not None:
         objective = [mean_of(s.rewards - beta * s.log_ratios) for s in (before, after)]
-        row(f"reward - {beta:g} KL, what DPO maximises", *objective)
+        row(f"reward - {beta:g} KL (Eq. 3)", *objective)
     row("tokens", mean_of(before.lengths), mean_of(after.lengths))
     row("ended by themselves", *(f"{s.ended.double().mean():.0%}" for s in (before, after)))
     if before.rewards is not None:

@@ -12,11 +12,11 @@ import torch
 
 from ..allocator import keep_freed_memory
 from ..batches import Example, split_by_prompt, tokenize
-from ..checkpoint import load_model
+from ..checkpoint import load_model, save_model
 from ..data import Dataset, load_dataset
 from ..model import GPT
 from ..runs import new_run_folder, refuse_used_folder, versions, write_json
-from ..tokenizer import TOKENIZER_FILE, Tokenizer, gpt2_tokenizer, load_tokenizer
+from ..tokenizer import TOKENIZER_FILE, Tokenizer, gpt2_tokenizer, load_tokenizer, save_tokenizer
 from ..validation import InputError
 from .text_options import CONFIG_FILE, read_run_config
 
@@ -58,6 +58,13 @@ def load_policy(name: str) -> Policy:
             "put the file that belongs to it beside the weights."
         )
     return Policy(model, tokenizer)
+
+
+def save_policy(policy: Policy, folder: Path) -> None:
+    """Write a run's result, model/, config.json last: where that is, all is."""
+    (folder / MODEL).mkdir(exist_ok=True)
+    save_tokenizer(policy.tokenizer, folder / MODEL)
+    save_model(policy.model, folder / MODEL, eos=policy.tokenizer.eot)
 
 
 def count_parameters(model: GPT) -> int:

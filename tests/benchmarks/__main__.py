@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seconds", type=float, default=3.0, help="that a block lasts at least (default: 3)")
     add("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     add("--pairs-per-step", type=int, help="default: 32 (small), 8 (124M)")
-    micro = "pairs that ours takes at a time (default: 8; small in bfloat16 16; on cuda the whole step)"
+    micro = "pairs that ours takes at a time (default: 8; on cuda the whole step)"
     add("--micro-size", type=int, help=micro)
     return result
 
@@ -78,7 +78,7 @@ def planned(options: argparse.Namespace) -> list[tuple[Task, list[str]]]:
     for shape in SHAPES if options.shape == "both" else [options.shape]:
         for dtype in ("float32", "bfloat16") if options.dtype == "both" else [options.dtype]:
             pairs = options.pairs_per_step or SHAPES[shape].pairs_per_step
-            best = pairs if options.device == "cuda" else 16 if (shape, dtype) == ("small", "bfloat16") else 8
+            best = pairs if options.device == "cuda" else 8
             micro = options.micro_size or min(best, pairs)
             if micro > pairs:
                 raise InputError(f"--micro-size {micro}: a step has only {pairs} pairs; lower it.")
