@@ -57,8 +57,13 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # as after `| head -1`; what is still buffered must go somewhere at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (InputError, OSError) as error:
+    except InputError as error:
         print(f"dpo-minimal: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        place = "" if error.filename is None else f"{error.filename}: "
+        reason = error.strerror or str(error)
+        print(f"dpo-minimal: error: {place}cannot be used ({reason}); make room or mend it.", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interruption:
         print(f"\ndpo-minimal: {str(interruption) or 'interrupted.'}", file=sys.stderr)

@@ -66,7 +66,7 @@ def tokenize(
         InputError: a completion that leaves no room for one token of its prompt, or a text that cannot be
             encoded, naming its place; no row is left; an option out of range.
     """
-    _check_limits(max_length, max_prompt_length)
+    check_limits(max_length, max_prompt_length)
     examples: list[Example] = []
     sizes: list[tuple[int, ...]] = []  # of the prompt and its completions, before any cut
     findings: dict[str, list[str]] = {name: [] for name in FINDINGS} | {"skipped": list(dataset.skipped)}
@@ -112,7 +112,8 @@ def tokenize(
     return examples, _audit(dataset, examples, sizes, findings, eot_text)
 
 
-def _check_limits(max_length: int, max_prompt_length: int | None) -> None:
+def check_limits(max_length: int, max_prompt_length: int | None) -> None:
+    """Raise InputError for limits that no row could meet."""
     check_count("--max-length", max_length, minimum=2)
     if max_prompt_length is not None:
         check_count("--max-prompt-length", max_prompt_length)
@@ -211,7 +212,8 @@ def split_by_prompt(
     """Hold rows out for evaluation so that no prompt is on both sides.
 
     Prompts are compared by their ids after every cut: two texts that the model cannot tell apart count as
-    one prompt. A prompt's side depends on its ids and the seed, not on the order of the rows.
+    one prompt. Where all rows have the same one, such as none, completions are compared as well. A prompt's
+    side depends on its ids and the seed, not on the order of the rows.
 
     Args:
         examples: N rows.
@@ -226,7 +228,12 @@ def split_by_prompt(
         raise InputError(f"the held-out fraction must lie in [0, 1), got {fraction!r}.")
     if fraction == 0:
         return list(examples), []
-    rows = Counter(tuple(example.prompt) for example in examples)
+    one_prompt = all(example.prompt == examples[0].prompt for example in examples)
+
+    def key(example: Example) -> tuple[Any, ...]:
+        return tuple(map(tuple, (example.prompt, *(example.completions if one_prompt else ()))))
+
+    rows, what = Counter(map(key, examples)), "completions" if one_prompt else "prompts"
     target, held_rows, held_prompts = fraction * len(examples), 0, set()
     for prompt in sorted(rows, key=lambda prompt: _digest(seed, prompt)):
         if abs(held_rows + rows[prompt] - target) < abs(held_rows - target):
@@ -236,11 +243,11 @@ def split_by_prompt(
         side, change = ("held-out", "higher") if held_rows == 0 else ("training", "lower")
         raise InputError(
             f"a held-out fraction of {fraction} leaves the {side} part empty: there are {len(examples)} rows "
-            f"with {len(rows)} different prompts, which stay whole; give a {change} fraction, more "
+            f"with {len(rows)} different {what}, which stay whole; give a {change} fraction, more "
             "prompts, or 0 to hold nothing out."
         )
-    train = [example for example in examples if tuple(example.prompt) not in held_prompts]
-    return train, [example for example in examples if tuple(example.prompt) in held_prompts]
+    train = [example for example in examples if key(example) not in held_prompts]
+    return train, [example for example in examples if key(example) in held_prompts]
 
 
 def _digest(*parts: Any) -> bytes:

@@ -17,12 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .generation import generate
+from .generation import generate, rows_at_once
 from .model import GPT
 from .policy import shared_prompt_batch, shared_prompt_logps
 from .tokenizer import Tokenizer
-
-CHUNK = 256  # prompts that are sampled together
 
 
 class Mean(NamedTuple):
@@ -85,8 +83,9 @@ def sample(
     ids = [(tokenizer.encode(prompt) or [tokenizer.eot])[-room:] for prompt in prompts]
     completions: list[list[int]] = []
     ratios = []
-    for start in range(0, len(ids), CHUNK):
-        some = ids[start : start + CHUNK]
+    together = rows_at_once(model, max(map(len, ids)) + max_new_tokens)
+    for start in range(0, len(ids), together):
+        some = ids[start : start + together]
         drawn = generate(model, some, max_new_tokens=max_new_tokens, eos=tokenizer.eot, generator=generator)
         completions += drawn
         batch = shared_prompt_batch(some, [[y] for y in drawn]).to(model.wte.weight.device)

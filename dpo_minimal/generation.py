@@ -61,6 +61,12 @@ def generate(
     return [row[: row.index(eos) + 1] if eos in row else row for row in rows]
 
 
+def rows_at_once(model: GPT, slots: int) -> int:
+    """How many rows of so many tokens have caches of at most a gigabyte together, and 512 at most [D9.1]."""
+    bytes_each = 2 * model.config.n_layer * model.config.n_embd * slots * model.wte.weight.element_size()
+    return max(1, min(512, 2**30 // bytes_each))
+
+
 def _generate(model: GPT, prompts, max_new_tokens: int, eos, cut, generator) -> Tensor:
     """(B, max_new_tokens) ids; what stands behind an end-of-text means nothing."""
     temperature, top_k, top_p = cut

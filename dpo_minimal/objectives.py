@@ -108,14 +108,14 @@ def preference_objective(model: GPT, loss_type: str, *, dtype: str, **options: f
 
     Metrics, all means over rows, of the policy before the step:
         rewards/chosen, rewards/rejected, rewards/margins: implicit rewards beta log(pi / pi_ref).
-        rewards/accuracies: share of rows whose chosen reward is strictly above the rejected one; of a
-            ranking, share of neighbours in the right order.
+        rewards/accuracies: share of rows whose chosen reward is above the rejected one by more than rounding;
+            of a ranking, share of neighbours in the right order.
         logps/chosen, logps/rejected: log pi(y|x), nats a sequence, apart, because both may fall.
         dpo/gradient_weight: how hard the loss pulls (of a ranking: on its best answer).
         dpo/saturated_fraction: share of rows that the implicit reward orders with odds above 99 : 1.
         dpo/displacement: share of rows whose chosen completion is less likely than under the reference, by
             more than rounding.
-        dpo/ties: share of rows (neighbours) with equal rewards, neither right nor wrong.
+        dpo/ties: share of rows (neighbours) with equal rewards up to rounding, neither right nor wrong.
     The divergence from the reference is not among them: it is a mean over the policy's own samples.
 
     Args:
@@ -133,18 +133,22 @@ def preference_objective(model: GPT, loss_type: str, *, dtype: str, **options: f
         policy, ratios = logps.detach(), logps.detach() - micro.reference_logps
         order = ratios[:, :-1] - ratios[:, 1:]  # of neighbours; of a pair, chosen minus rejected
         margins = result.chosen_rewards - result.rejected_rewards
-        chosen_lengths = micro.batch.completion_lengths[:, 0]
+        lengths = micro.batch.completion_lengths
+        tie = _rounding(
+            torch.maximum(lengths[:, :-1], lengths[:, 1:]), "float32"
+        )  # what cannot be told apart
+        chosen_lengths = lengths[:, 0]
         metrics = {
             "rewards/chosen": result.chosen_rewards,
             "rewards/rejected": result.rejected_rewards,
             "rewards/margins": margins,
-            "rewards/accuracies": (order > 0).float(),
+            "rewards/accuracies": (order > tie).float(),
             "logps/chosen": policy[:, 0],
             "logps/rejected": policy[:, -1],
             "dpo/gradient_weight": result.gradient_weights,
             "dpo/saturated_fraction": (margins > math.log(99)).float(),
             "dpo/displacement": (ratios[:, 0] < -_rounding(chosen_lengths, dtype)).float(),
-            "dpo/ties": (order == 0).float(),
+            "dpo/ties": (order.abs() <= tie).float(),
         }
         return result.losses.mean(), {name: values.mean() for name, values in metrics.items()}
 

@@ -189,7 +189,9 @@ def shared_prompt_logps(model: GPT, batch: SharedPromptBatch) -> Tensor:
     first = token == start[row, token]  # the first token of a completion is predicted by the prompt's last
     predictor = torch.where(first, prompt_lengths[row], token) - 1
     filler = (0, -len(row) % _TOKEN_MULTIPLE)  # entries that are computed and thrown away
-    hidden = hidden[F.pad(row, filler), F.pad(predictor, filler)]
+    # An embedding, whose gradient adds up in order: K completions share the prompt's last state, and indexing
+    # would add their gradients in whatever order the threads arrive.
+    hidden = F.embedding(F.pad(row * T + predictor, filler), hidden.flatten(0, 1))
     logps = _target_logps(model, hidden, F.pad(ids[row, token], filler))[: len(row)]
     return logps.new_zeros(B * K).index_add(0, row * K + part[row, token] - 1, logps).view(B, K)
 

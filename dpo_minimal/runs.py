@@ -94,13 +94,18 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def write_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Write one JSON object a line; numbers that JSON has no word for (inf, nan) become null."""
+    """Write one `record_line` each."""
+    lines = map(record_line, records)
+    write_atomically(path, lambda p: p.write_text("".join(lines), encoding="utf-8"))
+
+
+def record_line(record: dict[str, Any]) -> str:
+    """A JSON object on a line; numbers that JSON has no word for (inf, nan) become null."""
 
     def plain(value: Any) -> Any:
         return None if isinstance(value, float) and not np.isfinite(value) else value
 
-    lines = [json.dumps({key: plain(value) for key, value in record.items()}) for record in records]
-    write_atomically(path, lambda p: p.write_text("".join(line + "\n" for line in lines), encoding="utf-8"))
+    return json.dumps({key: plain(value) for key, value in record.items()}) + "\n"
 
 
 def versions() -> dict[str, str]:

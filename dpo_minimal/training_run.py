@@ -15,6 +15,7 @@ But: what is trained on what (experiments/sft.py, dpo.py).
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import sys
@@ -33,20 +34,21 @@ from tqdm import tqdm
 from .batches import Example, windows
 from .model import GPT
 from .objectives import make_window
-from .runs import write_records
+from .runs import record_line, write_records
 from .train import Objective, Record, Window, average, make_optimizer, train, warm_up
 from .training_state import load_training_state, save_training_state
 from .validation import InputError
 
 METRICS_FILE, CHECKPOINTS = "metrics.jsonl", "checkpoints"
 RECENT = 10  # steps over which displacement is judged
-KEEP = 2  # checkpoints: the newest, and the one before it should the disk fail under the newest
+KEEP = 2  # checkpoints: the newest, and the one before it, to go back to by deleting the newest
 
 
 class Settings(NamedTuple):
     """How to train; the names are those of the flags.
 
-    Fields with a unit: *_steps are optimizer steps; eval_steps and save_steps 0 do so only at the end.
+    Fields with a unit: *_steps are optimizer steps; eval_steps 0 looks before and after only, save_steps 0
+    saves at the end only.
     """
 
     learning_rate: float
@@ -80,7 +82,7 @@ class Data(NamedTuple):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, after the run was saved; the message says how to go on."""
+    """Ctrl-C, after the run was saved; the message says where."""
 
 
 def planned_steps(settings: Settings, data: Data) -> int:
@@ -163,7 +165,7 @@ def run_training(
     if settings.warmup_steps > last_step:
         print(
             f"note: all {last_step} steps are warm-up, up to {last_step / settings.warmup_steps:.0%} of "
-            f"--learning-rate {settings.learning_rate:g}; lower --warmup-steps {settings.warmup_steps} for more."
+            f"--learning-rate {settings.learning_rate:g}; lower --warmup-steps for more."
         )
     if done == 0:
         if check_first is not None:
@@ -177,7 +179,8 @@ def run_training(
         max_grad_norm=settings.max_grad_norm,
         first_step=done + 1,
     )
-    with _Interrupt() as interrupt, _Progress(name, done, last_step, settings.window_size) as progress:
+    rows = min(settings.window_size, len(data.train))
+    with _Interrupt() as interrupt, _Progress(name, done, last_step, rows) as progress:
         for record in stream:
             step = int(record["step"])
             progress.show(record)
@@ -185,11 +188,12 @@ def run_training(
                 log.add(record)
             if _due(step, settings.eval_steps, last_step):
                 log.add({"step": step, **evaluate(objective, settings, data), **look()})
-            if _due(step, settings.save_steps, last_step) or interrupt.asked:
+            stop = interrupt.asked  # read once: the signal may come between saving and stopping
+            if _due(step, settings.save_steps, last_step) or stop:
                 _save(folder, model, optimizer, step)
+            if stop:
+                raise Interrupted(f"saved after step {step} of {last_step}")
             progress.resume()
-            if interrupt.asked and step < last_step:
-                raise Interrupted(f"Saved after step {step} of {last_step}; go on with --resume {folder}")
     return log.records
 
 
@@ -201,7 +205,8 @@ def _due(step: int, every: int, last_step: int) -> bool:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return sorted((folder / CHECKPOINTS).glob("step-*"))
+    found = (folder / CHECKPOINTS).glob("step-*")
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def _save(folder: Path, model: GPT, optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -246,7 +251,7 @@ class _Log:
         self.records.append(record)
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(record_line(record))
         except OSError as error:
             raise InputError(f"{self.path}: cannot be written ({error.strerror}); make room there.") from None
 
@@ -267,7 +272,8 @@ class _Interrupt:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        print("\nStopping after this step; once more to stop at once.", file=sys.stderr)
+        # Not print, which the signal may have interrupted.
+        os.write(2, b"\nStopping after this step; once more to stop at once.\n")
 
     def __exit__(self, *_: Any) -> None:
         if self.main:

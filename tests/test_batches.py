@@ -367,7 +367,7 @@ def test_a_split_follows_its_seed_and_nothing_else():
 def test_splits_that_leave_a_side_empty():
     one = [example(1, 3)] * 10
     refused(
-        split_by_prompt, one, 0.2, seed=0, named=["held-out part empty", "10 rows", "1 different prompts"]
+        split_by_prompt, one, 0.2, seed=0, named=["held-out part empty", "10 rows", "1 different completions"]
     )
     refused(split_by_prompt, one, 0.8, seed=0, named=["training part empty", "lower fraction"])
     for fraction in (-0.1, 1, math.nan, "0.1", True):
@@ -552,7 +552,7 @@ MUTANTS = {
         test_the_audit_counts_data_slips,
     ),
     "split row by row": (
-        batches.split_by_prompt, "tuple(example.prompt)", "example.place",
+        batches.split_by_prompt, "if one_prompt else ()", "if True else ()",
         test_prompts_that_a_cut_made_equal_stay_together,
     ),
     "blocks dealt in order of length": (

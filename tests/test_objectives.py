@@ -121,18 +121,21 @@ def by_hand(loss_type: str, policy_logps: list[float], reference: list[float], l
         loss = -sum(math.log(odds[k] / sum(odds[k:])) for k in range(len(odds)))
         weight = beta * (1 - odds[0] / sum(odds))
     neighbours = list(itertools.pairwise(ratios))
+    # float32 rounding of the longer of the two: what is closer cannot be told apart, in whatever dtype
+    ties = [1e-4 * math.sqrt(max(pair)) for pair in itertools.pairwise(lengths)]
+    apart = [better - worse for better, worse in neighbours]
     return {
         "loss": loss,
         "rewards/chosen": rewards[0],
         "rewards/rejected": rewards[-1],
         "rewards/margins": margin,
-        "rewards/accuracies": sum(better > worse for better, worse in neighbours) / len(neighbours),
+        "rewards/accuracies": sum(a > tie for a, tie in zip(apart, ties)) / len(ties),
         "logps/chosen": policy_logps[0],
         "logps/rejected": policy_logps[-1],
         "dpo/gradient_weight": weight,
         "dpo/saturated_fraction": float(1 / (1 + math.exp(-margin)) > 0.99),
         "dpo/displacement": float(ratios[0] < -1e-4 * math.sqrt(lengths[0])),
-        "dpo/ties": sum(better == worse for better, worse in neighbours) / len(neighbours),
+        "dpo/ties": sum(abs(a) <= tie for a, tie in zip(apart, ties)) / len(ties),
     }
 
 
@@ -718,7 +721,7 @@ MUTANTS = {
         objectives.make_window, "logps.to(device)", "logps.flip(-1).to(device)", test_by_hand_fixed,
     ),
     "ties count as right": (
-        objectives.preference_objective, "(order > 0)", "(order >= 0)",
+        objectives.preference_objective, "(order > tie)", "(order >= -tie)",
         test_wrong_order_ties_and_displacement_are_counted_apart,
     ),
     "displacement of the rejected completion": (

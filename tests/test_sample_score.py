@@ -314,7 +314,7 @@ def make_run(folder: Path, **options) -> None:
     """What score reads of a run folder of dpo."""
     save(folder / "model", POLICY)
     start = {"model": state_fingerprint(load_model("reference"))}
-    content = {"command": "dpo", "options": {"model": None} | options, "start": start}
+    content = {"command": "dpo", "options": {"model": None} | options, "start": start, "threads": 1}
     (folder / "config.json").write_text(json.dumps(content), encoding="utf-8")
 
 

@@ -147,6 +147,23 @@ def test_target_logps_are_log_softmax_and_gather(dtype, monkeypatch):
         torch.autograd.grad(found.sum(), ours)  # a second time, over the overwritten table
 
 
+def test_gradients_are_the_same_each_time_on_two_threads():
+    """Eight completions share the state that predicts their first token. Added up in whatever order threads
+    arrive, their gradients differed in the last bit from run to run, and resumed runs from whole ones."""
+    gpt = GPT(GPTConfig(vocab_size=VOCAB, block_size=64, n_layer=1, n_head=1, n_embd=64))
+    draw = torch.Generator().manual_seed(0)
+    answers = [torch.randint(VOCAB, (8, 8), generator=draw).tolist() for _ in range(16)]
+    batch = shared_prompt_batch([[1, 2]] * 16, answers)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = [gradients(gpt, shared_prompt_logps(gpt, batch).square().sum()) for _ in range(10)]
+    finally:
+        torch.set_num_threads(threads)
+    for again in found[1:]:
+        assert all(torch.equal(again[name], gradient) for name, gradient in found[0].items())
+
+
 def test_per_token_terms_add_up_and_sit_at_their_tokens():
     """`token_logps` is what `score` shows; a shift by one would blame the wrong word."""
     prompt, completion = [0, 3], [1, 1, EOS]

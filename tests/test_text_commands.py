@@ -22,6 +22,7 @@ from dpo_minimal.checkpoint import load_model, save_model, state_fingerprint
 from dpo_minimal.experiments import dpo
 from dpo_minimal.experiments.text_setup import load_policy
 from dpo_minimal.model import GPT, GPTConfig
+from dpo_minimal.objectives import reference_logps
 from dpo_minimal.tokenizer import byte_tokenizer, save_tokenizer, train_bpe
 
 ROOT = Path(__file__).parents[1]
@@ -184,6 +185,28 @@ def test_sft_of_pairs_learns_the_chosen(world):
     assert load_policy("run").model.config == load_policy(str(world / "sft")).model.config
 
 
+def test_texts_without_prompts_are_learnt(capsys):
+    """All rows have the same prompt, none: the held-out part is then made by text."""
+    draw = random.Random(0)
+    rows = [{"text": f"{draw.choice(GOOD)}, {draw.randint(1, 10**6)}"} for _ in range(60)]
+    Path("texts.jsonl").write_text(lines(rows))
+    flags = ["--data", "texts.jsonl", "--tokenizer", "bytes", *TINY, *STEPS, "--output-dir", "run"]
+    assert main(["sft", *flags]) == 0
+    looked = [record["eval_loss"] for record in records_of(Path("run")) if "eval_loss" in record]
+    assert looked[-1] < looked[0]
+
+
+def test_ctrl_c_before_the_first_step_says_how_to_go_on(world, capsys, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dpo, "reference_logps", interrupt)
+    assert main(dpo_flags(world)) == 130
+    assert "interrupted; go on with `dpo-minimal dpo --resume run`." in capsys.readouterr().err
+    monkeypatch.setattr(dpo, "reference_logps", reference_logps)
+    assert main(["dpo", "--resume", "run"]) == 0
+
+
 def test_a_folder_without_tokenizer_is_gpt_2s_only_by_its_size(world, capsys):
     model = load_model(world / "sft" / "model")
     save_model(model, "bare")
@@ -208,7 +231,7 @@ def test_ctrl_c_and_resume(trained, world):
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "go on with --resume run" in err, err
+    assert process.returncode == 130 and "go on with `dpo-minimal dpo --resume run`" in err, err
     assert not Path("run/model").exists()
     assert main(["dpo", "--resume", "run"]) == 0
     for name in ("metrics.jsonl", "model/model.safetensors"):
@@ -286,6 +309,11 @@ def test_bad_rows_may_be_left_out(world, capsys):
 
 BAD_FLAGS = {
     "data without model": (dict(model=None), ("--model", "sft --data")),
+    "reviews: beyond the context": (dict(model=None, data=None, max_length=200), ("--max-length 200", "96")),
+    "reviews: no room": (dict(model=None, data=None, max_new_tokens=96), ("--max-new-tokens 96",)),
+    "reviews: prompts": (dict(model=None, data=None, max_prompt_length=96), ("--max-prompt-length 96",)),
+    "reviews: too few": (dict(model=None, data=None, rows=5), ("--rows",)),
+    "samples that are not drawn": (dict(eval_samples=0, max_new_tokens=4), ("--max-new-tokens",)),
     "no such model, on the reviews": (dict(model="nowhere", data=None), ("nowhere",)),
     "no such model": (dict(model="nowhere"), ("nowhere",)),
     "no such file": (dict(data="nowhere.jsonl"), ("nowhere.jsonl",)),
@@ -318,7 +346,8 @@ def test_bad_options_are_refused_before_anything_is_written(world, capsys, name)
     (["sft", "--model", "m", "--tokenizer", "bytes"], "--tokenizer"),
     (["sft", "--model", "m", "--n-layer", "2"], "--n-layer"),
     (["sft", "--tokenizer", "bytes", "--vocab-size", "300"], "--vocab-size"),
-    (["sft", "--rows", "0"], "--rows"),
+    (["sft", "--rows", "99"], "--rows"),
+    (["sft", "--eval-steps", "5", "--held-out", "0"], "--eval-steps"),
     (["sft", "--n-embd", "10", "--n-head", "4", "--rows", "500"], "n_embd"),
 ])  # fmt: skip
 def test_options_without_use_are_refused(capsys, arguments, named):

@@ -119,28 +119,40 @@ def test_a_finished_run_resumes_to_itself(tmp_path):
     assert start(tmp_path / "run") == start(tmp_path / "run", resume=True)
 
 
-def test_ctrl_c_saves_the_step_it_is_in(tmp_path):
-    """The signal comes in the middle of step 5; step 5 is finished and saved, and the message says how to go
-    on, which leads where an uninterrupted run leads."""
+def signalling_at(call: int):
+    """Ctrl-C in the nth micro-batch that is learnt; every window has two, the sixth of an epoch one."""
 
-    def signalling(objective):
+    def spoil(objective):
         calls = 0
 
         def spoiled(micro):
             nonlocal calls
             calls += torch.is_grad_enabled()
-            if calls == 9:
+            if calls == call and torch.is_grad_enabled():
                 signal.raise_signal(signal.SIGINT)
             return objective(micro)
 
         return spoiled
 
+    return spoil
+
+
+def test_ctrl_c_saves_the_step_it_is_in(tmp_path):
+    """The signal comes in the middle of step 5; step 5 is finished and saved, and the message says how to go
+    on, which leads where an uninterrupted run leads."""
+
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(Interrupted, match=r"after step 5 of 12; go on with --resume .*run"):
-        start(tmp_path / "run", spoil=signalling)
+    with pytest.raises(Interrupted, match="saved after step 5 of 12"):
+        start(tmp_path / "run", spoil=signalling_at(9))
     assert signal.getsignal(signal.SIGINT) is before
     assert (tmp_path / "run" / "checkpoints" / "step-000005").is_dir()
     assert start(tmp_path / "run", resume=True) == start(tmp_path / "whole")
+
+
+def test_ctrl_c_in_the_last_step_is_heeded_too(tmp_path):
+    """What comes after a training, be it another, must not go on as if nothing had been asked."""
+    with pytest.raises(Interrupted, match="after step 12 of 12"):
+        start(tmp_path / "run", spoil=signalling_at(22))
 
 
 def test_a_second_ctrl_c_stops_at_once():
@@ -375,7 +387,7 @@ MUTANTS = {
         "_save(folder, model, optimizer, step - 1)", resumed_in_the_middle,
     ),
     "Ctrl-C does not save": (
-        training_run.run_training, "or interrupt.asked", "", test_ctrl_c_saves_the_step_it_is_in,
+        training_run.run_training, " or stop:", ":", test_ctrl_c_saves_the_step_it_is_in,
     ),
     "old checkpoints stay": (
         training_run._save, "[:-KEEP]", "[:0]", test_checkpoints_are_the_newest_two_and_whole,

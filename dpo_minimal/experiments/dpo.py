@@ -11,13 +11,16 @@ and its optimum is pi_ref exp(r / beta) / Z for the reward r behind the preferen
                                                              of the SFT model, in a minute or two
   dpo-minimal dpo --data pairs.jsonl --model runs/sft-001    your pairs, from your SFT model
   dpo-minimal dpo --data pairs.jsonl --model gpt2 --dtype bfloat16
-  dpo-minimal dpo --resume runs/dpo-001                      go on where Ctrl-C or a power cut stopped it
+  dpo-minimal dpo --resume runs/dpo-001                      go on where Ctrl-C or a crash stopped it
 
 What to watch. Before the first step every log-ratio must be 0 and so the loss ln 2 = 0.693, which is checked.
 rewards/accuracies is the share of pairs ordered rightly: 0.5 is guessing, and 1 on held-out pairs is not to
 be had, because people disagree. rewards/chosen and rewards/rejected may both fall, as only their difference
 is trained (displacement). kl/policy_reference, measured on the policy's own samples, is what beta limits;
 where it runs off while samples get worse, raise beta or stop earlier.
+
+With --data the defaults are the paper's, where it gives one. The reviews need others: a model of a million
+weights, 90 steps from its reference, learns little from RMSprop at 1e-6.
 
 A run folder holds model/ (Hugging Face's layout), metrics.jsonl, training.png, config.json, checkpoints/, the
 reference's log-probabilities, and without --data also sft/ and preferences.jsonl.
@@ -35,8 +38,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..batches import Example
-from ..checkpoint import state_fingerprint
+from ..batches import Example, check_limits
+from ..checkpoint import WEIGHTS_FILE, state_fingerprint
 from ..data import Dataset, load_dataset
 from ..evaluate import Samples, mean_of, sample
 from ..objectives import (
@@ -58,6 +61,7 @@ from . import sft
 from .judged import as_pairs, judged_samples
 from .text_options import (
     COMMON,
+    CONFIG_FILE,
     Defaults,
     add_data_options,
     add_run_options,
@@ -70,13 +74,15 @@ from .text_setup import (
     MODEL,
     REFERENCE_FILE,
     Policy,
-    check_folder,
+    begin,
+    context_of,
     count_parameters,
     load_policy,
     open_folder,
     pin_start,
     prepare,
     read_rows,
+    resumable,
     rows_fingerprint,
     sample_length,
     save_policy,
@@ -86,7 +92,7 @@ DEFAULTS = Defaults(
     file=COMMON
     | {"loss_type": "dpo", "beta": 0.1, "learning_rate": 1e-6, "optimizer": "rmsprop", "rows": None,
        "eval_samples": 16},
-    reviews={"rows": 6000, "beta": 0.5, "learning_rate": 2e-4, "optimizer": "adamw", "max_length": 96,
+    reviews={"rows": 6000, "beta": 0.5, "learning_rate": 2e-4, "optimizer": "adamw",
              "warmup_steps": 20, "eval_steps": 25, "eval_samples": 256},
 )  # fmt: skip
 RANKED = 4  # samples of a generated ranking
@@ -139,19 +145,27 @@ def run(args: argparse.Namespace) -> Path:
             "--data needs --model, the SFT model that is policy and reference at the start; make one by "
             f"`dpo-minimal sft --data {options.data}`, or name a folder or gpt2."
         )
-    check_folder(options)
+    if options.max_new_tokens is not None and options.data is not None and options.eval_samples == 0:
+        raise InputError("--max-new-tokens is not used with --eval-samples 0; leave it out.")
+    begin(options)
     if options.data is not None:  # all that can be wrong with the input, before anything is written
         policy, dataset = load_policy(options.model), read_rows(options, LOSS_TYPES[options.loss_type].rows)
-        sample_length(options.max_new_tokens, policy.model)
+        sample_length(options.max_new_tokens, policy.model.config.block_size)
         train, held_out = prepare(options, dataset, policy)
         folder = open_folder(options, "dpo")
-    else:
-        policy = None if options.model is None else load_policy(options.model)
-        folder = open_folder(options, "dpo")
+        with resumable("dpo", folder):
+            return _train(options, loss, folder, policy, dataset, train, held_out)
+    policy = None if options.model is None else load_policy(options.model)
+    context = sft.DEFAULTS.reviews["context"] if policy is None else policy.model.config.block_size
+    check_limits(context_of(options, context), options.max_prompt_length)
+    sample_length(options.max_new_tokens, context)
+    folder = open_folder(options, "dpo")
+    with resumable("dpo", folder):
         policy = policy or load_policy(str(_fine_tune(options, folder)))
+        policy.model.to(options.device)
         dataset = _judged_reviews(options, folder, policy)
         train, held_out = prepare(options, dataset, policy)
-    return _train(options, loss, folder, policy, dataset, train, held_out)
+        return _train(options, loss, folder, policy, dataset, train, held_out)
 
 
 def _train(
@@ -184,8 +198,8 @@ def _train(
     after = look.draw(model)
     from ..text_plots import preference_figure  # matplotlib is slow to import: not before it is needed
 
-    K = max(len(example.completions) for example in train)
-    start = LOSS_TYPES[options.loss_type].start(K, **loss)
+    starts = [LOSS_TYPES[options.loss_type].start(len(row.completions), **loss) for row in train]
+    start = sum(starts) / len(starts)
     preference_figure(records, start, before, after, folder / "training.png")
     if before is not None:
         print("\n".join(["", *side_by_side(before, after, SHOWN), "", *summary(before, after, options.beta)]))
@@ -203,9 +217,9 @@ def _listed(loss: dict[str, float]) -> str:
 def _fine_tune(options: argparse.Namespace, folder: Path) -> Path:
     """The SFT model of the reviews, in a run folder of its own; what is there already is used."""
     target = folder / "sft"
-    if (target / MODEL / "config.json").exists():
+    if (target / MODEL / WEIGHTS_FILE).exists():
         return target
-    flags = ["--resume", str(target)] if (target / "config.json").exists() else _sft_flags(options, target)
+    flags = ["--resume", str(target)] if (target / CONFIG_FILE).exists() else _sft_flags(options, target)
     parser = argparse.ArgumentParser()
     sft.add_arguments(parser)
     print("Supervised fine-tuning first: the reference has to speak the language.\n", flush=True)
@@ -227,8 +241,8 @@ def _judged_reviews(options: argparse.Namespace, folder: Path, policy: Policy) -
     if not path.exists():
         rows = judged_samples(
             policy, options.rows, 2 if kind == "preferences" else RANKED, reward=sentiment,
-            max_new_tokens=sample_length(options.max_new_tokens, policy.model), seed=options.seed,
-            progress=partial(tqdm, desc="sampling", disable=None, leave=False),
+            max_new_tokens=sample_length(options.max_new_tokens, policy.model.config.block_size),
+            seed=options.seed, progress=partial(tqdm, desc="sampling", disable=None, leave=False),
         )  # fmt: skip
         write_records(path, as_pairs(rows) if kind == "preferences" else rows)
     return load_dataset(path, kind)
@@ -266,7 +280,7 @@ class _Samples:
             return None
         return sample(
             model, self.reference, self.tokenizer, self.prompts, seed=self.options.seed,
-            max_new_tokens=sample_length(self.options.max_new_tokens, model),
+            max_new_tokens=sample_length(self.options.max_new_tokens, model.config.block_size),
             reward=sentiment if self.options.data is None else None,
         )  # fmt: skip
 

@@ -13,12 +13,10 @@ from typing import Any
 
 import torch
 
-from ..generation import generate
+from ..generation import generate, rows_at_once
 from ..reviews import prompts
 from ..validation import InputError
 from .text_setup import Policy
-
-CHUNK = 512  # samples drawn together
 
 
 def judged_samples(
@@ -45,8 +43,9 @@ def judged_samples(
     noise = torch.Generator().manual_seed(seed)
     openings = prompts(2 * count, seed=seed)  # more than enough: one in some hundred is passed over
     rows: list[dict[str, Any]] = []
-    for start in progress(range(0, len(openings), CHUNK // K)):
-        some = openings[start : start + CHUNK // K]
+    together = max(1, rows_at_once(model, model.config.block_size) // K)
+    for start in progress(range(0, len(openings), together)):
+        some = openings[start : start + together]
         ids = [tokenizer.encode(prompt) for prompt in some for _ in range(K)]
         drawn = generate(model, ids, max_new_tokens=max_new_tokens, eos=tokenizer.eot, generator=generator)
         for place, prompt in enumerate(some):
@@ -56,7 +55,7 @@ def judged_samples(
             if not ended or len(set(texts)) < K or not all(text.strip() for text in texts):
                 continue
             rows.append({"prompt": prompt, "responses": texts, "ranking": _ranks(texts, reward, noise)})
-        if len(rows) >= count:
+        if len(rows) >= count or len(rows) + len(openings) - start - len(some) < count:  # done, or hopeless
             break
     if len(rows) < count:
         raise InputError(

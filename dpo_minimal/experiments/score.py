@@ -23,7 +23,8 @@ than under the reference, its contribution is +0.1; if " dull" in yl is e times 
   dpo-minimal score --model FOLDER --reference FOLDER --data pairs.jsonl
   dpo-minimal score --model gpt2-medium --reference gpt2 --prompt "2 + 2 =" --chosen " 4" --rejected " 5"
 
-Pairs are read as in training: a long prompt loses its left end, a completion nothing. At the end stand means
+Pairs are read as in training, up to the models' context unless --max-length says less: a long prompt loses
+its left end, a completion nothing. At the end stand means
 over all pairs with their standard errors. Where both mean log-ratios are below 0, both kinds of completion
 have become less likely: the loss sees only their difference.
 """
@@ -100,7 +101,7 @@ def run(args: argparse.Namespace) -> PairScores:
     reference = _reference(args, config, policy)
     examples, audit = tokenize(
         _dataset(args), policy.tokenizer, skip_bad_rows=args.skip_bad_rows,
-        max_length=min(context_of(args, policy.model), context_of(args, reference.model)),
+        max_length=min(*(context_of(args, gpt.config.block_size) for gpt in (policy.model, reference.model))),
     )  # fmt: skip
     beta = args.beta or config["options"].get("beta", BETA)
     scores = score_pairs(policy.model, reference.model, examples, beta=beta, device=args.device)

@@ -23,6 +23,8 @@ from pathlib import Path
 
 import torch
 
+from ..batches import Example
+from ..checkpoint import state_fingerprint
 from ..data import Dataset, dataset_from_rows
 from ..evaluate import sample
 from ..model import GPT, GPTConfig
@@ -43,13 +45,14 @@ from .text_options import (
 from .text_report import sample_lines
 from .text_setup import (
     Policy,
-    check_folder,
+    begin,
     count_parameters,
     load_policy,
     open_folder,
     pin_start,
     prepare,
     read_rows,
+    resumable,
     rows_fingerprint,
     sample_length,
     save_policy,
@@ -58,8 +61,9 @@ from .text_setup import (
 SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 128}
 DEFAULTS = Defaults(
     file=COMMON | SHAPE
-    | {"optimizer": "adamw", "learning_rate": 1e-3, "tokenizer": "bpe", "vocab_size": 1024, "rows": None},
-    reviews={"rows": 16000, "vocab_size": 704, "max_length": 96, "learning_rate": 2e-3, "warmup_steps": 20,
+    | {"optimizer": "adamw", "learning_rate": 1e-3, "tokenizer": "bpe", "vocab_size": 1024, "rows": None,
+       "context": 256},
+    reviews={"rows": 16000, "vocab_size": 704, "context": 96, "learning_rate": 2e-3, "warmup_steps": 20,
              "gradient_accumulation_steps": 4},
 )  # fmt: skip
 FINE_TUNING = DEFAULTS._replace(  # of a model that knows a language already
@@ -70,7 +74,11 @@ SHOWN = 4
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    add_data_options(parser, DEFAULTS, "rows with a prompt and a completion to imitate")
+    add_data_options(
+        parser, DEFAULTS, "rows with a prompt and a completion to imitate",
+        f"; of a new model it is this number, else {DEFAULTS.file['context']}, or "
+        f"{DEFAULTS.reviews['context']} for the reviews",
+    )  # fmt: skip
     model = parser.add_argument_group("model")
     model.add_argument(
         "--model", metavar="MODEL",
@@ -95,13 +103,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Path:
     """Check everything, train, and write the run folder, which is returned."""
     _refuse_unused(args)
+    if args.eval_steps is not None and args.held_out == 0:
+        raise InputError("--eval-steps is not used with --held-out 0; leave it out.")
     options = resolve(args, "sft", FINE_TUNING if args.model is not None else DEFAULTS)
-    check_folder(options)
+    begin(options)
     dataset = _dataset(options)
     policy = _start(options, dataset)
     train, held_out = prepare(options, dataset, policy)
     folder = open_folder(options, "sft")
-    pin_start(folder, data=rows_fingerprint(dataset), vocabulary=policy.tokenizer.fingerprint)
+    with resumable("sft", folder):
+        return _train(options, folder, policy, dataset, train, held_out)
+
+
+def _train(
+    options: argparse.Namespace,
+    folder: Path,
+    policy: Policy,
+    dataset: Dataset,
+    train: list[Example],
+    held_out: list[Example],
+) -> Path:
+    start, vocabulary = state_fingerprint(policy.model), policy.tokenizer.fingerprint
+    pin_start(folder, data=rows_fingerprint(dataset), vocabulary=vocabulary, model=start)
     model = policy.model.to(options.device)
     print(f"{count_parameters(model):,} parameters, {policy.tokenizer.vocab_size} tokens.", flush=True)
     records = run_training(
@@ -114,7 +137,8 @@ def run(args: argparse.Namespace) -> Path:
     sft_figure(records, folder / "training.png")
     texts = [policy.tokenizer.decode(example.prompt) for example in (held_out or train)[:SHOWN]]
     samples = sample(
-        model, model, policy.tokenizer, texts, max_new_tokens=sample_length(None, model), seed=options.seed,
+        model, model, policy.tokenizer, texts, seed=options.seed,
+        max_new_tokens=sample_length(None, model.config.block_size),
         reward=sentiment if options.data is None else None,
     )  # fmt: skip
     print("\n".join(["", "What it writes:", *sample_lines(samples, SHOWN), ""]))
@@ -145,7 +169,10 @@ def _start(options: argparse.Namespace, dataset: Dataset) -> Policy:
     if options.model is not None:
         return load_policy(options.model)
     tokenizer = _tokenizer(options, dataset)
-    context = 256 if options.max_length is None else options.max_length
+    # A review is shorter than 96 tokens, but not than 96 bytes.
+    reviews = options.data is None and options.tokenizer != "bytes"
+    context = (DEFAULTS.reviews if reviews else DEFAULTS.file)["context"]
+    context = context if options.max_length is None else options.max_length
     config = GPTConfig(tokenizer.vocab_size, context, **{name: getattr(options, name) for name in SHAPE})
     torch.manual_seed(options.seed)
     return Policy(GPT(config), tokenizer)
@@ -157,4 +184,7 @@ def _tokenizer(options: argparse.Namespace, dataset: Dataset) -> Tokenizer:
     if options.tokenizer == "bytes":
         return byte_tokenizer()
     check_count("--vocab-size", options.vocab_size, minimum=258)
-    return train_bpe("\n".join(row.prompt + row.completion for row in dataset.rows), options.vocab_size)
+    try:
+        return train_bpe("\n".join(row.prompt + row.completion for row in dataset.rows), options.vocab_size)
+    except InputError as error:
+        raise InputError(f"--vocab-size {options.vocab_size}: {str(error).partition(': ')[2]}") from None

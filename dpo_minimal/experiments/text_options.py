@@ -20,6 +20,9 @@ from ..validation import InputError, check_count, check_device, check_positive
 CONFIG_FILE = "config.json"
 
 
+HELD_OUT, MOST_HELD_OUT = 0.05, 500  # more rows would cost more time at each look than they tell
+
+
 class Defaults(NamedTuple):
     """What an option is where nobody gives it.
 
@@ -51,7 +54,7 @@ COMMON = {
     "max_steps": None,
     "warmup_steps": 150,
     "max_grad_norm": 1.0,
-    "held_out": 0.05,
+    "held_out": None,
     "max_length": None,
     "max_prompt_length": None,
     "logging_steps": 1,
@@ -63,7 +66,9 @@ COMMON = {
 }
 
 
-def add_data_options(parser: argparse.ArgumentParser, defaults: Defaults, rows: str) -> None:
+def add_data_options(
+    parser: argparse.ArgumentParser, defaults: Defaults, rows: str, context_note: str = ""
+) -> None:
     """--data and what is done to its rows; `rows` says what they are."""
     group = parser.add_argument_group("data")
     group.add_argument(
@@ -82,13 +87,13 @@ def add_data_options(parser: argparse.ArgumentParser, defaults: Defaults, rows: 
     group.add_argument(
         "--max-length", type=int, metavar="N",
         help="tokens of a prompt with its longest completion; a longer prompt loses its left end, a "
-        "completion never loses anything (default: the model's context; reviews "
-        f"{defaults.reviews['max_length']})",
+        f"completion never loses anything (default: the model's context{context_note})",
     )  # fmt: skip
     group.add_argument("--max-prompt-length", type=int, metavar="N", help="and of the prompt alone")
     group.add_argument(
         "--held-out", type=float, metavar="FRACTION",
-        help="rows kept for evaluation, whole prompts at a time; 0 keeps none " + _in(defaults, "held_out"),
+        help="part of the rows kept for evaluation, whole prompts at a time; 0 keeps none (default "
+        f"{HELD_OUT}, but {MOST_HELD_OUT} rows at most)",
     )  # fmt: skip
 
 
@@ -176,15 +181,17 @@ def _check(options: argparse.Namespace) -> None:
         check_count(_flag(name), getattr(options, name))
     for name in ("warmup_steps", "eval_steps", "save_steps", "seed"):
         check_count(_flag(name), getattr(options, name), minimum=0)
-    for name in ("max_steps", "rows", "max_prompt_length"):
+    for name in ("max_steps", "max_length", "max_prompt_length"):
         if getattr(options, name) is not None:
             check_count(_flag(name), getattr(options, name))
+    if options.data is None:
+        check_count("--rows", options.rows, minimum=100)
     if options.seed >= 2**60:
         raise InputError(f"--seed must lie in [0, 2^60), got {options.seed}.")
     check_positive("--learning-rate", options.learning_rate)
     if not 0 <= options.max_grad_norm < float("inf"):
         raise InputError(f"--max-grad-norm must be a number from 0 on, got {options.max_grad_norm}.")
-    if not 0 <= options.held_out < 1:
+    if options.held_out is not None and not 0 <= options.held_out < 1:
         raise InputError(f"--held-out must lie in [0, 1), got {options.held_out}.")
     check_device(options.device)
 
@@ -210,6 +217,8 @@ def _resumed(args: argparse.Namespace, command: str) -> argparse.Namespace:
             f"--resume {folder}: is a run of {config.get('command')!r}; go on with it by that command."
         )
     options = config["options"]
+    if missing := sorted(set(vars(args)) - set(options)):
+        raise InputError(f"--resume {folder}: was made without {_flag(missing[0])}; start a new run.")
     for name, value in vars(args).items():
         if value is not None and name != "resume" and value != options.get(name):
             was = options.get(name)
@@ -227,6 +236,7 @@ def read_run_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"--resume {folder}: has no {CONFIG_FILE}; name the folder of a run.") from None
     except (OSError, ValueError):
         raise InputError(f"{path}: cannot be read; start a new run.") from None
-    if not isinstance(config, dict) or not isinstance(config.get("options"), dict):
+    fields = {"options": dict, "threads": int}
+    if not isinstance(config, dict) or any(not isinstance(config.get(k), v) for k, v in fields.items()):
         raise InputError(f"{path}: is not that of a run of sft or dpo; name another folder.")
     return config

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,13 +14,14 @@ import torch
 
 from ..allocator import keep_freed_memory
 from ..batches import Example, split_by_prompt, tokenize
-from ..checkpoint import load_model, save_model
+from ..checkpoint import load_model, read_json_object, save_model
 from ..data import Dataset, load_dataset
 from ..model import GPT
 from ..runs import new_run_folder, refuse_used_folder, versions, write_json
 from ..tokenizer import TOKENIZER_FILE, Tokenizer, gpt2_tokenizer, load_tokenizer, save_tokenizer
+from ..training_run import Interrupted
 from ..validation import InputError
-from .text_options import CONFIG_FILE, read_run_config
+from .text_options import CONFIG_FILE, HELD_OUT, MOST_HELD_OUT, read_run_config
 
 MODEL, REFERENCE_FILE = "model", "reference_logps.safetensors"
 GPT2_VOCABULARY = 50257
@@ -39,7 +42,7 @@ def load_policy(name: str) -> Policy:
     folder = Path(name)
     if (folder / MODEL).is_dir():
         folder = folder / MODEL
-    elif (folder / CONFIG_FILE).exists() and "options" in (folder / CONFIG_FILE).read_text(encoding="utf-8"):
+    elif (folder / CONFIG_FILE).exists() and "options" in read_json_object(folder / CONFIG_FILE):
         raise InputError(f"--model {name}: that run has no model yet; finish it with --resume {name}.")
     model = load_model(folder if folder.is_dir() else name)
     vocab_size = model.config.vocab_size
@@ -61,7 +64,7 @@ def load_policy(name: str) -> Policy:
 
 
 def save_policy(policy: Policy, folder: Path) -> None:
-    """Write a run's result, model/, config.json last: where that is, all is."""
+    """Write a run's result, model/, the weights last: where they are, all is."""
     (folder / MODEL).mkdir(exist_ok=True)
     save_tokenizer(policy.tokenizer, folder / MODEL)
     save_model(policy.model, folder / MODEL, eos=policy.tokenizer.eot)
@@ -72,9 +75,8 @@ def count_parameters(model: GPT) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def context_of(options: argparse.Namespace, model: GPT) -> int:
-    """The tokens a row may have. Raises InputError where --max-length is more than the model can read."""
-    context = model.config.block_size
+def context_of(options: argparse.Namespace, context: int) -> int:
+    """The tokens a row may have in a model of so many. Raises InputError where --max-length asks for more."""
     if options.max_length is None:
         return context
     if options.max_length > context:
@@ -82,12 +84,11 @@ def context_of(options: argparse.Namespace, model: GPT) -> int:
     return options.max_length
 
 
-def sample_length(given: int | None, model: GPT) -> int:
+def sample_length(given: int | None, context: int) -> int:
     """--max-new-tokens, by default half of the context and 128 at most.
 
     Raises InputError where no room would be left for a prompt.
     """
-    context = model.config.block_size
     if given is None:
         return max(1, min(128, context // 2))
     if given >= context:
@@ -109,22 +110,27 @@ def prepare(
     examples, audit = tokenize(
         dataset,
         policy.tokenizer,
-        max_length=context_of(options, policy.model),
+        max_length=context_of(options, policy.model.config.block_size),
         max_prompt_length=options.max_prompt_length,
         skip_bad_rows=bool(options.skip_bad_rows),
     )
     print(f"{audit}\n", flush=True)
-    return split_by_prompt(examples, options.held_out, seed=options.seed)
+    fraction = options.held_out
+    if fraction is None:
+        fraction = min(HELD_OUT, MOST_HELD_OUT / len(examples))
+    return split_by_prompt(examples, fraction, seed=options.seed)
 
 
 # ---------------------------------------------------------------------------------------------- run folder
 
 
-def check_folder(options: argparse.Namespace) -> None:
+def begin(options: argparse.Namespace) -> None:
     """Refuse an unusable --output-dir before any work; set up the process."""
     if options.resume is None:
         refuse_used_folder(options.output_dir)
-    if options.data is None:  # a model this small gains little from a second core and gives the same without
+    if (
+        options.data is None and options.model is None
+    ):  # a model this small gains little from a second core and gives the same without
         torch.set_num_threads(1)
     keep_freed_memory()
 
@@ -138,6 +144,17 @@ def open_folder(options: argparse.Namespace, command: str) -> Path:
     config = {"command": command, "options": vars(options), "threads": torch.get_num_threads(), **versions()}
     write_json(folder / CONFIG_FILE, config)
     return folder
+
+
+@contextlib.contextmanager
+def resumable(command: str, folder: Path) -> Iterator[None]:
+    """Says after Ctrl-C how to go on; where a run is part of another, the outer one says it."""
+    try:
+        yield
+    except KeyboardInterrupt as interruption:
+        reason = str(interruption).partition(";")[0] or "interrupted"
+        how = f"dpo-minimal {command} --resume {folder}"
+        raise Interrupted(f"{reason}; go on with `{how}`.") from None
 
 
 def pin_start(folder: Path, **facts: Any) -> None:
