@@ -4,6 +4,7 @@ import re
 import zlib
 from functools import cache
 from pathlib import Path
+from types import CodeType
 from typing import NamedTuple
 
 import torch
@@ -56,10 +57,16 @@ class BlockFailure(AssertionError):
     """A comparison of the document did not hold; the message names the tag and the line."""
 
 
+@cache
+def compiled(block: Block) -> CodeType:
+    """A block's code, with the document's own line numbers."""
+    return compile("\n" * (block.line - 1) + block.source, "derivations.md", "exec")
+
+
 def run_block(block: Block, names: dict) -> None:
     """Execute one block in `names`. A comparison that fails becomes a BlockFailure, any other exception is
     raised as it is with the document's line in its traceback."""
-    code = compile("\n" * (block.line - 1) + block.source, "derivations.md", "exec")
+    code = compiled(block)
     try:
         exec(code, names)
     except AssertionError as error:
