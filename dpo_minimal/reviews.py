@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .preferences import bradley_terry
-from .validation import InputError, check_count
+from .validation import check_count, check_seed
 
 Pick = Callable[[Sequence[Any]], Any]  # chooses one of several: at random, or in a test each in turn
 
@@ -338,8 +338,6 @@ def comparisons(count: int, *, seed: int) -> list[dict[str, str]]:
 def _picker(stream: str, count: int, seed: int) -> Pick:
     """Random choices that depend on stream and seed alone; `random()` is the same in every Python version."""
     check_count("count", count)
-    check_count("seed", seed, minimum=0)
-    if seed >= 2**60:
-        raise InputError(f"seed must lie in [0, 2^60), got {seed}.")
+    check_seed("seed", seed)
     uniform = random.Random(f"{stream} {seed}").random
     return lambda items: items[int(uniform() * len(items))]

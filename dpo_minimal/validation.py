@@ -35,6 +35,13 @@ def check_count(name: str, value: int, *, minimum: int = 1) -> None:
         raise InputError(f"{name} must be an integer of at least {minimum}, got {value!r}.")
 
 
+def check_seed(name: str, value: int) -> None:
+    """Require an integer in [0, 2^60): torch takes less than 2^64, and a command multiplies its seed."""
+    check_count(name, value, minimum=0)
+    if value >= 2**60:
+        raise InputError(f"{name} must lie in [0, 2^60), got {value}.")
+
+
 def check_flip_probability(value: float) -> None:
     """Require a label-noise rate in [0, 1/2): from 1/2 on, labels carry no or the opposite information."""
     if not isinstance(value, Real) or not 0 <= value < 0.5:

@@ -20,7 +20,7 @@ from ..preferences import Rankings, all_sets, sample_pairs
 from ..runs import new_run_folder, refuse_used_folder, versions, write_arrays, write_json, write_records
 from ..sampling_laws import finite_data_law
 from ..tables import load_table
-from ..validation import InputError, check_count, check_device, check_positive
+from ..validation import InputError, check_count, check_device, check_positive, check_seed
 from . import ranking
 from .convergence import (
     GPT_PROMPTS,
@@ -150,8 +150,7 @@ def _settings(args: argparse.Namespace) -> Settings:
     if args.steps is not None:
         check_count("--steps", args.steps)
     seed = 0 if args.seed is None else args.seed
-    if not 0 <= seed < 2**60:
-        raise InputError(f"--seed must lie in [0, 2^60), got {seed}.")
+    check_seed("--seed", seed)
     if args.quick and args.steps is not None:
         raise InputError("--quick and --steps both set the number of steps; give one of them.")
     if args.quick and args.table is not None:

@@ -28,7 +28,7 @@ from ..generation import generate
 from ..policy import shared_prompt_batch, shared_prompt_logps
 from ..reviews import prompts as review_prompts
 from ..reviews import sentiment
-from ..validation import InputError, check_count, check_device
+from ..validation import InputError, check_count, check_device, check_seed
 from .text_report import prompt_line, text_lines
 from .text_setup import Policy, load_policy
 
@@ -142,9 +142,7 @@ def _check(args: argparse.Namespace) -> None:
         if args.seed is not None and not _reviews(args):
             raise InputError("--seed is not used with --temperature 0, which draws nothing; leave it out.")
     if args.seed is not None:
-        check_count("--seed", args.seed, minimum=0)
-        if args.seed >= 2**60:
-            raise InputError(f"--seed must lie in [0, 2^60), got {args.seed}.")
+        check_seed("--seed", args.seed)
     check_device(args.device)
 
 

@@ -29,7 +29,7 @@ import torch
 
 from ..runs import new_run_folder, refuse_used_folder, versions, write_arrays, write_json, write_records
 from ..sampling_laws import kl_law
-from ..validation import InputError, check_count, check_positive
+from ..validation import InputError, check_count, check_positive, check_seed
 from .replicates import Law, Settings, Size, Truth, make_truth, simulate
 
 PAIRS = (100, 400, 1600, 6400, 25600)  # 2 to 500 times rho^2 in the default world
@@ -121,8 +121,7 @@ def _settings(args: argparse.Namespace) -> Settings:
     check_count("--replicates", replicates, minimum=1000)  # with fewer, the standard errors are too rough
     if replicates > 10**6:
         raise InputError(f"--replicates must be at most 1000000, or memory runs out, got {replicates}.")
-    if not 0 <= args.seed < 2**60:
-        raise InputError(f"--seed must lie in [0, 2^60), got {args.seed}.")
+    check_seed("--seed", args.seed)
     return Settings(args.completions, args.beta, tuple(args.pairs), replicates, args.seed)
 
 

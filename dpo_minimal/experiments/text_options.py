@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from ..objectives import DTYPES
 from ..train import OPTIMIZERS
 from ..training_run import Settings
-from ..validation import InputError, check_count, check_device, check_positive
+from ..validation import InputError, check_count, check_device, check_positive, check_seed
 
 CONFIG_FILE = "config.json"
 
@@ -179,15 +179,14 @@ def _check(options: argparse.Namespace) -> None:
         "logging_steps",
     ):
         check_count(_flag(name), getattr(options, name))
-    for name in ("warmup_steps", "eval_steps", "save_steps", "seed"):
+    for name in ("warmup_steps", "eval_steps", "save_steps"):
         check_count(_flag(name), getattr(options, name), minimum=0)
     for name in ("max_steps", "max_length", "max_prompt_length"):
         if getattr(options, name) is not None:
             check_count(_flag(name), getattr(options, name))
     if options.data is None:
         check_count("--rows", options.rows, minimum=100)
-    if options.seed >= 2**60:
-        raise InputError(f"--seed must lie in [0, 2^60), got {options.seed}.")
+    check_seed("--seed", options.seed)
     check_positive("--learning-rate", options.learning_rate)
     if not 0 <= options.max_grad_norm < float("inf"):
         raise InputError(f"--max-grad-norm must be a number from 0 on, got {options.max_grad_norm}.")
