@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import regex
 import requests
-import tiktoken
+import tiktoken.load
 from hypothesis import given
 from hypothesis import strategies as st
 from planting import CAUGHT, plant
