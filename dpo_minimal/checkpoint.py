@@ -72,9 +72,8 @@ def save_model(model: GPT, folder: str | Path, *, eos: int | None = None) -> Non
 
     def write(path: Path) -> None:
         safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
-        write_json(
-            folder / CONFIG_FILE, _config_fields(model.config, eos)
-        )  # now that the larger file has room
+        # Now that the larger file has room.
+        write_json(folder / CONFIG_FILE, _config_fields(model.config, eos))
 
     try:
         folder.mkdir(parents=True, exist_ok=True)

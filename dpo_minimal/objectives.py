@@ -134,10 +134,8 @@ def preference_objective(model: GPT, loss_type: str, *, dtype: str, **options: f
         order = ratios[:, :-1] - ratios[:, 1:]  # of neighbours; of a pair, chosen minus rejected
         margins = result.chosen_rewards - result.rejected_rewards
         lengths = micro.batch.completion_lengths
-        tie = _rounding(
-            torch.maximum(lengths[:, :-1], lengths[:, 1:]), "float32"
-        )  # what cannot be told apart
-        chosen_lengths = lengths[:, 0]
+        # float32's in bfloat16 too, whose own would make ties of most rows; exact ties stay ties.
+        tie = _rounding(torch.maximum(lengths[:, :-1], lengths[:, 1:]), "float32")
         metrics = {
             "rewards/chosen": result.chosen_rewards,
             "rewards/rejected": result.rejected_rewards,
@@ -147,7 +145,7 @@ def preference_objective(model: GPT, loss_type: str, *, dtype: str, **options: f
             "logps/rejected": policy[:, -1],
             "dpo/gradient_weight": result.gradient_weights,
             "dpo/saturated_fraction": (margins > math.log(99)).float(),
-            "dpo/displacement": (ratios[:, 0] < -_rounding(chosen_lengths, dtype)).float(),
+            "dpo/displacement": (ratios[:, 0] < -_rounding(lengths[:, 0], dtype)).float(),
             "dpo/ties": (order.abs() <= tie).float(),
         }
         return result.losses.mean(), {name: values.mean() for name, values in metrics.items()}

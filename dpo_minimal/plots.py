@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from .experiments.replicates import Law, Size
 
 # Okabe and Ito's palette
-COLOURS = {"tabular": "#0072B2", "finite": "#E69F00", "gpt": "#009E73", "plackett_luce": "#CC79A7"}
+BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#666666"
+COLOURS = {"tabular": BLUE, "finite": ORANGE, "gpt": GREEN, "plackett_luce": PINK}
 LABELS = {
     "tabular": "table, exact preferences",
     "finite": "table, sampled pairs",
@@ -56,6 +57,7 @@ def bandit_figure(outcomes: list[Outcome], path: Path) -> None:
 
 
 def save_figure(figure, path: Path) -> None:
+    """Write a figure, whole or not at all, and close it."""
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
     plt.close(figure)
 

@@ -9,10 +9,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from .evaluate import Mean, Samples, mean_of
-from .plots import STYLE, save_figure
+from .plots import BLUE, GREEN, GREY, ORANGE, STYLE, save_figure
 from .train import Record
-
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#666666"
 
 
 def series(records: list[Record], name: str) -> tuple[list[float], list[float]]:
@@ -47,20 +45,28 @@ def sft_figure(records: list[Record], path: Path) -> None:
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(10, 6), layout="constrained")
         _curves(axis, records, "loss")
-        axis.set(title="Supervised fine-tuning", xlabel="optimizer step", ylabel="loss (nats per token)")
+        _label_steps(axis, "Supervised fine-tuning", "loss (nats per token)")
         save_figure(figure, path)
 
 
-def _curves(axis, records: list[Record], name: str, colour: str = BLUE, label: str = "training") -> None:
-    """A metric in training (thin, with its running mean) and on held-out rows (points)."""
-    steps, values = series(records, name)
-    smooth = _running_mean(values)
+def _trace(axis, steps: list[float], values: list[float], colour: str, label: str) -> None:
+    """A metric of single steps, thin, and its running mean."""
     axis.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
-    axis.plot(steps, smooth, color=colour, label=label)
+    axis.plot(steps, _running_mean(values), color=colour, label=label)
+
+
+def _curves(axis, records: list[Record], name: str, label: str = "training") -> None:
+    """A metric in training and, as points, on held-out rows."""
+    _trace(axis, *series(records, name), BLUE, label)
     held_steps, held = series(records, f"eval_{name}")
     if held:
         axis.plot(held_steps, held, "o--", color=ORANGE, markersize=8, label="held out")
         axis.legend()
+
+
+def _label_steps(axis, title: str, label: str) -> None:
+    axis.set(title=title, xlabel="optimizer step", ylabel=label)
+    axis.locator_params(axis="x", integer=True)
 
 
 def _running_mean(values: list[float], width: int = 10) -> np.ndarray:
@@ -76,21 +82,15 @@ def _loss_panel(axis, records: list[Record], start: float) -> None:
     label = "policy = reference" + (" (ln 2)" if math.isclose(start, math.log(2)) else f" ({start:.3g})")
     axis.axhline(start, color=GREY, linestyle=":", label=label)
     axis.legend()
-    axis.set(title="Loss", xlabel="optimizer step", ylabel="loss (nats per row)")
+    _label_steps(axis, "Loss", "loss (nats per row)")
 
 
 def _ratio_panel(axis, records: list[Record]) -> None:
-    for name, colour, label in (("chosen", BLUE, "chosen"), ("rejected", ORANGE, "rejected")):
-        steps, values = series(records, f"rewards/{name}")
-        axis.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
-        axis.plot(steps, _running_mean(values), color=colour, label=label)
+    for name, colour in (("chosen", BLUE), ("rejected", ORANGE)):
+        _trace(axis, *series(records, f"rewards/{name}"), colour, name)
     axis.axhline(0, color=GREY, linestyle=":", label="as likely as under the reference")
     axis.legend()
-    axis.set(
-        title="Are the chosen becoming likelier?",
-        xlabel="optimizer step",
-        ylabel="implicit reward β log π/π_ref (nats)",
-    )
+    _label_steps(axis, "Are the chosen becoming likelier?", "implicit reward β log π/π_ref (nats)")
 
 
 def _accuracy_panel(axis, records: list[Record]) -> None:
@@ -102,7 +102,7 @@ def _accuracy_panel(axis, records: list[Record]) -> None:
     axis.plot(steps, _running_mean(list(relative)), color=GREEN, label="gradient weight / its first value")
     axis.axhline(0.5, color=GREY, linestyle=":", label="guessing")
     axis.legend()
-    axis.set(title="Order, and the pull that is left", xlabel="optimizer step", ylabel="share of rows; ratio")
+    _label_steps(axis, "Order, and the pull that is left", "share of rows; ratio")
 
 
 def _reward_panel(axis, before: Samples, after: Samples) -> None:

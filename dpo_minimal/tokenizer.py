@@ -197,7 +197,7 @@ def train_bpe(text: str, vocab_size: int) -> Tokenizer:
     merges = _learn_merges(_count_words(text), vocab_size - 257)
     if len(merges) < vocab_size - 257:
         raise InputError(
-            f"vocab_size: {vocab_size} ids are more than the text has pairs for; ask for at most "
+            f"{vocab_size} ids are more than the text has pairs for; ask for at most "
             f"{257 + len(merges)}, or give more text."
         )
     tokens = _single_bytes()

@@ -24,9 +24,9 @@ than under the reference, its contribution is +0.1; if " dull" in yl is e times 
   dpo-minimal score --model gpt2-medium --reference gpt2 --prompt "2 + 2 =" --chosen " 4" --rejected " 5"
 
 Pairs are read as in training, up to the models' context unless --max-length says less: a long prompt loses
-its left end, a completion nothing. At the end stand means
-over all pairs with their standard errors. Where both mean log-ratios are below 0, both kinds of completion
-have become less likely: the loss sees only their difference.
+its left end, a completion nothing. At the end stand means over all pairs with their standard errors. Where
+both mean log-ratios are below 0, both kinds of completion have become less likely: the loss sees only their
+difference.
 """
 
 from __future__ import annotations

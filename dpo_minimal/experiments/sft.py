@@ -187,4 +187,4 @@ def _tokenizer(options: argparse.Namespace, dataset: Dataset) -> Tokenizer:
     try:
         return train_bpe("\n".join(row.prompt + row.completion for row in dataset.rows), options.vocab_size)
     except InputError as error:
-        raise InputError(f"--vocab-size {options.vocab_size}: {str(error).partition(': ')[2]}") from None
+        raise InputError(f"--vocab-size {options.vocab_size}: {error}") from None

@@ -128,10 +128,8 @@ def begin(options: argparse.Namespace) -> None:
     """Refuse an unusable --output-dir before any work; set up the process."""
     if options.resume is None:
         refuse_used_folder(options.output_dir)
-    if (
-        options.data is None and options.model is None
-    ):  # a model this small gains little from a second core and gives the same without
-        torch.set_num_threads(1)
+    if options.data is None and options.model is None:
+        torch.set_num_threads(1)  # a model this small gains little from a second core
     keep_freed_memory()
 
 
