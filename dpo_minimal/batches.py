@@ -88,7 +88,7 @@ def tokenize(
             if not skip_bad_rows:
                 raise InputError(
                     f"{problem} leaves no room for a prompt within --max-length {max_length}; raise it, or "
-                    "leave such rows out with --skip-bad-rows."
+                    "leave such rows of a file out with --skip-bad-rows."
                 )
             findings["too_long"].append(problem)
             continue

@@ -246,9 +246,10 @@ def _split(row: Row, chosen: str, rejected: str) -> list[str]:
 
 
 def _preference(row: Row) -> tuple[PreferencePair, str]:
-    for sign, kind in (("ranking", "rankings"), ("label", "labels")):
+    readers = {"ranking": "`dpo --loss-type plackett_luce`", "label": "`audit --kind labels`"}
+    for sign, reader in readers.items():
         if sign in row.columns and "chosen" not in row.columns:
-            raise row.error("chosen", f"is missing; this is a row of {kind}, for another --loss-type")
+            raise row.error("chosen", f"is missing; this is a row of {sign}s, which {reader} reads")
     answers = [(field, row.get(field)) for field in ("chosen", "rejected")]
     if {"prompt", "instruction"} & set(row.columns):
         pair = PreferencePair(*_texts(row, *answers))
@@ -256,13 +257,13 @@ def _preference(row: Row) -> tuple[PreferencePair, str]:
         read = (_render(_messages(row, *a)) if isinstance(a[1], list) else row.text(*a) for a in answers)
         pair = PreferencePair(*_split(row, *read))
     if pair.chosen == pair.rejected:
-        raise row.error(
-            "rejected", "is the same as chosen; delete the row or leave such rows out with --skip-bad-rows"
-        )
+        raise row.error("rejected", "is the same as chosen, which leaves nothing to prefer; delete the row")
     return pair, "chosen"
 
 
 def _ranking(row: Row) -> tuple[Ranking, str]:
+    if "chosen" in row.columns and "responses" not in row.columns:
+        raise row.error("responses", "is missing; this row is a pair of chosen and rejected, no ranking")
     responses, ranks = row.get("responses"), row.get("ranking")
     if not isinstance(responses, list) or len(responses) < 2:
         raise row.error("responses", "must be a list of at least two texts")

@@ -30,7 +30,7 @@ class Mean(NamedTuple):
     error: float
 
     def __str__(self) -> str:
-        return f"{self.value:.2f} ± {self.error:.2f}"
+        return f"{self.value:z.2f}" + (f" ± {self.error:.2f}" if math.isfinite(self.error) else "")
 
 
 def mean_of(values: Tensor) -> Mean:

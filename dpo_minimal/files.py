@@ -117,7 +117,7 @@ def _read_bytes(path: Path) -> bytes:
         if data[:2] == b"\x1f\x8b":
             data = gzip.decompress(data)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file.") from None
+        raise InputError(f"{path}: no such file; a name counts from the folder that you are in.") from None
     except IsADirectoryError:
         raise InputError(f"{path}: is a folder; name a file in it.") from None
     except (EOFError, zlib.error, gzip.BadGzipFile):

@@ -129,6 +129,10 @@ def preference_objective(model: GPT, loss_type: str, *, dtype: str, **options: f
 
     def objective(micro: PreferenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
         logps = completion_logps_of(model, micro.batch, dtype)
+        if not logps.isfinite().all():
+            raise InputError(
+                "a log-probability is nan or infinite; lower the learning rate or look for bad data."
+            )
         result = loss_of(logps, micro, **options)
         policy, ratios = logps.detach(), logps.detach() - micro.reference_logps
         order = ratios[:, :-1] - ratios[:, 1:]  # of neighbours; of a pair, chosen minus rejected

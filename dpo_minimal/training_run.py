@@ -205,8 +205,9 @@ def _due(step: int, every: int, last_step: int) -> bool:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    found = (folder / CHECKPOINTS).glob("step-*")
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    """Oldest first; another folder there, such as a copy that a user keeps, is none of ours."""
+    found = [path for path in (folder / CHECKPOINTS).glob("step-*") if path.name[5:].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 def _save(folder: Path, model: GPT, optimizer: torch.optim.Optimizer, step: int) -> None:

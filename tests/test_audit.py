@@ -10,7 +10,7 @@ from planting import CAUGHT, plant
 from dpo_minimal import audit as room
 from dpo_minimal import batches
 from dpo_minimal.__main__ import main
-from dpo_minimal.experiments import audit
+from dpo_minimal.experiments import audit, text_setup
 from dpo_minimal.tokenizer import byte_tokenizer, save_tokenizer, train_bpe
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -172,6 +172,21 @@ def test_the_tokenizer_of_a_model(capsys):
     own, plain = record(capsys, "--data", name, "--model", "."), record(capsys, "--data", name)
     assert (own["tokenizer"], own["vocab_size"]) == ("bpe", 290)
     assert own["lengths"]["prompt"]["max"] < plain["lengths"]["prompt"]["max"] == 15 * 9
+    (Path("run") / "model").mkdir(parents=True)
+    save_tokenizer(train_bpe(json.dumps(rows * 3), 280), Path("run/model"))
+    assert record(capsys, "--data", name, "--model", "run")["vocab_size"] == 280
+
+
+def test_released_models_have_the_vocabulary_of_gpt2(capsys, monkeypatch):
+    """By name, and in Hugging Face's own folders, which lack our tokenizer's file; no weights are read."""
+    monkeypatch.setattr(text_setup, "gpt2_tokenizer", lambda: train_bpe(json.dumps(PAIRS * 9), 270))
+    name = write(PAIRS)
+    assert record(capsys, "--data", name, "--model", "gpt2-medium")["vocab_size"] == 270
+    config = {"vocab_size": 50257, "n_positions": 8, "n_layer": 1, "n_head": 1, "n_embd": 4}
+    Path("config.json").write_text(json.dumps(config))
+    assert record(capsys, "--data", name, "--model", ".")["vocab_size"] == 270
+    Path("config.json").write_text(json.dumps(config | {"vocab_size": 300}))
+    assert_refused(capsys, "--data", name, "--model", ".", named=("tiktoken.json", "300 tokens"))
 
 
 def test_help_teaches(capsys):

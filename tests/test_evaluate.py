@@ -71,6 +71,11 @@ def test_each_sample_is_what_it_says():
     assert sample(policy, policy, Letters(), ["a"] * 9, max_new_tokens=4, seed=0).log_ratios.abs().max() == 0
 
 
+def test_a_single_draw_has_no_standard_error():
+    assert str(mean_of(torch.tensor([-1e-9]))) == "0.00"  # nor a sign that is not there
+    assert str(mean_of(torch.tensor([1.0, 2.0]))) == "1.50 ± 0.50"
+
+
 def test_the_same_seed_draws_the_same_and_a_long_prompt_loses_its_left_end():
     policy, reference = pair_of_models()
     draws = [

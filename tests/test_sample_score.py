@@ -335,6 +335,14 @@ def test_a_run_knows_its_reference_and_beta(capsys, tmp_path):
 # ------------------------------------------------------------------------------------------------ sample
 
 
+def test_as_many_openings_as_asked_for(capsys):
+    """Openings repeat, but are asked for once each: other ones take the place of the repeated."""
+    rows = records(capsys, "sample", "--model", "policy", "--rows", "200", "--max-new-tokens", "1")
+    assert len({row["prompt"] for row in rows}) == len(rows) == 200
+    assert main(["sample", "--model", "policy", "--rows", "100000"]) == 2
+    assert "--rows 100000" in capsys.readouterr().err
+
+
 def test_greedy_is_temperature_zero(capsys):
     """Each token of a greedy sample is the likeliest one; nothing is left to chance."""
     asked = ("sample", "--model", "policy", "--prompt", "The", "--max-new-tokens", "6")
@@ -443,9 +451,9 @@ def test_broken_numbers_are_named(capsys, monkeypatch):
         (("--prompt", "a", "--temperature", "0", "--top-k", "3"), ("--top-k", "--temperature 0")),
         (("--prompt", "a", "--temperature", "0", "--count", "3"), ("--count", "--temperature 0")),
         (("--prompt", "a", "--temperature", "0", "--seed", "3"), ("--seed", "--temperature 0")),
-        (("--prompt", "a", "--temperature", "-1"), ("temperature", "-1")),
-        (("--prompt", "a", "--top-p", "2"), ("top_p", "2")),
-        (("--prompt", "a", "--top-k", "0"), ("top_k", "0")),
+        (("--prompt", "a", "--temperature", "-1"), ("--temperature", "-1")),
+        (("--prompt", "a", "--top-p", "2"), ("--top-p", "2")),
+        (("--prompt", "a", "--top-k", "0"), ("--top-k", "0")),
         (("--prompt", "a", "--count", "0"), ("--count", "0")),
         (("--prompt", "a", "--max-new-tokens", "0"), ("--max-new-tokens", "0")),
         (("--seed", "-1"), ("--seed", "-1")),

@@ -198,7 +198,7 @@ def test_too_small_a_text_says_how_many_it_can_give():
     with pytest.raises(InputError) as caught:
         train_bpe(text, 300)
     possible = 257 + len(naive_training(text, 99))
-    one_sentence(caught.value, "vocab_size", "300", f"at most {possible},")
+    one_sentence(caught.value, "300 ids", f"at most {possible},")
     assert train_bpe(text, possible).vocab_size == possible
     with pytest.raises(InputError):
         train_bpe(text, possible + 1)

@@ -199,6 +199,14 @@ def newest(folder: Path) -> int:
     return max(int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*"))
 
 
+def test_a_copy_of_a_checkpoint_is_left_alone(tmp_path):
+    """A user keeps one under another name; the run goes on from its own."""
+    kept = tmp_path / "run" / "checkpoints" / "step-000009-kept"
+    kept.mkdir(parents=True)
+    (kept.parent / "step-000003").mkdir()
+    assert training_run._checkpoints(tmp_path / "run") == [kept.parent / "step-000003"]
+
+
 def test_checkpoints_are_the_newest_two_and_whole(tmp_path):
     start(tmp_path / "run")
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == [

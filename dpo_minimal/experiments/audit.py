@@ -12,7 +12,7 @@ nothing, and prints
              [<|endoftext|>], which is learnt like any other token
 
 Lengths depend on the tokenizer. The default is bytes, where a token is a byte (a letter of English) and no
-file is needed; name the model you mean to train by --model FOLDER, or --tokenizer gpt2.
+file is needed; name the model you mean to train by --model, or --tokenizer gpt2.
 Without --data it audits film reviews that the package makes up itself. Warnings leave the exit code 0; a file
 that cannot be read as asked gives 2.
 """
@@ -29,8 +29,9 @@ from ..audit import Audit
 from ..batches import Example, tokenize
 from ..data import KINDS, Dataset, dataset_from_rows, load_dataset
 from ..reviews import comparisons, demonstrations
-from ..tokenizer import Tokenizer, byte_tokenizer, gpt2_tokenizer, load_tokenizer, train_bpe
+from ..tokenizer import Tokenizer, byte_tokenizer, gpt2_tokenizer, train_bpe
 from ..validation import InputError
+from .text_setup import load_policy_tokenizer
 
 REVIEWS = 1000  # rows where there is no file
 VOCABULARY = 512  # of a BPE trained on the data
@@ -61,7 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", choices=("bytes", "bpe", "gpt2"),
         help=f"raw bytes (default), a BPE of {VOCABULARY} tokens learnt from the data, or GPT-2's own",
     )  # fmt: skip
-    vocabulary.add_argument("--model", metavar="FOLDER", help="use the tokenizer saved with this model")
+    vocabulary.add_argument(
+        "--model", metavar="MODEL", help="the tokenizer of this folder, run, or released name"
+    )
     reading.add_argument(
         "--max-length", type=int, metavar="N",
         help="see what a limit of N tokens for prompt and longest completion does (default: no limit); rows "
@@ -120,7 +123,7 @@ def _dataset(args: argparse.Namespace) -> Dataset:
 
 def _tokenizer(args: argparse.Namespace, dataset: Dataset) -> Tokenizer:
     if args.model is not None:
-        return load_tokenizer(args.model)
+        return load_policy_tokenizer(args.model)
     if args.tokenizer == "gpt2":
         return gpt2_tokenizer()
     if args.tokenizer == "bpe":

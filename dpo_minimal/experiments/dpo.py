@@ -123,7 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     looking = parser.add_argument_group("samples")
     looking.add_argument(
         "--eval-samples", type=int, metavar="N",
-        help="of the policy at each look at the held-out rows; 0 draws none "
+        help="of the policy at each look, one a held-out row at most; 0 draws none "
         f"({DEFAULTS.text('eval_samples')})",
     )  # fmt: skip
     looking.add_argument(
@@ -147,6 +147,8 @@ def run(args: argparse.Namespace) -> Path:
         )
     if options.max_new_tokens is not None and options.data is not None and options.eval_samples == 0:
         raise InputError("--max-new-tokens is not used with --eval-samples 0; leave it out.")
+    if args.eval_steps is not None and options.held_out == options.eval_samples == 0:
+        raise InputError("--eval-steps is not used with --held-out 0 and --eval-samples 0; leave it out.")
     begin(options)
     if options.data is not None:  # all that can be wrong with the input, before anything is written
         policy, dataset = load_policy(options.model), read_rows(options, LOSS_TYPES[options.loss_type].rows)

@@ -132,6 +132,12 @@ def _check(args: argparse.Namespace) -> None:
     ):
         if value is not None:
             check_count(flag, value)
+    if not 0 <= args.temperature < float("inf"):
+        raise InputError(f"--temperature must be a number from 0 on, got {args.temperature}.")
+    if args.top_k is not None:
+        check_count("--top-k", args.top_k)
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        raise InputError(f"--top-p must lie in (0, 1], got {args.top_p}; 1 keeps all tokens.")
     if args.temperature == 0:
         for flag, value in (("--count", args.count), ("--top-k", args.top_k), ("--top-p", args.top_p)):
             if value is not None:
@@ -172,8 +178,7 @@ def _prompts(args: argparse.Namespace, policy: Policy) -> list[_Prompt]:
             named.setdefault(row.prompt, place)
         named = dict(list(named.items())[:rows])
     else:
-        texts = review_prompts(rows, seed=args.seed or 0)
-        named = {text: f"review prompt {text!r}" for text in texts}
+        named = {text: f"review prompt {text!r}" for text in _openings(rows, args.seed or 0)}
     prompts = []
     for text, place in named.items():
         try:
@@ -182,6 +187,14 @@ def _prompts(args: argparse.Namespace, policy: Policy) -> list[_Prompt]:
             raise InputError(f"{place}: {error}") from None
         prompts.append(_Prompt(place, text, ids))
     return prompts
+
+
+def _openings(count: int, seed: int) -> list[str]:
+    """So many different openings of reviews."""
+    drawn = list(dict.fromkeys(review_prompts(10 * count, seed=seed)))
+    if len(drawn) < count:
+        raise InputError(f"--rows {count}: the generated reviews have not so many openings; lower it.")
+    return drawn[:count]
 
 
 def _room(policy: Policy, prompts: list[_Prompt], asked: int | None) -> int:

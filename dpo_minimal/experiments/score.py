@@ -23,10 +23,10 @@ than under the reference, its contribution is +0.1; if " dull" in yl is e times 
   dpo-minimal score --model FOLDER --reference FOLDER --data pairs.jsonl
   dpo-minimal score --model gpt2-medium --reference gpt2 --prompt "2 + 2 =" --chosen " 4" --rejected " 5"
 
-Pairs are read as in training, up to the models' context unless --max-length says less: a long prompt loses
-its left end, a completion nothing. At the end stand means over all pairs with their standard errors. Where
-both mean log-ratios are below 0, both kinds of completion have become less likely: the loss sees only their
-difference.
+Loss and weight are DPO's, also of a run with another --loss-type. Pairs are read as in training, up to the
+models' context unless --max-length says less: a long prompt loses its left end, a completion nothing. At the
+end stand means over all pairs with their standard errors. Where both mean log-ratios are below 0, both kinds
+of completion have become less likely: the loss sees only their difference.
 """
 
 from __future__ import annotations
@@ -152,7 +152,9 @@ def _reference(args: argparse.Namespace, config: dict[str, Any], policy: Policy)
         reference = load_policy(name)
     except InputError as error:
         reason = str(error).removeprefix(f"--model {name}: ").removeprefix(f"{name}: ")
-        raise InputError(f"--reference {name}: {reason}") from None
+        if args.reference is None:
+            reason = f"which {args.model} started from: {reason[:-1]}; or say by --reference where it is."
+        raise InputError(f"--reference {name}{',' if args.reference is None else ':'} {reason}") from None
     start = config.get("start", {}).get("model")
     if args.reference is None and start not in (None, state_fingerprint(reference.model)):
         raise InputError(

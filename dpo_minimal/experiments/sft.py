@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data_options(
         parser, DEFAULTS, "rows with a prompt and a completion to imitate",
         f"; of a new model it is this number, else {DEFAULTS.file['context']}, or "
-        f"{DEFAULTS.reviews['context']} for the reviews",
+        f"{DEFAULTS.reviews['context']} for the reviews unless read as bytes",
     )  # fmt: skip
     model = parser.add_argument_group("model")
     model.add_argument(

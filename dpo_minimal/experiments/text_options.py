@@ -136,7 +136,7 @@ def add_run_options(parser: argparse.ArgumentParser, defaults: Defaults, command
     group.add_argument("--device", help="cpu or cuda " + _in(defaults, "device"))
     group.add_argument("--seed", type=int, help="the same seed gives the same run " + _in(defaults, "seed"))
     for flag, text in (
-        ("--logging-steps", "write every Nth step to metrics.jsonl"),
+        ("--logging-steps", "write every Nth step, the first and the last to metrics.jsonl"),
         ("--eval-steps", "look at the held-out rows every N steps; 0 only before and after"),
         ("--save-steps", "write a checkpoint every N steps; 0 only at the end"),
     ):

@@ -14,7 +14,7 @@ import torch
 
 from ..allocator import keep_freed_memory
 from ..batches import Example, split_by_prompt, tokenize
-from ..checkpoint import load_model, read_json_object, save_model
+from ..checkpoint import NAMES, load_model, read_config, read_json_object, save_model
 from ..data import Dataset, load_dataset
 from ..model import GPT
 from ..runs import new_run_folder, refuse_used_folder, versions, write_json
@@ -39,28 +39,47 @@ def load_policy(name: str) -> Policy:
 
     Raises InputError where there is none, or where the two do not belong together.
     """
-    folder = Path(name)
-    if (folder / MODEL).is_dir():
-        folder = folder / MODEL
-    elif (folder / CONFIG_FILE).exists() and "options" in read_json_object(folder / CONFIG_FILE):
-        raise InputError(f"--model {name}: that run has no model yet; finish it with --resume {name}.")
+    folder = _folder_of(name)
     model = load_model(folder if folder.is_dir() else name)
     vocab_size = model.config.vocab_size
-    if (folder / TOKENIZER_FILE).exists():
-        tokenizer = load_tokenizer(folder)
-    elif vocab_size == GPT2_VOCABULARY:  # Hugging Face's own folders come with files for other libraries
-        tokenizer = gpt2_tokenizer()
-    else:
-        raise InputError(
-            f"--model {name}: has no {TOKENIZER_FILE}, and with {vocab_size} tokens it is not GPT-2's "
-            "vocabulary; put the tokenizer's file beside the weights."
-        )
+    tokenizer = _tokenizer_of(name, folder, vocab_size)
     if tokenizer.vocab_size != vocab_size:
         raise InputError(
             f"--model {name}: its tokenizer has {tokenizer.vocab_size} tokens but its model {vocab_size}; "
             "put the file that belongs to it beside the weights."
         )
     return Policy(model, tokenizer)
+
+
+def load_policy_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer alone, of the same folders, runs and names; no weights are read or fetched."""
+    folder = _folder_of(name)
+    if (folder / TOKENIZER_FILE).exists():
+        return load_tokenizer(folder)
+    released = not folder.is_dir() and name in NAMES
+    vocab_size = GPT2_VOCABULARY if released else read_config(folder / CONFIG_FILE).vocab_size
+    return _tokenizer_of(name, folder, vocab_size)
+
+
+def _folder_of(name: str) -> Path:
+    """Where a model lies: in a run, its result."""
+    folder = Path(name)
+    if (folder / MODEL).is_dir():
+        return folder / MODEL
+    if (folder / CONFIG_FILE).exists() and "options" in read_json_object(folder / CONFIG_FILE):
+        raise InputError(f"--model {name}: that run has no model yet; finish it with --resume {name}.")
+    return folder
+
+
+def _tokenizer_of(name: str, folder: Path, vocab_size: int) -> Tokenizer:
+    if (folder / TOKENIZER_FILE).exists():
+        return load_tokenizer(folder)
+    if vocab_size == GPT2_VOCABULARY:  # Hugging Face's own folders come with files for other libraries
+        return gpt2_tokenizer()
+    raise InputError(
+        f"--model {name}: has no {TOKENIZER_FILE}, and with {vocab_size} tokens it is not GPT-2's "
+        "vocabulary; put the tokenizer's file beside the weights."
+    )
 
 
 def save_policy(policy: Policy, folder: Path) -> None:

@@ -117,9 +117,12 @@ def notes(duels: list[Duel]) -> str:
     gpu = duels[0].task.device == "cuda"
     lines = [
         "ours ÷ it: median of the rounds (lowest–highest). epoch 1: with the pass that caches reference "
-        f"log-probabilities, over {STEPS_PER_EPOCH} steps. peak: of "
+        f"log-probabilities, over {STEPS_PER_EPOCH} steps; that pass is timed once, which the range leaves "
+        "out. peak: of "
         + ("GPU memory." if gpu else "the process; ours imports torch alone, hence the second number."),
     ]
+    tasks = {(duel.task.shape, duel.task.micro_size, duel.task.pairs_per_step) for duel in duels}
+    lines += [f"{shape}: ours takes {m} of a step's {n} pairs at a time." for shape, m, n in sorted(tasks)]
     for dtype, allowed in LOSS_TOLERANCE.items():
         found = [duel.disagreement for duel in duels if duel.task.dtype == dtype and duel.disagreement]
         if found:
