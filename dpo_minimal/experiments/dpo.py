@@ -197,7 +197,7 @@ def _train(
     if state_fingerprint(reference) != fingerprint:
         raise AssertionError("the reference has moved in training, which is a bug in here")
     save_policy(policy, folder)
-    after = look.draw(model)
+    after = look.latest or look.draw(model)  # a run that was finished already has looked at nothing
     from ..text_plots import preference_figure  # matplotlib is slow to import: not before it is needed
 
     starts = [LOSS_TYPES[options.loss_type].start(len(row.completions), **loss) for row in train]
@@ -274,6 +274,7 @@ class _Samples:
         self, options: argparse.Namespace, policy: Policy, reference: torch.nn.Module, rows: list[Example]
     ):
         self.options, self.reference = options, reference
+        self.latest: Samples | None = None
         self.model, self.tokenizer = policy
         self.prompts = [policy.tokenizer.decode(example.prompt) for example in rows[: options.eval_samples]]
 
@@ -288,7 +289,7 @@ class _Samples:
 
     def record(self) -> Record:
         """What is logged at each look: divergence, length, and the true reward where it is known."""
-        samples = self.draw(self.model)
+        self.latest = samples = self.draw(self.model)
         if samples is None:
             return {}
         divergence, length = mean_of(samples.log_ratios), mean_of(samples.lengths)
