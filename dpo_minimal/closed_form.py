@@ -179,13 +179,16 @@ def best_of_n_logps(ref_logps: Tensor, rewards: Tensor, *, n: int) -> Tensor:
     log_tied = everyone.masked_fill(other != mine, -math.inf).logsumexp(-1)
     worst = mine.squeeze(-1) == rewards.masked_fill(absent, math.inf).amin(-1, keepdim=True)  # F - p = 0
     log_below = torch.log1p(-torch.where(worst, -1, log_tied - log_cdf).exp())  # log (F - p) / F
-    rise = torch.where(worst, 0, _log1mexp(n * log_below))
+    rise = torch.where(worst, 0, log1mexp(n * log_below))
     logps = (ref_logps - log_tied + n * log_cdf + rise).masked_fill(absent, -math.inf)
     return logps.log_softmax(-1).to(dtype)
 
 
-def _log1mexp(x: Tensor) -> Tensor:
-    """log(1 - e^x) for x < 0, accurate at both ends; each branch sees only its own half, for the gradient."""
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 - e^x) for x < 0, accurate at both ends [D12.5].
+
+    Each branch sees only its own half, so that the gradient is finite too.
+    """
     near = x > -math.log(2)
     close, far = torch.where(near, x, -1), torch.where(near, -1, x)
     return torch.where(near, torch.log(-torch.expm1(close)), torch.log1p(-torch.exp(far)))

@@ -29,6 +29,12 @@ def check_positive(name: str, value: float | Tensor) -> None:
         raise InputError(f"{name} must be a positive finite number, got {float(value)}.")
 
 
+def check_not_negative(name: str, value: float) -> None:
+    """Require a finite number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
+        raise InputError(f"{name} must be a finite number of at least 0, got {value!r}.")
+
+
 def check_count(name: str, value: int, *, minimum: int = 1) -> None:
     """Require an integer of at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
@@ -42,10 +48,10 @@ def check_seed(name: str, value: int) -> None:
         raise InputError(f"{name} must lie in [0, 2^60), got {value}.")
 
 
-def check_flip_probability(value: float) -> None:
+def check_flip_probability(value: float, name: str = "flip_probability") -> None:
     """Require a label-noise rate in [0, 1/2): from 1/2 on, labels carry no or the opposite information."""
     if not isinstance(value, Real) or not 0 <= value < 0.5:
-        raise InputError(f"flip_probability must lie in [0, 0.5), got {value!r}.")
+        raise InputError(f"{name} must lie in [0, 0.5), got {value!r}.")
 
 
 def check_device(device: str) -> None:
