@@ -168,6 +168,53 @@ def shared_prompt_logps(model: GPT, batch: SharedPromptBatch) -> Tensor:
     Raises:
         InputError: shapes do not fit, an empty prompt or completion, lengths beyond the row.
     """
+    logps, tokens = shared_prompt_token_logps(model, batch)
+    completion_lengths = batch.completion_lengths
+    B, K = completion_lengths.shape
+    return logps.new_zeros(B * K).index_add(0, tokens.sequence, logps).view(B, K)
+
+
+class CompletionTokens(NamedTuple):
+    """The N completion tokens of a `SharedPromptBatch`, row by row and each completion from its first [D9.1].
+
+    Fields:
+        sequence: (N,) whose they are: column k of row b is b * K + k.
+        place: (N,) where they stand in ids.flatten().
+        predictor: (N,) where the token before stands, whose hidden state predicts them; of a completion's
+            first token that is the prompt's last.
+    """
+
+    sequence: Tensor
+    place: Tensor
+    predictor: Tensor
+
+
+def shared_prompt_token_logps(model: GPT, batch: SharedPromptBatch) -> tuple[Tensor, CompletionTokens]:
+    """log pi(y_t | x, y_<t) of each completion token, (N,) nats, and which tokens they are [D9.1].
+
+    Args, Raises: as `shared_prompt_logps`, whose terms these are.
+    """
+    hidden, tokens = shared_prompt_states(model, batch)
+    filler = (0, -len(tokens.place) % _TOKEN_MULTIPLE)  # entries that are computed and thrown away
+    hidden = pick(hidden, F.pad(tokens.predictor, filler))
+    logps = _target_logps(model, hidden, F.pad(batch.ids.flatten()[tokens.place], filler))
+    return logps[: len(tokens.place)], tokens
+
+
+def pick(hidden: Tensor, places: Tensor) -> Tensor:
+    """(B T, C) states, (N,) places -> (N, C) [D9.1].
+
+    An embedding, whose gradient adds up in order: K completions share the prompt's last state, and indexing
+    would add their gradients in whatever order the threads arrive.
+    """
+    return F.embedding(places, hidden)
+
+
+def shared_prompt_states(model: GPT, batch: SharedPromptBatch) -> tuple[Tensor, CompletionTokens]:
+    """Hidden states of every place of a batch, (B T, C), and where its completion tokens are [D9.1].
+
+    Args, Raises: as `shared_prompt_logps`.
+    """
     ids, prompt_lengths, completion_lengths = batch
     B, T = ids.shape
     K = completion_lengths.shape[-1]
@@ -185,15 +232,11 @@ def shared_prompt_logps(model: GPT, batch: SharedPromptBatch) -> Tensor:
     mask = (same | (part == 0).unsqueeze(-2)) & (place[0].unsqueeze(-1) >= place[0])
     hidden = model.hidden(ids, positions, mask.unsqueeze(1))
 
-    row, token = ((part > 0) & (part <= K)).nonzero(as_tuple=True)  # the scored tokens
+    row, token = ((part > 0) & (part <= K)).nonzero(as_tuple=True)  # the completions' tokens
     first = token == start[row, token]  # the first token of a completion is predicted by the prompt's last
     predictor = torch.where(first, prompt_lengths[row], token) - 1
-    filler = (0, -len(row) % _TOKEN_MULTIPLE)  # entries that are computed and thrown away
-    # An embedding, whose gradient adds up in order: K completions share the prompt's last state, and indexing
-    # would add their gradients in whatever order the threads arrive.
-    hidden = F.embedding(F.pad(row * T + predictor, filler), hidden.flatten(0, 1))
-    logps = _target_logps(model, hidden, F.pad(ids[row, token], filler))[: len(row)]
-    return logps.new_zeros(B * K).index_add(0, row * K + part[row, token] - 1, logps).view(B, K)
+    tokens = CompletionTokens(row * K + part[row, token] - 1, row * T + token, row * T + predictor)
+    return hidden.flatten(0, 1), tokens
 
 
 _TOKEN_MULTIPLE = 64  # a matrix library prepares a kernel for each new shape: let there be few

@@ -749,7 +749,7 @@ MUTANTS = {
         test_in_bfloat16_the_log_softmax_is_still_float32,
     ),
     "sums in bfloat16": (
-        policy.shared_prompt_logps, ")[: len(row)]", ")[: len(row)].bfloat16()",
+        policy.shared_prompt_token_logps, "logps[: len", "logps.bfloat16()[: len",
         test_in_bfloat16_the_log_softmax_is_still_float32,
     ),
     "autocast off": (

@@ -242,15 +242,15 @@ def test_autocast_scores_in_float32_and_leaves_weights_float32():
 
 MUTANTS = {
     "completions see each other": (
-        policy.shared_prompt_logps, "(same | (part == 0).unsqueeze(-2)) & ", "",
+        policy.shared_prompt_states, "(same | (part == 0).unsqueeze(-2)) & ", "",
         test_values_equal_a_token_by_token_loop,
     ),
     "positions run on through the first completion": (
-        policy.shared_prompt_logps, "(place - start + offset)", "place",
+        policy.shared_prompt_states, "(place - start + offset)", "place",
         test_values_equal_a_token_by_token_loop,
     ),
     "first token predicted by the completion before": (
-        policy.shared_prompt_logps, "torch.where(first, prompt_lengths[row], token)", "token",
+        policy.shared_prompt_states, "torch.where(first, prompt_lengths[row], token)", "token",
         test_values_equal_a_token_by_token_loop,
     ),
     "terms shifted by one token": (
