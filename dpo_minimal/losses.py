@@ -19,6 +19,7 @@ came in (float16 holds losses up to 65504). Further leading dimensions are allow
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -45,9 +46,9 @@ class PreferenceLoss(NamedTuple):
         losses: to be averaged and minimised.
         chosen_rewards, rejected_rewards: implicit rewards beta log(pi / pi_ref), detached; their
             difference is the margin. Losses without a reference say what they put here.
-        gradient_weights: coefficient of -grad(log pi(y_w) - log pi(y_l)), detached. SimPO, ORPO and
-            Unlikelihood pull the two unequally: theirs is the coefficient of -grad log pi(y_w), and their
-            docstrings give that of +grad log pi(y_l).
+        gradient_weights: coefficient of -grad(log pi(y_w) - log pi(y_l)), detached. Averaged IPO, SimPO,
+            ORPO and Unlikelihood pull the two unequally: theirs is the coefficient of -grad log pi(y_w), and
+            their docstrings give that of +grad log pi(y_l).
     """
 
     losses: Tensor
@@ -241,8 +242,9 @@ def averaged_ipo_loss(
 
     TRL's convention, under a name of its own because its optimum is another one: each log-ratio is what
     `ipo_loss` would give it, times its length, plus a multiple of its length. With equal lengths L it is
-    `ipo_loss` at beta / L. Rewards are beta times the averages; the gradient weight is 1/beta - 2h, divided
-    by |y_w| for the chosen and by |y_l| for the rejected completion: the field holds the chosen one's.
+    `ipo_loss` at beta / L, over L^2. Rewards are beta times the averages. With h the difference of averages
+    the chosen completion pulls with (1/beta - 2h) / |y_w|, the field `gradient_weights`, and the rejected
+    one with (1/beta - 2h) / |y_l|.
 
     Args: as `ipo_loss`; chosen_lengths, rejected_lengths (B,) counts of scored tokens, end-of-text included.
     Returns, Raises: as `dpo_loss`; InputError also where a length is below 1.
@@ -388,8 +390,9 @@ def orpo_loss(
     chosen, rejected = _policy_logps(policy_chosen_logps, policy_rejected_logps)
     chosen_lengths, rejected_lengths = _lengths(policy_chosen_logps, chosen_lengths, rejected_lengths)
     chosen, rejected = chosen / chosen_lengths, rejected / rejected_lengths
-    if (chosen > 1e-3).any() or (rejected > 1e-3).any():  # far above the rounding of a sure completion
-        raise InputError("orpo_loss needs log-probabilities, but some are above 0.")
+    for name, average in (("policy_chosen_logps", chosen), ("policy_rejected_logps", rejected)):
+        if (average > 1e-3).any():  # far above the rounding of a sure completion
+            raise InputError(f"{name} must be log-probabilities, which are never above 0.")
     almost_sure = -torch.finfo(chosen.dtype).eps  # the odds of certainty are infinite
     chosen_rest = log1mexp(chosen.clamp(max=almost_sure))  # log(1 - p)
     rejected_rest = log1mexp(rejected.clamp(max=almost_sure))
@@ -450,8 +453,8 @@ def _lengths(logps: Tensor, chosen: Tensor, rejected: Tensor) -> tuple[Tensor, T
             raise InputError(
                 f"{name} must be a tensor of shape {tuple(logps.shape)}, one count a completion."
             )
-        if not (lengths >= 1).all():  # NaN fails as well
-            raise InputError(f"{name} must be at least 1 everywhere; an empty completion has no average.")
+        if not ((lengths >= 1) & (lengths < torch.inf)).all():  # NaN fails as well
+            raise InputError(f"{name} must be finite and at least 1; an empty completion has no average.")
     dtype = widen(logps).dtype
     return chosen.to(dtype), rejected.to(dtype)
 
@@ -493,8 +496,8 @@ def kto_loss(
     Args:
         policy_logps, reference_logps: (B,) log-probabilities of single completions, nats.
         is_desirable: (B,) True for good, False for bad.
-        kl_estimate: z0, one number, nats: from `kto_kl_estimate`, or the exact divergence of a table; no
-            gradient flows through it.
+        kl_estimate: z0 >= 0, nats: one number, from `kto_kl_estimate`, or (B,) one a row, each the exact
+            divergence of its prompt's table; no gradient flows through it.
         beta, desirable_weight, undesirable_weight: > 0.
     Returns:
         LabelLoss of (B,) tensors; losses lie in [0, lambda].
@@ -508,16 +511,24 @@ def kto_loss(
     check_positive("undesirable_weight", undesirable_weight)
     check_same_shape(policy_logps=policy_logps, reference_logps=reference_logps)
     check_finite(policy_logps=policy_logps, reference_logps=reference_logps)
-    if is_desirable.shape != policy_logps.shape or is_desirable.dtype != torch.bool:
+    if (
+        not isinstance(is_desirable, Tensor)
+        or is_desirable.shape != policy_logps.shape
+        or is_desirable.dtype != torch.bool
+    ):
         raise InputError(f"is_desirable must be a boolean tensor of shape {tuple(policy_logps.shape)}.")
-    kl_estimate = torch.as_tensor(kl_estimate, device=policy_logps.device).detach()
+    logratio = widen(policy_logps) - widen(reference_logps)
+    if isinstance(kl_estimate, bool) or not isinstance(kl_estimate, (Tensor, Real)):
+        raise InputError(f"kl_estimate must be a number or a tensor, got {kl_estimate!r}.")
+    kl_estimate = torch.as_tensor(kl_estimate, dtype=logratio.dtype, device=logratio.device).detach()
     if not (kl_estimate >= 0).all() or not torch.isfinite(kl_estimate).all():
         raise InputError("kl_estimate must be finite and not negative, as divergences are.")
-    logratio = widen(policy_logps) - widen(reference_logps)
     if kl_estimate.dim() and kl_estimate.shape != logratio.shape:
         raise InputError(f"kl_estimate must be one number, or one a row, got {tuple(kl_estimate.shape)}.")
     sign = torch.where(is_desirable, 1.0, -1.0).to(logratio.dtype)
-    weight = torch.where(is_desirable, desirable_weight, undesirable_weight).to(logratio.dtype)
+    weight = torch.where(  # not two plain numbers, which `where` would round to float32
+        is_desirable, logratio.new_tensor(desirable_weight), logratio.new_tensor(undesirable_weight)
+    )
     gain = sign * beta * (logratio - kl_estimate)
     slope = torch.sigmoid(gain) * torch.sigmoid(-gain)  # of the sigmoid: at most 1/4
     dtype = policy_logps.dtype

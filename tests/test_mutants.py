@@ -14,6 +14,7 @@ import test_finite_data
 import test_losses
 import test_model
 import test_policy
+import test_relatives
 import torch
 from planting import CAUGHT, plant
 
@@ -43,7 +44,7 @@ class Mutant(NamedTuple):
     arguments: tuple = ()
 
 
-L = test_losses
+L, R = test_losses, test_relatives
 MUTANTS = [
     # ---- the mutation table of the theory: bugs that people have published
     Mutant(
@@ -246,6 +247,259 @@ MUTANTS = [
         "nesterov=True, weight_decay=1e-4",
         test_bandit.test_the_population_experiment_reaches_the_closed_form,
         (0,),
+    ),
+    # ---- DPO's relatives
+    Mutant(
+        "cDPO smooths the wrong way",
+        losses.cdpo_loss,
+        "- label_smoothing * F.logsigmoid(-margin)",
+        "+ label_smoothing * F.logsigmoid(-margin)",
+        R.test_value_and_gradient_of_a_fixed_table,
+        ("cdpo",),
+    ),
+    Mutant(
+        "cDPO with the opposite sign",
+        losses.cdpo_loss,
+        "-(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)",
+        "-F.logsigmoid(margin) - label_smoothing * margin",
+        R.test_optima_of_a_fixed_world,
+    ),
+    Mutant(
+        "cDPO weight without smoothing",
+        losses.cdpo_loss,
+        "(torch.sigmoid(-margin) - label_smoothing)",
+        "torch.sigmoid(-margin)",
+        R.test_value_and_gradient_of_a_fixed_table,
+        ("cdpo",),
+    ),
+    Mutant(
+        "cDPO, log of sigmoid",
+        losses.cdpo_loss,
+        "F.logsigmoid(-margin)",
+        "torch.sigmoid(-margin).log()",
+        R.test_extreme_log_probabilities,
+        ("cdpo", torch.float32),
+    ),
+    Mutant(
+        "robust DPO without its denominator",
+        losses.robust_dpo_loss,
+        "flip_probability / (1 - 2 * flip_probability)",
+        "flip_probability",
+        R.test_value_and_gradient_of_a_fixed_table,
+        ("robust",),
+    ),
+    Mutant(
+        "robust DPO with the opposite sign",
+        losses.robust_dpo_loss,
+        "- linear * margin",
+        "+ linear * margin",
+        R.test_optima_of_a_fixed_world,
+    ),
+    Mutant(
+        "robust DPO weight of DPO",
+        losses.robust_dpo_loss,
+        "(torch.sigmoid(-margin) + linear)",
+        "torch.sigmoid(-margin)",
+        R.test_value_and_gradient_of_a_fixed_table,
+        ("robust",),
+    ),
+    Mutant(
+        "unweighted DPO without beta",
+        losses.unweighted_dpo_loss,
+        "-beta * logratio_margin",
+        "-logratio_margin",
+        R.test_value_and_gradient_of_a_fixed_table,
+        ("unweighted_dpo",),
+    ),
+    Mutant(
+        "unweighted DPO weighted",
+        losses.unweighted_dpo_loss,
+        "-beta * logratio_margin",
+        "-F.logsigmoid(beta * logratio_margin)",
+        R.test_optima_of_a_fixed_world,
+    ),
+    Mutant(
+        "averaged IPO summed",
+        losses.averaged_ipo_loss,
+        "chosen_logratio / chosen_lengths, rejected_logratio / rejected_lengths",
+        "chosen_logratio, rejected_logratio",
+        R.test_value_and_gradient_of_a_fixed_table,
+        ("averaged_ipo",),
+    ),
+    Mutant(
+        "averaged IPO, lengths swapped",
+        losses.averaged_ipo_loss,
+        "chosen_logratio / chosen_lengths, rejected_logratio / rejected_lengths",
+        "chosen_logratio / rejected_lengths, rejected_logratio / chosen_lengths",
+        R.test_optima_of_a_fixed_world,
+    ),
+    Mutant(
+        "averaged IPO weight not divided",
+        losses.averaged_ipo_loss,
+        "(1 / beta - 2 * gap) / chosen_lengths",
+        "(1 / beta - 2 * gap)",
+        R.test_value_and_gradient_of_a_fixed_table,
+        ("averaged_ipo",),
+    ),
+    Mutant(
+        "SimPO's margin with the opposite sign",
+        losses.simpo_loss,
+        "- rejected_reward - gamma",
+        "- rejected_reward + gamma",
+        R.test_value_and_gradient_of_a_fixed_table,
+        ("simpo",),
+    ),
+    Mutant(
+        "SimPO's margin times beta, as TRL's option",
+        losses.simpo_loss,
+        "- rejected_reward - gamma",
+        "- rejected_reward - beta * gamma",
+        R.test_optima_of_a_fixed_world,
+    ),
+    Mutant(
+        "SimPO summed",
+        losses.simpo_loss,
+        "beta * chosen / chosen_lengths, beta * rejected / rejected_lengths",
+        "beta * chosen, beta * rejected",
+        R.test_optima_of_a_fixed_world,
+    ),
+    Mutant(
+        "SimPO, lengths swapped",
+        losses.simpo_loss,
+        "beta * chosen / chosen_lengths, beta * rejected / rejected_lengths",
+        "beta * chosen / rejected_lengths, beta * rejected / chosen_lengths",
+        R.test_value_and_gradient_of_a_fixed_table,
+        ("simpo",),
+    ),
+    Mutant(
+        "ORPO of sums",
+        losses.orpo_loss,
+        "chosen, rejected = chosen / chosen_lengths, rejected / rejected_lengths",
+        "chosen, rejected = chosen, rejected",
+        R.test_value_and_gradient_of_a_fixed_table,
+        ("orpo",),
+    ),
+    Mutant(
+        "ORPO, probabilities for odds",
+        losses.orpo_loss,
+        "chosen - chosen_rest, rejected - rejected_rest",
+        "chosen, rejected",
+        R.test_optima_of_a_fixed_world,
+    ),
+    Mutant(
+        "ORPO, weights swapped",
+        losses.orpo_loss,
+        "F.logsigmoid(-log_odds_ratio) - chosen_rest",
+        "F.logsigmoid(-log_odds_ratio) - rejected_rest",
+        R.test_value_and_gradient_of_a_fixed_table,
+        ("orpo",),
+    ),
+    Mutant(
+        "ORPO without lambda",
+        losses.orpo_loss,
+        "-chosen - lam * F.logsigmoid",
+        "-chosen - F.logsigmoid",
+        R.test_optima_of_a_fixed_world,
+    ),
+    Mutant(
+        "ORPO, log(1 - e^a) as written",
+        closed_form.log1mexp,
+        "return torch.where(near, torch.log(-torch.expm1(close)), torch.log1p(-torch.exp(far)))",
+        "return torch.log(1 - torch.exp(x))",
+        R.test_orpo_keeps_its_digits_near_certainty,
+    ),
+    Mutant(
+        "ORPO, infinite odds",
+        losses.orpo_loss,
+        "chosen.clamp(max=almost_sure)",
+        "chosen",
+        R.test_orpo_of_certain_completions_is_finite,
+        (torch.float32,),
+    ),
+    Mutant(
+        "Unlikelihood without alpha",
+        losses.unlikelihood_loss,
+        "alpha * rejected",
+        "rejected",
+        R.test_value_and_gradient_of_a_fixed_table,
+        ("unlikelihood",),
+    ),
+    Mutant(
+        "Unlikelihood raises the rejected",
+        losses.unlikelihood_loss,
+        "-chosen + alpha",
+        "-chosen - alpha",
+        R.test_optima_of_a_fixed_world,
+    ),
+    Mutant(
+        "Unlikelihood, Welleck's",
+        losses.unlikelihood_loss,
+        "alpha * rejected",
+        "-alpha * torch.log1p(-rejected.exp())",
+        R.test_optima_of_a_fixed_world,
+    ),
+    Mutant(
+        "KTO, weights swapped",
+        losses.kto_loss,
+        "logratio.new_tensor(desirable_weight), logratio.new_tensor(undesirable_weight)",
+        "logratio.new_tensor(undesirable_weight), logratio.new_tensor(desirable_weight)",
+        R.test_kto_of_a_fixed_batch,
+    ),
+    Mutant(
+        "KTO with z0 on the wrong side",
+        losses.kto_loss,
+        "(logratio - kl_estimate)",
+        "(logratio + kl_estimate)",
+        R.test_kto_of_a_fixed_batch,
+    ),
+    Mutant(
+        "KTO in which all is desirable",
+        losses.kto_loss,
+        "torch.where(is_desirable, 1.0, -1.0)",
+        "torch.where(is_desirable, 1.0, 1.0)",
+        R.test_kto_of_a_fixed_batch,
+    ),
+    Mutant(
+        "KTO's weights rounded to float32",
+        losses.kto_loss,
+        "logratio.new_tensor(desirable_weight), logratio.new_tensor(undesirable_weight)",
+        "desirable_weight, undesirable_weight",
+        R.test_kto_of_a_fixed_batch,
+    ),
+    Mutant(
+        "KTO's logistic loss",
+        losses.kto_loss,
+        "(weight * torch.sigmoid(-gain))",
+        "(-weight * F.logsigmoid(gain))",
+        R.test_kto_of_a_fixed_batch,
+    ),
+    Mutant(
+        "KTO trains its z0",
+        losses.kto_loss,
+        "device=logratio.device).detach()",
+        "device=logratio.device)",
+        R.test_kto_reads_z0_and_does_not_train_it,
+    ),
+    Mutant(
+        "z0 carries gradient",
+        losses.kto_kl_estimate,
+        ").detach()",
+        ")",
+        R.test_kto_reads_z0_and_does_not_train_it,
+    ),
+    Mutant(
+        "z0 below zero",
+        losses.kto_kl_estimate,
+        ".clamp(min=0)",
+        "",
+        R.test_kto_reads_z0_and_does_not_train_it,
+    ),
+    Mutant(
+        "z0 summed",
+        losses.kto_kl_estimate,
+        ".mean()",
+        ".sum()",
+        R.test_kto_reads_z0_and_does_not_train_it,
     ),
     # ---- the closed forms, one altered at a time
     Mutant(

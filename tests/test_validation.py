@@ -176,11 +176,69 @@ BAD_INDEX = dict(
     empty=torch.tensor([], dtype=torch.long),
     scalar=torch.tensor(0),
 )
+POLICY = dict.fromkeys(PAIRED[:2], ROW)
+BAD_POLICY = dict.fromkeys(PAIRED[:2], finite(ROW))
+TOKENS = torch.tensor([1, 2, 3])
+COUNTED = dict(chosen_lengths=TOKENS, rejected_lengths=TOKENS.flip(0))
+BAD_TOKENS = dict(
+    empty_completion=torch.tensor([1, 0, 2]),
+    nan=replaced(TOKENS.float(), NAN),
+    inf=replaced(TOKENS.float(), INF),
+    column=TOKENS.unsqueeze(-1),
+    longer=torch.tensor([1, 2, 3, 4]),
+    list=[1, 2, 3],
+    number=2,
+    none=None,
+)
+BAD_COUNTED = dict.fromkeys(COUNTED, BAD_TOKENS)
+BAD_FROM_ZERO = dict(negative=-0.1, nan=NAN, inf=INF, bool=True, string="0.5", none=None)
+ABOVE_ZERO = dict(above_zero=replaced(ROW, 0.1))
+LABELS = torch.tensor([True, False, True])
+KTO = dict(
+    policy_logps=ROW,
+    reference_logps=ROW,
+    is_desirable=LABELS,
+    kl_estimate=0.1,
+    beta=0.5,
+    desirable_weight=1.0,
+    undesirable_weight=1.0,
+)
+BAD_KTO = dict(
+    policy_logps=finite(ROW),
+    reference_logps=finite(ROW),
+    is_desirable=dict(numbers=LABELS.float(), list=LABELS.tolist(), column=LABELS.unsqueeze(-1), none=None),
+    kl_estimate=dict(negative=-0.1, nan=NAN, inf=INF, string="0.1", none=None, bool=True)
+    | dict(negative_row=replaced(-ROW, -0.1), column=-ROW.unsqueeze(-1), longer=torch.ones(4)),
+    beta=BAD_POSITIVE,
+    desirable_weight=BAD_POSITIVE,
+    undesirable_weight=BAD_POSITIVE,
+)
 RANKED = dict(policy_logps=LOGPS, reference_logps=LOGPS, beta=0.5)
 BAD_RANKED = dict(policy_logps=finite(LOGPS), reference_logps=finite(LOGPS), beta=BAD_POSITIVE)
 LOSSES = {
     "dpo_loss": (MARGIN, BAD_MARGIN),
     "ipo_loss": (MARGIN, BAD_MARGIN),
+    "unweighted_dpo_loss": (MARGIN, BAD_MARGIN),
+    "cdpo_loss": (MARGIN | dict(label_smoothing=0.1), BAD_MARGIN | dict(label_smoothing=BAD_FLIP)),
+    "robust_dpo_loss": (MARGIN | dict(flip_probability=0.1), BAD_MARGIN | dict(flip_probability=BAD_FLIP)),
+    "averaged_ipo_loss": (MARGIN | COUNTED, BAD_MARGIN | BAD_COUNTED),
+    "simpo_loss": (
+        POLICY | COUNTED | dict(beta=0.5, gamma=0.5),
+        BAD_POLICY | BAD_COUNTED | dict(beta=BAD_POSITIVE, gamma=BAD_FROM_ZERO),
+    ),
+    "orpo_loss": (
+        POLICY | COUNTED | dict(lam=0.1),
+        {name: bad | ABOVE_ZERO for name, bad in BAD_POLICY.items()} | BAD_COUNTED | dict(lam=BAD_FROM_ZERO),
+    ),
+    "unlikelihood_loss": (
+        POLICY | dict(alpha=0.5),
+        BAD_POLICY | dict(alpha=BAD_FROM_ZERO | dict(above_one=1.01)),
+    ),
+    "kto_loss": (KTO, BAD_KTO),
+    "kto_kl_estimate": (
+        dict(policy_logps=ROW, reference_logps=ROW),
+        dict(policy_logps=finite(ROW), reference_logps=finite(ROW)),
+    ),
     "dpo_loss_from_indices": (
         dict(pi_logps=ROW, ref_logps=ROW, yw_idxs=INDEX, yl_idxs=INDEX.flip(0), beta=0.5),
         dict(
@@ -203,7 +261,8 @@ LOSSES = {
 
 @pytest.mark.parametrize(("function", "arguments", "name"), cases(losses, LOSSES))
 def test_losses_refuse(function, arguments, name):
-    """Eq. 2, 7, 20: finite log-probabilities of one shape, beta > 0, indices in range (property 79)."""
+    """Eq. 2, 7, 20 and the relatives: finite log-probabilities of one shape, beta > 0, indices in range
+    (property 79), one token or more, labels that are true or false."""
     assert_refused(function, arguments, name)
 
 
