@@ -26,7 +26,7 @@ import dpo_minimal
 
 TESTS = Path(__file__).parent
 ROOMS = ("closed_form", "preferences", "losses", "bandit", "certificates", "finite_data", "sampling_laws")
-ROOMS += ("model", "generation", "policy", "evaluate")
+ROOMS += ("baselines", "model", "generation", "policy", "evaluate")
 BLOCKS = blocks_of(TEXT)
 HEADINGS = dict(re.findall(r"^### (D\d+\.\d+) (.*)$", TEXT, re.MULTILINE))
 PROSE = re.sub(r"^```.*?^```$", "", TEXT, flags=re.MULTILINE | re.DOTALL)
