@@ -8,17 +8,25 @@ an objective below is the *population* loss, with counts it is the loss of finit
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from .closed_form import kl_divergence
 from .losses import (
+    LabelLoss,
     PreferenceLoss,
+    averaged_ipo_loss,
     dpo_loss,
     ipo_loss,
+    kto_loss,
+    orpo_loss,
     plackett_luce_dpo_loss,
     plackett_luce_gradient_weights,
+    simpo_loss,
+    unlikelihood_loss,
 )
 from .preferences import Rankings
 from .validation import (
@@ -107,12 +115,59 @@ def dpo_on_table(logps: Tensor, ref_logps: Tensor, rankings: Rankings, *, beta: 
         logps, ref_logps: (X, Y) policy and reference tables.
         rankings: comparisons (K = 2) on them.
     """
-    return _pairwise(dpo_loss, logps, ref_logps, rankings, beta)
+    return loss_on_table(dpo_loss, logps, ref_logps, rankings, beta=beta)
 
 
-def _pairwise(loss, logps: Tensor, ref_logps: Tensor, rankings: Rankings, beta: float) -> PreferenceLoss:
+WITHOUT_REFERENCE = (simpo_loss, orpo_loss, unlikelihood_loss)
+WITH_LENGTHS = (simpo_loss, orpo_loss, averaged_ipo_loss)
+
+
+def loss_on_table(
+    loss: Callable[..., PreferenceLoss],
+    logps: Tensor,
+    ref_logps: Tensor,
+    rankings: Rankings,
+    *,
+    lengths: Tensor | None = None,
+    **options: float,
+) -> PreferenceLoss:
+    """Any pair loss of losses.py on every comparison at once, (E,) each [D12.1].
+
+    Args:
+        loss: `dpo_loss`, `simpo_loss`, ...; options are its options.
+        logps, ref_logps: (X, Y) tables; the reference is not read by losses without one.
+        lengths: (Y,) or (X, Y) tokens of each completion, for losses that average; None for one each.
+    """
+    arguments = [*rankings.gather(logps).unbind(-1)]
+    if loss not in WITHOUT_REFERENCE:
+        arguments += rankings.gather(ref_logps).unbind(-1)
+    if loss in WITH_LENGTHS:
+        lengths = torch.ones_like(logps) if lengths is None else lengths.expand(logps.shape)
+        arguments += rankings.gather(lengths).unbind(-1)
+    return loss(*arguments, **options)
+
+
+def kto_on_table(
+    logps: Tensor,
+    ref_logps: Tensor,
+    rankings: Rankings,
+    *,
+    beta: float,
+    desirable_weight: float,
+    undesirable_weight: float,
+) -> LabelLoss:
+    """`kto_loss` of every comparison, the chosen completion desirable and the rejected one not, (E, 2) each
+    [D12.4].
+
+    A table knows the divergence that z0 stands for: it is exact here, each prompt's own.
+    """
     policy, reference = rankings.gather(logps), rankings.gather(ref_logps)
-    return loss(policy[:, 0], policy[:, 1], reference[:, 0], reference[:, 1], beta=beta)
+    desirable = torch.tensor([True, False], device=policy.device).expand(policy.shape)
+    z0 = kl_divergence(logps.detach(), ref_logps)[rankings.prompt].unsqueeze(-1).expand(policy.shape)
+    return kto_loss(
+        policy, reference, desirable, z0, beta=beta, desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
+    )  # fmt: skip
 
 
 def dpo_objective(logps: Tensor, ref_logps: Tensor, rankings: Rankings, *, beta: float):
@@ -127,7 +182,7 @@ def dpo_objective(logps: Tensor, ref_logps: Tensor, rankings: Rankings, *, beta:
 
 def ipo_objective(logps: Tensor, ref_logps: Tensor, rankings: Rankings, *, beta: float):
     """The expected IPO loss, as `dpo_objective` [D12.1]."""
-    out = _pairwise(ipo_loss, logps, ref_logps, rankings, beta)
+    out = loss_on_table(ipo_loss, logps, ref_logps, rankings, beta=beta)
     return rankings.weight @ out.losses, rankings.weight @ out.gradient_weights
 
 

@@ -1,6 +1,6 @@
 """What DPO is compared with, on tables: the same optimum by reinforcement learning, and other aims.
 
-    policy_gradient, natural_gradient_step      the gradient of Eq. 3, exactly, and the step that needs no more
+    policy_gradient, natural_gradient_step      the gradient of Eq. 3, exactly, and the step that is enough
     reinforce_variance, best_baseline           what one sample of that gradient is worth
     clipped_surrogate, AdaptiveKL, ppo          PPO, on anything whose call returns the table of log pi
     preferred_ft_logps, unlikelihood_logps      where fine-tuning on chosen completions ends
@@ -113,7 +113,7 @@ def kl_estimates(logps: Tensor, ref_logps: Tensor) -> tuple[Tensor, Tensor, Tens
     k1 and k3 have mean KL(pi || pi_ref), k3 is never negative. Their derivatives are another matter: that of
     k1 has mean zero, only k2's has that of the divergence.
 
-    Args: log-probabilities of the samples under both, of one shape. Returns three tensors of that shape, nats.
+    Args: log-probabilities of the samples under both, of one shape. Returns three tensors of that shape.
     """
     check_same_shape(logps=logps, ref_logps=ref_logps)
     check_finite(logps=logps, ref_logps=ref_logps)
@@ -148,8 +148,8 @@ def clipped_surrogate(logps: Tensor, old_logps: Tensor, advantages: Tensor, *, c
 class AdaptiveKL:
     """The coefficient of the KL penalty: fixed, or steered until the divergence meets a target [D7.7].
 
-    coefficient *= exp(rate * clip(KL / target - 1, -1, 1)) after every iteration, as in Ziegler et al. (2019),
-    who write 1 + rate * error, with a smaller clip. Where it comes to rest, the policy is the optimum of
+    coefficient *= exp(rate * clip(KL / target - 1, -1, 1)) after each iteration, as in Ziegler et al.
+    (2019), who write 1 + rate * error, with a smaller clip. Where it comes to rest, the policy is the optimum of
     Eq. 3 for beta = coefficient, and so a point of the frontier.
 
     Fields: coefficient > 0, the start; target in nats, None to keep the coefficient; rate of steering.
@@ -204,8 +204,8 @@ def ppo(
         baseline: "learned": each prompt's running mean of penalised rewards, i.e. a value function of the
             prompt; "soft": beta log Z of the given rewards, which only a table knows.
     Yields:
-        A record an iteration, of the policy before it: step, reward (of `rewards`, exact), kl/policy_reference
-        (exact), kl/coefficient.
+        A record an iteration, of the policy before it: step, reward (of `rewards`, exact),
+        kl/policy_reference (exact), kl/coefficient.
     Raises:
         InputError: an option out of range.
     """

@@ -134,6 +134,21 @@ def all_sets(exists: Tensor, *, size: int = 2) -> Slate:
     return _even_slate(prompt[there], items[there], X)
 
 
+def reference_pairs(ref_logps: Tensor) -> Slate:
+    """Two different completions drawn independently from the reference, as in the paper's experiments; all
+    prompts equally likely [D13.2].
+
+    What the reference seldom says is seldom compared: that is coverage.
+
+    Args: ref_logps (X, Y); -inf where the prompt has no such completion.
+    """
+    pairs = all_sets(ref_logps > -torch.inf)
+    chance = ref_logps.double().exp()
+    weight = chance[pairs.prompt.unsqueeze(-1), pairs.items].prod(-1)
+    total = weight.new_zeros(len(ref_logps)).index_add(0, pairs.prompt, weight)
+    return pairs._replace(weight=weight / (len(ref_logps) * total[pairs.prompt]))
+
+
 def random_cycles(exists: Tensor, *, cycles: int, size: int = 2, generator: torch.Generator) -> Slate:
     """A sparse connected choice of sets: neighbours along `cycles` random rings through all completions
     [D4.4].

@@ -108,7 +108,9 @@ def _fit_table(
     )  # fmt: skip
 
 
-def gpt_world(settings: Settings) -> tuple[GPT, Tensor, Completions, Tensor, Rankings]:
+def gpt_world(
+    settings: Settings, shape: GPTConfig = GPT_SHAPE
+) -> tuple[GPT, Tensor, Completions, Tensor, Rankings]:
     """The reference GPT, its prompts, all completions, their rewards, and the population of comparisons.
 
     Rewards are independent for every completion, with no structure that a network could guess. Their
@@ -118,7 +120,7 @@ def gpt_world(settings: Settings) -> tuple[GPT, Tensor, Completions, Tensor, Ran
     generator = seeded_generator(settings, "gpt_world")
     with torch.random.fork_rng(devices=[]):  # GPT draws its weights from torch's global stream
         torch.manual_seed(seeded_generator(settings, "gpt_weights").initial_seed())
-        reference = GPT(GPT_SHAPE)
+        reference = GPT(shape)
     with torch.no_grad():
         reference.ln_f.weight.mul_(SHARPNESS)
     words = VOCAB - 1

@@ -1,0 +1,360 @@
+"""Every method of the frontier: its objective on a table of log pi, and where it must end if that is known.
+
+A method is trained by gradient steps on comparisons, or climbs rewards by PPO, or is a closed form. What a
+method must end at is computed from the same comparisons by another way: Newton's method, a linear system, or
+a formula.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import losses
+from ..bandit import kto_on_table, loss_on_table, plackett_luce_objective
+from ..baselines import AdaptiveKL, ppo, preferred_ft_logps, unlikelihood_logps
+from ..closed_form import best_of_n_logps, kl_divergence, optimal_logps
+from ..finite_data import ipo_estimate, maximum_likelihood
+from ..policy import shared_prompt_batch
+from ..preferences import Rankings, tally
+from ..reward_model import RewardModel
+from ..train import train
+from ..validation import InputError
+from .fit import float64_table
+from .worlds import World
+
+Objective = Callable[[Tensor, Tensor, Rankings], Tensor]  # (logps, ref_logps, rankings) -> loss
+LOOKS = 16  # measurements along a path
+
+
+class Effort(NamedTuple):
+    """How long the methods of a world are trained: the same for all of them.
+
+    Fields: steps on comparisons; iterations of PPO, samples of each prompt in an iteration, epochs on them.
+    """
+
+    steps: int
+    iterations: int
+    samples: int
+    epochs: int
+
+
+def effort(world: World, *, quick: bool) -> Effort:
+    """A few seconds a method. The GPT's steps are dear; samples of an enumerated policy cost nothing."""
+    share = 3 if quick else 1
+    if world.name == "table":
+        return Effort(1200 // share, 450 // share, samples=2048, epochs=4)
+    return Effort(450 // share, 500 // share, samples=2048, epochs=2)
+
+
+class Run(NamedTuple):
+    """One method on one world, from the reference to its end.
+
+    Fields:
+        family, setting: "DPO", "beta 0.1".
+        path: (L, X, Y) tables of log pi along the way, the reference first, the end last.
+        steps_at: (L,) steps done at each of them.
+        optimum: (X, Y) where it must end, or None where that is not known or does not exist.
+        steps, seconds: gradient steps, 0 for a closed form; time in training alone.
+    """
+
+    family: str
+    setting: str
+    path: Tensor
+    steps_at: list[int]
+    optimum: Tensor | None
+    steps: int
+    seconds: float
+
+    @property
+    def label(self) -> str:
+        return f"{self.family} {self.setting}".strip()
+
+    @property
+    def distance(self) -> float:
+        """KL(pi || its own optimum), the mean over prompts, nats; NaN where that is not known."""
+        if self.optimum is None:
+            return math.nan
+        return kl_divergence(self.path[-1], self.optimum).mean().item()
+
+
+# ---------------------------------------------------------------------------------- losses of comparisons
+
+
+class PairMethod(NamedTuple):
+    """A loss of comparisons.
+
+    Fields:
+        objective: the mean loss of the comparisons, by their weights.
+        optimum: (world, rankings) -> (X, Y) log pi, or None; raises InputError where none exists.
+        rate: Adam's rate for a table, in nats of log pi a step: as far as the optimum is, so is the walk.
+    """
+
+    family: str
+    setting: str
+    objective: Callable[[World], Objective]
+    optimum: Callable[[World, Rankings], Tensor | None]
+    rate: float
+
+
+def dpo(beta: float) -> PairMethod:
+    return _of(losses.dpo_loss, "DPO", f"β {beta:g}", tilted(beta), 0.05 / beta, beta=beta)
+
+
+def cdpo(beta: float, noise: float) -> PairMethod:
+    optimum = tilted(beta, lambda rankings: _mixed(rankings, 1 - noise, noise))
+    setting = f"β {beta:g}, ε {noise:g}"
+    return _of(losses.cdpo_loss, "cDPO", setting, optimum, 0.05 / beta, beta=beta, label_smoothing=noise)
+
+
+def robust(beta: float, noise: float) -> PairMethod:
+    mix = partial(_mixed, right=(1 - noise) / (1 - 2 * noise), wrong=-noise / (1 - 2 * noise))
+    setting = f"β {beta:g}, ε {noise:g}"
+    return _of(
+        losses.robust_dpo_loss, "robust DPO", setting, tilted(beta, mix), 0.05 / beta, beta=beta,
+        flip_probability=noise,
+    )  # fmt: skip
+
+
+def ipo(beta: float) -> PairMethod:
+    def optimum(world: World, rankings: Rankings) -> Tensor:
+        estimate = ipo_estimate(rankings, world.ref_logps > -math.inf, beta=beta)
+        return (world.ref_logps + estimate).log_softmax(-1)
+
+    return _of(losses.ipo_loss, "IPO", f"β {beta:g}", optimum, 0.02 / beta, beta=beta)
+
+
+def unweighted(beta: float) -> PairMethod:
+    return _of(losses.unweighted_dpo_loss, "DPO without weight", "", _unknown, 0.05, beta=beta)
+
+
+def simpo(beta: float, gamma: float) -> PairMethod:
+    return _of(losses.simpo_loss, "SimPO", f"β {beta:g}, γ {gamma:g}", _unknown, 0.05, beta=beta, gamma=gamma)
+
+
+def orpo(lam: float) -> PairMethod:
+    return _of(losses.orpo_loss, "ORPO", f"λ {lam:g}", _unknown, 0.05, lam=lam)
+
+
+def unlikelihood(alpha: float) -> PairMethod:
+    def optimum(world: World, rankings: Rankings) -> Tensor:
+        return unlikelihood_logps(rankings, world.ref_logps > -math.inf, alpha=alpha)
+
+    return _of(losses.unlikelihood_loss, "Unlikelihood", f"α {alpha:g}", optimum, 0.05, alpha=alpha)
+
+
+def preferred_ft() -> PairMethod:
+    def optimum(world: World, rankings: Rankings) -> Tensor:
+        return preferred_ft_logps(rankings, world.ref_logps > -math.inf)
+
+    return _of(losses.unlikelihood_loss, "Preferred-FT", "", optimum, 0.05, alpha=0.0)
+
+
+def plackett_luce(beta: float) -> PairMethod:
+    """DPO on rankings; the comparisons are rankings of any K."""
+
+    def objective(_: World) -> Objective:
+        return lambda *arguments: plackett_luce_objective(*arguments, beta=beta)[0]
+
+    return PairMethod("Plackett-Luce DPO", f"β {beta:g}", objective, tilted(beta), 0.05 / beta)
+
+
+def kto(beta: float) -> PairMethod:
+    def objective(_: World) -> Objective:
+        def loss(logps: Tensor, ref_logps: Tensor, rankings: Rankings) -> Tensor:
+            out = kto_on_table(
+                logps, ref_logps, rankings, beta=beta, desirable_weight=1.0, undesirable_weight=1.0
+            )
+            return rankings.weight @ out.losses.mean(-1)
+
+        return loss
+
+    return PairMethod("KTO", f"β {beta:g}", objective, _unknown, 0.05 / beta)
+
+
+def _of(loss, family: str, setting: str, optimum, rate: float, **options: float) -> PairMethod:
+    def objective(world: World) -> Objective:
+        def mean(logps: Tensor, ref_logps: Tensor, rankings: Rankings) -> Tensor:
+            lengths = world.lengths.to(logps.dtype)
+            out = loss_on_table(loss, logps, ref_logps, rankings, lengths=lengths, **options)
+            return rankings.weight @ out.losses
+
+        return mean
+
+    return PairMethod(family, setting, objective, optimum, rate)
+
+
+def tilted(beta: float, change: Callable[[Rankings], Rankings] = lambda rankings: rankings):
+    """The closed form of the rewards that the comparisons, so changed, are likeliest under."""
+
+    def optimum(world: World, rankings: Rankings) -> Tensor:
+        estimate = maximum_likelihood(change(rankings), world.ref_logps > -math.inf)
+        return optimal_logps(world.ref_logps, estimate, beta=beta)
+
+    return optimum
+
+
+def _unknown(world: World, rankings: Rankings) -> None:
+    """No closed form is known, or the loss has no optimum."""
+
+
+def _mixed(rankings: Rankings, right: float, wrong: float) -> Rankings:
+    """`right` times the comparisons plus `wrong` times the same ones reversed [D12.2, D12.3].
+
+    Raises InputError where a weight would be negative: then the loss falls without limit.
+    """
+    mixed = tally(
+        rankings.prompt.repeat(2),
+        torch.cat([rankings.order, rankings.order.flip(-1)]),
+        torch.cat([right * rankings.weight, wrong * rankings.weight]),
+    )
+    if (mixed.weight < 0).any():
+        raise InputError("robust DPO has no optimum: a pair was flipped less often than its ε says.")
+    kept = mixed.weight > 0
+    return Rankings(*(field[kept] for field in mixed))
+
+
+def train_on_pairs(world: World, method: PairMethod, rankings: Rankings, *, steps: int) -> Run:
+    """Adam on the whole of the comparisons, its rate falling linearly to zero."""
+    policy = world.policy()
+    table = world.name == "table"
+    dtype = next(policy.parameters()).dtype
+    reference, batch = world.ref_logps.to(dtype), rankings.normalised_by_prompt()
+    batch = batch._replace(weight=batch.weight.to(dtype))
+    objective = method.objective(world)
+    rate = method.rate if table else GPT_RATE
+    optimizer, schedule = adam(policy, rate, steps)
+    stream = train(
+        lambda batch: (objective(policy(), reference, batch), {}), optimizer, itertools.repeat(batch, steps),
+        scheduler=schedule,
+    )  # fmt: skip
+    try:
+        optimum = method.optimum(world, rankings)
+    except InputError:  # the data have none: some completion never lost
+        optimum = None
+    return follow(method.family, method.setting, policy, stream, steps, optimum)
+
+
+GPT_RATE = 4e-3  # Adam's, for the GPT's weights
+
+
+def adam(policy: nn.Module, rate: float, steps: int):
+    """The optimizer of all methods and its schedule: a short warm-up, then linearly to zero."""
+    # Gradients of a small beta are small; Adam's floor must lie below them.
+    optimizer = torch.optim.Adam(policy.parameters(), lr=rate, betas=(0.9, 0.95), eps=1e-12, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / (0.04 * steps)) * (1 - step / steps)
+    )
+    return optimizer, schedule
+
+
+def follow(
+    family: str, setting: str, policy: nn.Module, stream, steps: int, optimum: Tensor | None, each: int = 1
+) -> Run:
+    """Run a training and note the policy's table along the way, densely at first.
+
+    Args: stream: yields once a step (of `each` gradient steps); steps: how often; optimum: see `Run`.
+    """
+    marks = {round(steps * (k / LOOKS) ** 2) for k in range(1, LOOKS + 1)} | {steps}
+    tables, steps_at, seconds = [float64_table(policy)], [0], 0.0
+    started = time.perf_counter()
+    for step, _ in enumerate(stream, 1):
+        if step in marks:
+            seconds += time.perf_counter() - started
+            tables.append(float64_table(policy))
+            steps_at.append(step * each)
+            started = time.perf_counter()
+    return Run(family, setting, torch.stack(tables), steps_at, optimum, steps * each, seconds)
+
+
+# -------------------------------------------------------------------------------------------- by rewards
+
+
+def climb(
+    world: World,
+    rewards: Tensor,
+    family: str,
+    *,
+    beta: float,
+    target: float | None,
+    effort: Effort,
+    seed: int,
+) -> Run:
+    """PPO against rewards, learned or true, with a fixed coefficient or towards a divergence.
+
+    Its own optimum is the closed form of those rewards at the coefficient it ends with.
+    """
+    policy = world.policy()
+    dtype = next(policy.parameters()).dtype
+    iterations = effort.iterations
+    optimizer, schedule = adam(policy, 0.1 if world.name == "table" else GPT_RATE, iterations)
+    controller = AdaptiveKL(beta, target)
+    stream = ppo(
+        policy, world.ref_logps.to(dtype), rewards.to(dtype), optimizer, controller, iterations=iterations,
+        samples=effort.samples, epochs=effort.epochs, scheduler=schedule,
+        generator=torch.Generator().manual_seed(seed),
+    )  # fmt: skip
+    setting = f"β {beta:g}" if target is None else f"target KL {target:g}"
+    run = follow(family, setting, policy, _after(stream), iterations, None, effort.epochs)
+    return run._replace(optimum=optimal_logps(world.ref_logps, rewards, beta=controller.coefficient))
+
+
+def _after(stream):
+    """Yield after each iteration's gradient steps, where `ppo` yields before them."""
+    next(stream)
+    yield from stream
+    yield None
+
+
+def best_of_n(world: World, rewards: Tensor, family: str, n: int) -> Run:
+    """The exact law of the best of n draws: no training."""
+    path = torch.stack([world.ref_logps, best_of_n_logps(world.ref_logps, rewards, n=n)])
+    return Run(family, f"N {n}", path, [0, 0], path[-1], 0, 0.0)
+
+
+def closed_form(world: World, rewards: Tensor, family: str, beta: float) -> Run:
+    """pi_ref exp(r / beta) / Z of the rewards given: no training."""
+    path = torch.stack([world.ref_logps, optimal_logps(world.ref_logps, rewards, beta=beta)])
+    return Run(family, f"β {beta:g}", path, [0, 0], path[-1], 0, 0.0)
+
+
+def gpt_reward_model(world: World, shown: Rankings, held_out: Rankings, *, steps: int, seed: int) -> Tensor:
+    """A reward model on a copy of the reference GPT, fitted to comparisons and stopped by held-out ones.
+
+    Returns: (X, Y) rewards of every completion, of mean zero under the reference for each prompt.
+    """
+    torch.manual_seed(seed)
+    model = RewardModel(copy.deepcopy(world.reference))
+    X, Y = world.rewards.shape
+    prompts = [row for row in world.prompts.tolist() for _ in range(Y)]
+    lengths = world.completions.lengths.tolist()
+    answers = [ids[:length] for ids, length in zip(world.completions.ids.tolist(), lengths)] * X
+    batch = shared_prompt_batch(prompts, [[ids] for ids in answers])
+    optimizer, schedule = adam(model, GPT_RATE, steps)
+    shown = shown.normalised_by_prompt()
+    weight = shown.weight.to(torch.float32)
+    best, lowest = world.rewards.new_zeros(X, Y), math.inf
+
+    def objective(comparisons: Rankings) -> tuple[Tensor, dict]:
+        ranked = comparisons.gather(model(batch).view(X, Y))
+        return weight @ losses.bradley_terry_loss(ranked[:, 0], ranked[:, 1]), {}
+
+    stream = train(objective, optimizer, itertools.repeat(shown, steps), scheduler=schedule)
+    for step, _ in enumerate(stream, 1):
+        if step % max(1, steps // 20) == 0 or step == steps:
+            with torch.no_grad():
+                rewards = model(batch).view(X, Y).double()
+            margins = held_out.gather(rewards)
+            found = -(held_out.weight @ F.logsigmoid(margins[:, 0] - margins[:, 1])).item()
+            if found <= lowest:
+                best, lowest = rewards, found
+    return best - (world.ref_logps.exp() * best).sum(-1, keepdim=True)

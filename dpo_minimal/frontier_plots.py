@@ -1,0 +1,139 @@
+"""Figures of the frontier: methods below the best possible, and the gap as the number of pairs grows."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib.pyplot as plt
+import torch
+
+from .closed_form import frontier_gap, reward_kl_frontier
+from .plots import BLUE, GREEN, GREY, ORANGE, PINK, STYLE, save_figure
+
+if TYPE_CHECKING:
+    from .experiments.methods import Run
+    from .experiments.pairs import Point
+    from .experiments.worlds import World
+
+RED, SKY = "#D55E00", "#56B4E9"  # the rest of Okabe and Ito's palette
+LOOKS = {  # family: colour, marker
+    "DPO": (BLUE, "o"),
+    "cDPO": (SKY, "s"),
+    "robust DPO": (SKY, "D"),
+    "IPO": (BLUE, "v"),
+    "DPO without weight": (RED, "X"),
+    "Unlikelihood": (RED, "v"),
+    "KTO": (PINK, "s"),
+    "ORPO": (PINK, "^"),
+    "SimPO": (PINK, "P"),
+    "Preferred-FT": (GREY, "s"),
+    "best of N": (GREY, "*"),
+    "best of N, learned reward": (GREY, "x"),
+    "reward model + closed form": (ORANGE, "x"),
+    "PPO": (ORANGE, "^"),
+    "PPO-GT": (GREEN, "D"),
+}
+STATIC = ("best of N", "best of N, learned reward", "reward model + closed form")  # no training, no path
+
+
+def frontier_figure(found: list[tuple[World, list[Run]]], drawn: str, path: Path) -> None:
+    """One panel a world: the analytic frontier, and each method's path from the reference to its end."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            1, len(found), figsize=(11 * len(found), 10), layout="constrained", squeeze=False
+        )
+        figure.suptitle(f"Nobody crosses the frontier: {drawn}, KL and reward exact", fontsize=20)
+        for axis, (world, runs) in zip(axes[0], found):
+            _world_panel(axis, world, runs)
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=15, markerscale=1.2)
+        save_figure(figure, path)
+
+
+def _world_panel(axis, world: World, runs: list[Run]) -> None:
+    betas = torch.logspace(-3, 3, 400, dtype=torch.float64) * world.rewards.std()
+    kl, reward = (value.mean(-1) for value in reward_kl_frontier(world.ref_logps, world.rewards, betas))
+    axis.plot(kl, reward, color="black", linewidth=3, label=r"frontier: $\pi_{\rm ref}\, e^{r/\beta}/Z$")
+    seen = set()
+    for run in runs:
+        colour, marker = LOOKS[run.family]
+        gap = frontier_gap(run.path, world.ref_logps, world.rewards)
+        label = None if run.family in seen else run.family
+        seen.add(run.family)
+        if run.family not in STATIC:
+            axis.plot(gap.kl, gap.reward, color=colour, linewidth=1.3, alpha=0.45, zorder=2)
+        face = "none" if run.family in ("IPO", "ORPO", "SimPO", "robust DPO") else colour
+        style = {"color": colour} if marker in "x" else {"facecolor": face, "edgecolor": colour}
+        axis.scatter(
+            gap.kl[-1], gap.reward[-1], marker=marker, s=130, linewidth=2, zorder=3, label=label, **style
+        )
+    name = "a table of logits" if world.name == "table" else "a GPT-2, all completions enumerated"
+    axis.set_title(f"{name[0].upper()}{name[1:]}")
+    axis.set_xlim(-0.03 * kl.max(), 1.25 * kl.max())
+    axis.set(xlabel=r"KL$(\pi\,\|\,\pi_{\rm ref})$, nats, mean over prompts", ylabel="expected true reward")
+    low = (world.ref_logps.exp() * world.rewards).sum(-1).mean().item()
+    top = reward.max().item()
+    axis.set_ylim(low - 0.12 * (top - low), top + 0.08 * (top - low))
+
+
+PAIRS_LOOKS = {  # method: colour, marker, line, label
+    "DPO": (BLUE, "o", "-", "DPO"),
+    "DPO, narrow GPT": (SKY, "s", "-", "DPO, a GPT too narrow for π*"),
+    "reward model + closed form": (ORANGE, "x", "-", "reward model + closed form"),
+    "PPO": (PINK, "^", "-", "PPO, learned reward"),
+    "coverage": (GREY, "", ":", "true rewards, but only of what was compared"),
+}
+
+
+def pairs_figure(points: list[Point], laws: dict[str, float], beta: float, path: Path) -> None:
+    """One panel a world: gap to pi* against the number of pairs, beside theory's law."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            1, len(laws), figsize=(11 * len(laws), 9), layout="constrained", squeeze=False
+        )
+        figure.suptitle(
+            f"How many pairs is a reward function worth? (β = {beta:g}; medians and quartiles over data sets)",
+            fontsize=20,
+        )
+        for axis, (world, law) in zip(axes[0], laws.items()):
+            _pairs_panel(axis, points, world, law)
+        save_figure(figure, path)
+
+
+def _pairs_panel(axis, points: list[Point], world: str, law: float) -> None:
+    from .experiments.pairs import POPULATION, spreads
+
+    floor = 1e-6 if world == "table" else 1e-4  # what is less is drawn there or left out
+    finite = [n for n in spreads(points, world, "DPO") if n != POPULATION]
+    end = 10 * finite[-1]  # where the population is drawn
+    theory = r"theory, for the mean: $\mathrm{tr}(\Sigma I^+)/2\beta^2 N$"
+    ends = [finite[0], finite[-1]]
+    axis.plot(ends, [law / n for n in ends], "--", color="black", linewidth=1.8, label=theory)
+    for name in dict.fromkeys(p.method for p in points if p.world == world and p.method != "PPO-GT"):
+        colour, marker, line, label = PAIRS_LOOKS[name]
+        if world == "table" and name == "DPO":
+            label = "DPO = reward model + closed form, at each step"
+        found = spreads(points, world, name)
+        inside = [(n, spread) for n, spread in found.items() if n != POPULATION and spread.median > floor]
+        below = [spread.median - max(spread.low, floor) for _, spread in inside]
+        above = [spread.high - spread.median for _, spread in inside]
+        axis.errorbar(
+            [n for n, _ in inside], [spread.median for _, spread in inside], yerr=[below, above],
+            color=colour, marker=marker or None, linestyle=line, capsize=4, markersize=9, label=label,
+        )  # fmt: skip
+        if marker and POPULATION in found:
+            axis.scatter(
+                [end], [max(found[POPULATION].median, floor)], color=colour, marker=marker, s=110, zorder=3
+            )
+    gap = spreads(points, world, "PPO-GT")[POPULATION].median
+    axis.axhline(max(gap, floor), color=GREEN, label=f"PPO, true reward: {gap:.1g} nats")
+    ticks = [10.0**k for k in range(2, round(math.log10(finite[-1])) + 1)]
+    names = [f"$10^{round(math.log10(tick))}$" for tick in ticks]
+    axis.set(xscale="log", yscale="log", xlabel="preference pairs", ylim=(floor / 1.5, None))
+    axis.set_xticks([*ticks, end], [*names, "exact\nprobabilities"])
+    axis.minorticks_off()
+    axis.set_ylabel(r"gap: KL$(\pi\,\|\,\pi^*)$, nats, mean over prompts")
+    axis.set_title("A table of logits" if world == "table" else "A GPT-2, all completions enumerated")
+    axis.legend(loc="upper right" if world == "table" else "lower left")
