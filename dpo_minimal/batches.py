@@ -378,3 +378,30 @@ def mismatched(examples: Sequence[Example], *, max_length: int) -> list[Example]
             result[index] = Example(own.prompt[-room:], other.completions, place)
         start += len(group)
     return result
+
+
+def with_mismatched(
+    examples: Sequence[Example], *, max_length: int, others: Sequence[Example] = ()
+) -> list[Example]:
+    """Rows of pairs with a third completion each, of another prompt: as KTO reads them.
+
+    It is the chosen one of `mismatched` in every other row and the rejected one in between, because KTO's
+    estimate is to be made of the completions that it is trained on, which are both. A prompt that leaves the
+    longer one no room is cut on the left.
+
+    Args:
+        examples: N rows of [chosen, rejected].
+        max_length: as in `tokenize`.
+        others: further rows that only lend their completions, where N are too few to have two prompts.
+    Returns:
+        N examples of [chosen, rejected, another prompt's].
+    Raises:
+        InputError: all prompts are the same.
+    """
+    result = []
+    lent = mismatched([*examples, *others], max_length=max_length)
+    for number, (own, other) in enumerate(zip(examples, lent)):
+        completions = [*own.completions, other.completions[number % 2]]
+        room = max_length - max(map(len, completions))
+        result.append(own._replace(prompt=own.prompt[-room:], completions=completions))
+    return result

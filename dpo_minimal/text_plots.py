@@ -20,18 +20,19 @@ def series(records: list[Record], name: str) -> tuple[list[float], list[float]]:
 
 
 def preference_figure(
-    records: list[Record], start: float, before: Samples | None, after: Samples | None, path: Path
+    records: list[Record], start: float | None, before: Samples | None, after: Samples | None, path: Path
 ) -> None:
     """Loss, log-ratios of chosen and rejected, accuracy and weight, and what the samples became.
 
     Args:
-        start: the loss where policy = reference (ln 2 for DPO).
+        start: the loss where policy = reference (ln 2 for DPO); None for a loss without a reference, whose
+            rewards are not log-ratios either.
         before, after: samples of the reference and of the trained policy for the same prompts, or None.
     """
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(2, 2, figsize=(16, 12), layout="constrained")
         _loss_panel(axes[0, 0], records, start)
-        _ratio_panel(axes[0, 1], records)
+        _ratio_panel(axes[0, 1], records, of_reference=start is not None)
         _accuracy_panel(axes[1, 0], records)
         if before is None or after is None:
             axes[1, 1].axis("off")
@@ -77,20 +78,24 @@ def _running_mean(values: list[float], width: int = 10) -> np.ndarray:
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def _loss_panel(axis, records: list[Record], start: float) -> None:
+def _loss_panel(axis, records: list[Record], start: float | None) -> None:
     _curves(axis, records, "loss")
-    label = "policy = reference" + (" (ln 2)" if math.isclose(start, math.log(2)) else f" ({start:.3g})")
-    axis.axhline(start, color=GREY, linestyle=":", label=label)
-    axis.legend()
+    if start is not None:
+        label = "policy = reference" + (" (ln 2)" if math.isclose(start, math.log(2)) else f" ({start:.3g})")
+        axis.axhline(start, color=GREY, linestyle=":", label=label)
+        axis.legend()
     _label_steps(axis, "Loss", "loss (nats per row)")
 
 
-def _ratio_panel(axis, records: list[Record]) -> None:
+def _ratio_panel(axis, records: list[Record], *, of_reference: bool) -> None:
     for name, colour in (("chosen", BLUE), ("rejected", ORANGE)):
         _trace(axis, *series(records, f"rewards/{name}"), colour, name)
-    axis.axhline(0, color=GREY, linestyle=":", label="as likely as under the reference")
+    label = "reward of the loss, made of log π"
+    if of_reference:
+        axis.axhline(0, color=GREY, linestyle=":", label="as likely as under the reference")
+        label = "implicit reward β log π/π_ref (nats)"
     axis.legend()
-    _label_steps(axis, "Are the chosen becoming likelier?", "implicit reward β log π/π_ref (nats)")
+    _label_steps(axis, "Are the chosen becoming likelier?", label)
 
 
 def _accuracy_panel(axis, records: list[Record]) -> None:

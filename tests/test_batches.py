@@ -14,7 +14,7 @@ from planting import CAUGHT, plant
 
 from dpo_minimal import batches
 from dpo_minimal.audit import FINDINGS, Audit
-from dpo_minimal.batches import Example, mismatched, split_by_prompt, tokenize, windows
+from dpo_minimal.batches import Example, mismatched, split_by_prompt, tokenize, windows, with_mismatched
 from dpo_minimal.data import Dataset, Demonstration, LabelledCompletion, PreferencePair, Ranking, load_dataset
 from dpo_minimal.tokenizer import byte_tokenizer, gpt2_tokenizer, train_bpe
 from dpo_minimal.validation import InputError
@@ -500,6 +500,29 @@ def test_mismatched_rows_fit_too():
     refused(mismatched, [], max_length=9, named=["other prompts"])
 
 
+def test_a_third_completion_of_another_prompt():
+    """Fails if it is the row's own, if it is always the chosen or always the rejected one, if a prompt does
+    not make room for it, or if the row itself changes."""
+    check_third_completion()
+
+
+def check_third_completion() -> None:
+    rows = [Example([n, n], [[n, 1, EOT], [n, 0, EOT]], f"row {n}") for n in range(2, 8)]
+    result = with_mismatched(rows, max_length=9)
+    assert [e.completions[:2] for e in result] == [e.completions for e in rows]
+    assert [(e.prompt, e.place) for e in result] == [(e.prompt, e.place) for e in rows]
+    third = [e.completions[2] for e in result]
+    assert all(ids[0] != e.prompt[0] and ids[2] == EOT for ids, e in zip(third, rows))
+    assert sorted(ids[0] for ids in third) == [2, 3, 4, 5, 6, 7]
+    assert [ids[1] for ids in third] == [1, 0] * 3
+    assert with_mismatched(rows, max_length=9) == result
+    long = [Example([1, 2, 3], [[5], [6]], "a"), Example([4], [[7, 7, 7], [8, 8]], "b")]
+    assert [e.prompt for e in with_mismatched(long, max_length=4)] == [[3], [4]]
+    alone = with_mismatched(rows[:1], max_length=9, others=rows[1:2])
+    assert len(alone) == 1 and alone[0].completions[2][0] == 3
+    refused(with_mismatched, rows[:1], max_length=9, named=["other prompts"])
+
+
 # -------------------------------------------------------------------------------------------------- real data
 
 
@@ -571,6 +594,12 @@ MUTANTS = {
         test_little_padding_is_computed,
     ),
     "epoch ignored": (batches.windows, "_digest(seed, epoch)", "_digest(seed)", test_epochs_and_seeds_differ),
+    "always the chosen one": (
+        batches.with_mismatched, "[number % 2]", "[0]", check_third_completion,
+    ),
+    "no room made": (
+        batches.with_mismatched, "map(len, completions)", "map(len, own.completions)", check_third_completion,
+    ),
     "mismatched by one row": (
         batches.mismatched, "shift = max(map(len, groups.values()))", "shift = 1",
         test_no_prompt_keeps_its_own_completion,

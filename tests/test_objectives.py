@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planting import CAUGHT, plant
 from test_policy import gradients, loop_logp, loud
+from test_relatives import RELATIVES, Row, log_odds
 
 from dpo_minimal import objectives, policy
 from dpo_minimal.batches import Example, windows
@@ -21,6 +22,7 @@ from dpo_minimal.model import GPT, GPTConfig
 from dpo_minimal.objectives import (
     DTYPES,
     LOSS_TYPES,
+    OPTIONS,
     PreferenceBatch,
     cache_key,
     check_start,
@@ -34,7 +36,7 @@ from dpo_minimal.objectives import (
     save_reference_logps,
     sft_objective,
 )
-from dpo_minimal.policy import SequenceBatch, sequence_logps
+from dpo_minimal.policy import SequenceBatch, SharedPromptBatch, sequence_logps
 from dpo_minimal.tokenizer import byte_tokenizer, train_bpe
 from dpo_minimal.train import Window, _means, average, make_optimizer, train
 from dpo_minimal.validation import InputError
@@ -68,8 +70,17 @@ def rows_of(seed: int, sizes: list[int], *, prompt: int = 4, completion: int = 6
 
 
 def sizes_of(loss_type: str, count: int) -> list[int]:
-    """How many completions each row has: pairs, or rankings of uneven length."""
-    return [2] * count if LOSS_TYPES[loss_type].rows == "preferences" else [2 + n % 3 for n in range(count)]
+    """How many completions each row has: pairs, KTO's with a third, or rankings of uneven length."""
+    if LOSS_TYPES[loss_type].rows == "rankings":
+        return [2 + n % 3 for n in range(count)]
+    return [3 if LOSS_TYPES[loss_type].mismatched else 2] * count
+
+
+def options_of(loss_type: str, beta: float = 0.3) -> dict[str, float]:
+    """Values for the options of a loss, none of them a default."""
+    values = dict(label_smoothing=0.2, flip_probability=0.15, gamma=0.4, lam=0.7, alpha=0.6)
+    values |= dict(beta=beta, desirable_weight=1.3, undesirable_weight=0.8)
+    return {name: values[name] for name in LOSS_TYPES[loss_type].options}
 
 
 def padded(table: list[list[float]]) -> torch.Tensor:
@@ -105,10 +116,16 @@ SHARES = {"rewards/accuracies", "dpo/saturated_fraction", "dpo/displacement", "d
 # --------------------------------------------------------------------------------- loss and metrics by hand
 
 
-def by_hand(loss_type: str, policy_logps: list[float], reference: list[float], lengths, beta: float) -> dict:
-    """Loss and metrics of one row, in plain Python."""
+def by_hand(
+    loss_type: str, options: dict, policy_logps: list[float], reference: list[float], lengths, z0: float
+) -> dict:
+    """Loss and metrics of one row, in plain Python; KTO's z0 is that of its micro-batch."""
+    beta = options.get("beta", math.nan)
+    if loss_type == "kto":  # the third completion is not the row's own
+        policy_logps, reference, lengths = policy_logps[:2], reference[:2], lengths[:2]
     ratios = [p - r for p, r in zip(policy_logps, reference)]
     rewards = [beta * ratio for ratio in ratios]
+    scores, tokens = ratios, [1.0] * len(ratios)  # what the order is judged by
     margin = rewards[0] - rewards[-1]
     if loss_type == "dpo":
         loss = math.log1p(math.exp(-abs(margin))) + max(-margin, 0.0)
@@ -116,14 +133,32 @@ def by_hand(loss_type: str, policy_logps: list[float], reference: list[float], l
     elif loss_type == "ipo":
         loss = (ratios[0] - ratios[1] - 1 / (2 * beta)) ** 2
         weight = -2 * (ratios[0] - ratios[1] - 1 / (2 * beta))
-    else:
+    elif loss_type == "kto":
+        good, bad = (1 / (1 + math.exp(-(reward - beta * z0))) for reward in rewards)
+        loss = (1.3 * (1 - good) + 0.8 * bad) / 2
+        weight = 1.3 * beta * good * (1 - good) / 2
+    elif loss_type == "plackett_luce":
         odds = [math.exp(reward) for reward in rewards]
         loss = -sum(math.log(odds[k] / sum(odds[k:])) for k in range(len(odds)))
         weight = beta * (1 - odds[0] / sum(odds))
-    neighbours = list(itertools.pairwise(ratios))
+    else:
+        row = Row(*policy_logps, *reference, *lengths)
+        loss = RELATIVES[loss_type].value(row, **options)
+        weight = RELATIVES[loss_type].pulls(row, **options)[0]
+        if loss_type in ("averaged_ipo", "simpo", "orpo"):
+            tokens = [float(length) for length in lengths]
+        if loss_type in ("simpo", "orpo", "unlikelihood"):
+            scores = policy_logps
+            rewards = [x / n for x, n in zip(scores, tokens)]
+            rewards = [log_odds(x) if loss_type == "orpo" else options.get("beta", 1) * x for x in rewards]
+        elif loss_type == "averaged_ipo":
+            rewards = [reward / n for reward, n in zip(rewards, tokens)]
+        margin = rewards[0] - rewards[1]
     # float32 rounding of the longer of the two: what is closer cannot be told apart, in whatever dtype
-    ties = [1e-4 * math.sqrt(max(pair)) for pair in itertools.pairwise(lengths)]
-    apart = [better - worse for better, worse in neighbours]
+    blur = [1e-4 * math.sqrt(length) / n for length, n in zip(lengths, tokens)]
+    ties = [max(pair) for pair in itertools.pairwise(blur)]
+    averages = [score / n for score, n in zip(scores, tokens)]
+    apart = [better - worse for better, worse in itertools.pairwise(averages)]
     return {
         "loss": loss,
         "rewards/chosen": rewards[0],
@@ -133,22 +168,29 @@ def by_hand(loss_type: str, policy_logps: list[float], reference: list[float], l
         "logps/chosen": policy_logps[0],
         "logps/rejected": policy_logps[-1],
         "dpo/gradient_weight": weight,
-        "dpo/saturated_fraction": float(1 / (1 + math.exp(-margin)) > 0.99),
+        "dpo/saturated_fraction": float(margin > math.log(99)),
         "dpo/displacement": float(ratios[0] < -1e-4 * math.sqrt(lengths[0])),
         "dpo/ties": sum(abs(a) <= tie for a, tie in zip(apart, ties)) / len(ties),
-    }
+    } | ({"kto/kl_estimate": z0} if loss_type == "kto" else {})
 
 
 def check_by_hand(loss_type: str, seed: int, beta: float, sizes: list[int]) -> None:
     gpt, reference = loud(GPT(SHAPE), seed), loud(GPT(SHAPE), seed + 1)
+    if LOSS_TYPES[loss_type].mismatched:
+        sizes = [size + 1 for size in sizes]  # two rows at least
     rows = rows_of(seed, sizes_of(loss_type, sum(sizes)))
     policy_logps, reference_table = looped(gpt, rows), looped(reference, rows)
     window = make_window(rows, cut(rows, sizes), padded(reference_table), **HERE)
-    objective = preference_objective(gpt, loss_type, dtype="float32", beta=beta)
-    record = average(objective, window)
+    options = options_of(loss_type, beta)
+    record = average(preference_objective(gpt, loss_type, dtype="float32", **options), window)
+    z0 = [0.0] * len(rows)
+    for micro in cut(rows, sizes) if loss_type == "kto" else ():
+        mean = sum(policy_logps[n][2] - reference_table[n][2] for n in micro) / len(micro)
+        for n in micro:
+            z0[n] = max(0.0, mean)
     expected = [
-        by_hand(loss_type, p, r, [len(ids) for ids in row.completions], beta)
-        for p, r, row in zip(policy_logps, reference_table, rows)
+        by_hand(loss_type, options, p, r, [len(ids) for ids in row.completions], z)
+        for p, r, row, z in zip(policy_logps, reference_table, rows, z0)
     ]
     assert list(record) == list(expected[0])
     for name in record:
@@ -156,11 +198,11 @@ def check_by_hand(loss_type: str, seed: int, beta: float, sizes: list[int]) -> N
         assert record[name] == pytest.approx(mean, **({"abs": 1e-6} if name in SHARES else CLOSE)), name
     if loss_type == "dpo":  # and the package's own loss, on the same log-probabilities
         columns = [column for table in (policy_logps, reference_table) for column in padded(table).unbind(-1)]
-        assert record["loss"] == pytest.approx(dpo_loss(*columns, beta=beta).losses.mean().item(), **CLOSE)
+        assert record["loss"] == pytest.approx(dpo_loss(*columns, **options).losses.mean().item(), **CLOSE)
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(seed=seeds, beta=st.floats(0.05, 2), sizes=st.lists(st.integers(1, 4), min_size=1, max_size=3))
 def test_loss_and_metrics_are_those_of_a_loop_over_tokens(loss_type, seed, beta, sizes):
     """A log-probability that is a mean, holds prompt tokens or another row's reference; a metric of the wrong
@@ -170,8 +212,42 @@ def test_loss_and_metrics_are_those_of_a_loop_over_tokens(loss_type, seed, beta,
 
 def test_by_hand_fixed():
     """The same on a case that is no luck of the draw: for the planted mistakes below."""
-    for loss_type in LOSS_TYPES:
+    for loss_type in ("dpo", "ipo", "plackett_luce"):
         check_by_hand(loss_type, 5, 0.3, [3, 3, 1])
+
+
+def relatives_by_hand():
+    for loss_type in ("simpo", "kto", "unlikelihood", "averaged_ipo"):
+        check_by_hand(loss_type, 5, 0.3, [3, 3, 1])
+
+
+def test_kto_asks_for_two_rows_and_a_third_completion():
+    """#6: one row's estimate would be that of its own prompt's completions, or of nothing."""
+    gpt, rows = gpt_of(0), rows_of(0, [3] * 3)
+    objective = preference_objective(gpt, "kto", dtype="float32", **options_of("kto"))
+    one, two = make_window(rows, [[0], [1, 2]], torch.zeros(3, 3), **HERE).micro_batches
+    assert objective(two)[0].isfinite()
+    with pytest.raises(InputError, match=r"two or more; raise --per-device-train-batch-size\.$"):
+        objective(one)
+    pairs = make_window(rows_of(0, [2] * 3), [[0, 1, 2]], torch.zeros(3, 2), **HERE).micro_batches[0]
+    with pytest.raises(InputError, match=r"three completions.*they have 2; .*with_mismatched\.$"):
+        objective(pairs)
+
+
+def test_the_third_completion_only_moves_ktos_estimate():
+    """Its log-probability gets no gradient, and the better it is the higher is z0."""
+    gpt, rows = gpt_of(1), rows_of(1, [3] * 4)
+    objective = preference_objective(gpt, "kto", dtype="float32", **options_of("kto"))
+    batch = layout(rows, **HERE)
+    live = completion_logps_of(gpt, batch, "float32").detach()
+    logps = live.clone().requires_grad_()
+    loss = LOSS_TYPES["kto"].loss(logps, PreferenceBatch(batch, live - 0.5), **options_of("kto"))
+    loss.losses.sum().backward()
+    assert (logps.grad[:, 2] == 0).all() and (logps.grad[:, 0] < 0).all() and (logps.grad[:, 1] > 0).all()
+    for shift, z0 in ((0.5, 0.5), (-0.5, 0.0)):
+        _, metrics = objective(PreferenceBatch(batch, live - shift))
+        assert metrics["kto/kl_estimate"].item() == pytest.approx(z0, abs=1e-5)  # float32
+        assert metrics["logps/rejected"].item() == pytest.approx(live[:, 1].mean().item(), rel=1e-6)
 
 
 @settings(max_examples=8)
@@ -262,7 +338,12 @@ def separate_gradients(gpt: GPT, loss_type: str | None, rows: list[Example], ref
             losses.append(-sum(logps))
             continue
         ratios = torch.cat(logps) - reference[number, : len(logps)]
-        if loss_type == "ipo":
+        if loss_type in RELATIVES:  # the loss itself is tested elsewhere; here, how rows are put together
+            lengths = torch.tensor([[len(ids) for ids in row.completions]])
+            of_row = PreferenceBatch(SharedPromptBatch(None, None, lengths), reference[number : number + 1])
+            loss = LOSS_TYPES[loss_type].loss(torch.stack(logps, -1), of_row, **options_of(loss_type))
+            losses.append(loss.losses)
+        elif loss_type == "ipo":
             losses.append((ratios[0] - ratios[1] - 1 / (2 * beta)) ** 2)
         else:  # with two answers, Plackett-Luce is DPO
             losses.append(sum((beta * ratios[k:]).logsumexp(0) - beta * ratios[k] for k in range(len(logps))))
@@ -272,7 +353,8 @@ def separate_gradients(gpt: GPT, loss_type: str | None, rows: list[Example], ref
 WINDOWS = [[7], [3, 3, 1], [1, 4, 2], [1] * 7]
 
 
-@pytest.mark.parametrize("loss_type", [*LOSS_TYPES, None])
+# not KTO, whose estimate is each micro-batch's own
+@pytest.mark.parametrize("loss_type", [*(name for name in LOSS_TYPES if name != "kto"), None])
 def test_micro_batches_give_what_the_whole_window_gives(loss_type):
     """#14: a share forgotten or the same for each micro-batch, above all for a last smaller one; tokens where
     rows are meant or the reverse; a gradient that is not accumulated, or is twice."""
@@ -287,7 +369,7 @@ def test_micro_batches_give_what_the_whole_window_gives(loss_type):
         if loss_type is None:
             objective = sft_objective(gpt, dtype="float32")
         else:
-            objective = preference_objective(gpt, loss_type, dtype="float32", beta=0.3)
+            objective = preference_objective(gpt, loss_type, dtype="float32", **options_of(loss_type))
         window = make_window(rows, cut(rows, sizes), reference, **HERE)
         (record,) = train(objective, torch.optim.SGD(gpt.parameters(), lr=1.0), [window])
         records.append(record)
@@ -351,12 +433,18 @@ def test_the_first_loss_is_ln_2(dtype, beta, seed):
 
 def test_a_start_by_name_is_the_loss_where_policy_is_reference():
     """The number that figures show and the loss that is trained must not part."""
-    for of in LOSS_TYPES.values():
+    for name, of in LOSS_TYPES.items():
+        if of.start is None:  # nothing to start from: the same rows under another policy cost something else
+            assert name in ("simpo", "orpo", "unlikelihood")
+            continue
         for K in (2,) if of.rows == "preferences" else (2, 3, 5):
             for beta in (0.1, 3.0):
-                logps = torch.randn(4, K, dtype=torch.float64)
-                losses = of.loss(logps, PreferenceBatch(None, logps), beta=beta).losses
-                assert losses.tolist() == pytest.approx([of.start(K, beta=beta)] * 4, rel=1e-12)
+                logps = torch.randn(4, K + of.mismatched, dtype=torch.float64)
+                lengths = torch.randint(1, 9, logps.shape)
+                micro = PreferenceBatch(SharedPromptBatch(None, None, lengths), logps)
+                options = options_of(name, beta)
+                losses = of.loss(logps, micro, **options).losses
+                assert losses.tolist() == pytest.approx([of.start(K, **options)] * 4, rel=1e-12)
 
 
 @pytest.mark.parametrize("dtype, nats", [("float32", 1e-4), ("bfloat16", 0.3)])
@@ -624,41 +712,57 @@ def test_a_full_disk_leaves_the_older_table(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------- options
 
 
+BAD_VALUES = {"beta": (0, -0.1, math.nan, math.inf, "0.1"), "label_smoothing": (-0.1, 0.5, math.nan, "0.1")}
+BAD_VALUES |= {"gamma": (-0.1, math.nan, math.inf, "1"), "alpha": (-0.1, 1.1, math.nan, "0.5")}
+BAD_VALUES |= {"flip_probability": BAD_VALUES["label_smoothing"], "lam": BAD_VALUES["gamma"]}
+BAD_VALUES |= {f"{side}desirable_weight": BAD_VALUES["beta"] for side in ("", "un")}
+
+
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_options_that_a_loss_does_not_use_are_refused(loss_type):
     """#10: label smoothing given to a loss that ignores it; a beta that nobody gave."""
-    assert loss_options(loss_type, {"beta": 0.1, "gamma": None}) == {"beta": 0.1}
-    with pytest.raises(InputError, match=rf"^--loss-type {loss_type} does not use --label-smoothing; .*\.$"):
-        loss_options(loss_type, {"beta": 0.1, "label_smoothing": 0.0})
-    for given_options in ({}, {"beta": None}):
-        with pytest.raises(InputError, match=rf"^--loss-type {loss_type} needs --beta\.$"):
-            loss_options(loss_type, given_options)
-    for beta in (0, -0.1, math.nan, math.inf, "0.1"):
-        with pytest.raises(InputError, match=r"^--beta must be a positive .*\.$"):
-            loss_options(loss_type, {"beta": beta})
-    with pytest.raises(InputError, match="does not use --lam"):
-        preference_objective(gpt_of(0), loss_type, dtype="float32", beta=0.1, lam=1.0)
+    good = options_of(loss_type)
+    assert loss_options(loss_type, dict.fromkeys(OPTIONS) | good) == good
+    assert set(BAD_VALUES) == set(OPTIONS)
+    for name in OPTIONS:
+        flag = "--" + name.replace("_", "-")
+        if name not in good:
+            with pytest.raises(InputError, match=rf"^--loss-type {loss_type} does not use {flag}; .*\.$"):
+                loss_options(loss_type, good | {name: 0.1})
+            with pytest.raises(InputError, match=f"does not use {flag}"):
+                preference_objective(gpt_of(0), loss_type, dtype="float32", **good, **{name: 0.1})
+            continue
+        for missing in ({}, {name: None}):
+            with pytest.raises(InputError, match=rf"^--loss-type {loss_type} needs {flag}\.$"):
+                loss_options(loss_type, {key: good[key] for key in good if key != name} | missing)
+        for value in BAD_VALUES[name]:
+            with pytest.raises(InputError, match=rf"^{flag} must .*\.$"):
+                loss_options(loss_type, good | {name: value})
+    zeros = {"label_smoothing": 0, "flip_probability": 0.0, "gamma": 0, "lam": 0, "alpha": 0}
+    edge = good | {name: zeros[name] for name in good if name in zeros}
+    assert loss_options(loss_type, edge) == edge
 
 
 def test_an_unknown_loss_is_refused_with_the_known_ones():
     with pytest.raises(
-        InputError, match=r"^--loss-type ppo: no such loss; choose one of dpo, ipo, pl[^.]*\.$"
+        InputError, match=r"^--loss-type ppo: no such loss; choose one of dpo, cdpo, [^.]*luce\.$"
     ):
         loss_options("ppo", {"beta": 0.1})
 
 
 def test_weights_that_are_not_numbers_stop_the_first_step():
     """Named with step and rows, before anything moves."""
-    gpt, rows = gpt_of(0), rows_of(0, [2] * 5)
-    table = reference_logps(gpt, rows, **PASSES)
+    gpt = gpt_of(0)
+    rows = {name: rows_of(0, [3 if name == "kto" else 2] * 5) for name in (*LOSS_TYPES, None)}
+    tables = {name: reference_logps(gpt, some, **PASSES) for name, some in rows.items()} | {None: None}
     gpt.ln_f.bias.data[0] = math.nan
     before = copy.deepcopy(gpt.state_dict())
     for loss_type in (*LOSS_TYPES, None):
         if loss_type is None:
             objective = sft_objective(gpt, dtype="float32")
         else:
-            objective = preference_objective(gpt, loss_type, dtype="float32", beta=0.1)
-        window = make_window(rows, [[0, 1], [2, 3, 4]], None if loss_type is None else table, **HERE)
+            objective = preference_objective(gpt, loss_type, dtype="float32", **options_of(loss_type))
+        window = make_window(rows[loss_type], [[0, 1], [2, 3, 4]], tables[loss_type], **HERE)
         stream = train(objective, make_optimizer(gpt.parameters(), "adamw", 0.1), [window], first_step=8)
         with pytest.raises(InputError, match=r"^step 8 \(row 1; row 2; row 3 and 2 more\): .*nan.*\.$"):
             next(stream)
@@ -719,6 +823,26 @@ MUTANTS = {
     ),
     "columns of the reference swapped": (
         objectives.make_window, "logps.to(device)", "logps.flip(-1).to(device)", test_by_hand_fixed,
+    ),
+    "KTO's estimate from the matched pair": (
+        objectives._kl_estimate, "policy[:, 2], micro.reference_logps[:, 2]",
+        "policy[:, 0], micro.reference_logps[:, 0]", relatives_by_hand,
+    ),
+    "KTO's labels swapped": (
+        objectives._kto, "torch.tensor([True, False]", "torch.tensor([False, True]", relatives_by_hand,
+    ),
+    "KTO's row is a sum": (
+        objectives._kto, "out.losses.mean(-1)", "out.losses.sum(-1)", relatives_by_hand,
+    ),
+    "order by the reference where there is none": (
+        objectives.preference_objective, "policy if kind.start is None else ratios", "ratios",
+        relatives_by_hand,
+    ),
+    "order by sums where the loss averages": (
+        objectives.preference_objective, "if kind.averages", "if False", relatives_by_hand,
+    ),
+    "the mismatched completion counted": (
+        objectives.preference_objective, "if kind.mismatched:  # the", "if False:  # the", relatives_by_hand,
     ),
     "ties count as right": (
         objectives.preference_objective, "(order > tie)", "(order >= -tie)",

@@ -23,7 +23,7 @@ from dpo_minimal.checkpoint import load_model, save_model, state_fingerprint
 from dpo_minimal.experiments import dpo
 from dpo_minimal.experiments.text_setup import load_policy
 from dpo_minimal.model import GPT, GPTConfig
-from dpo_minimal.objectives import reference_logps
+from dpo_minimal.objectives import LOSS_TYPES, OPTIONS, reference_logps
 from dpo_minimal.tokenizer import byte_tokenizer, save_tokenizer, train_bpe
 
 ROOT = Path(__file__).parents[1]
@@ -160,14 +160,59 @@ def test_the_same_seed_gives_the_same_run(trained, world):
     assert Path("other/metrics.jsonl").read_bytes() != (trained / "metrics.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("loss_type, data, first", [
-    ("ipo", "pairs.jsonl", 1 / (4 * 0.1**2)), ("plackett_luce", "ranked.jsonl", math.log(6)),
-])  # fmt: skip
-def test_every_loss_starts_where_it_must_and_falls(world, loss_type, data, first):
-    assert main(dpo_flags(world, loss_type=loss_type, data=world / data)) == 0
-    looked = [record["eval_loss"] for record in records_of(Path("run")) if "eval_loss" in record]
-    assert looked[0] == pytest.approx(first, rel=1e-5)
-    assert looked[-1] < looked[0]
+STARTS = {  # the loss where policy = reference; None where there is no reference to start from
+    "ipo": 1 / (4 * 0.1**2), "averaged_ipo": 1 / (4 * 0.1**2), "cdpo": math.log(2), "robust": math.log(2),
+    "unweighted_dpo": 0, "kto": 0.5, "simpo": None, "orpo": None, "unlikelihood": None,
+    "plackett_luce": math.log(6),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("loss_type", STARTS)
+def test_every_loss_starts_where_it_must_and_falls(world, loss_type, capsys):
+    """By its name alone: the other options have defaults. A figure is drawn, and what was used is written."""
+    ranked = loss_type == "plackett_luce"
+    data, steps = world / ("ranked.jsonl" if ranked else "pairs.jsonl"), None if ranked else 9
+    assert main(dpo_flags(world, loss_type=loss_type, data=data, max_steps=steps)) == 0
+    looked = [record for record in records_of(Path("run")) if "eval_loss" in record]
+    first, last = looked[0]["eval_loss"], looked[-1]["eval_loss"]
+    if STARTS[loss_type] is not None:
+        assert first == pytest.approx(STARTS[loss_type], rel=1e-5, abs=1e-5)
+    assert last < first and (ranked or looked[-1]["eval_rewards/accuracies"] > 0.5)
+    assert Path("run/training.png").stat().st_size > 10_000
+    options = json.loads(Path("run/config.json").read_text())["options"]
+    used = LOSS_TYPES[loss_type].options
+    assert {name for name in OPTIONS if options[name] is not None} == set(used)
+    listed = ", ".join(f"{name} {options[name]:g}" for name in used)
+    assert f"; loss {loss_type}, {listed}." in capsys.readouterr().out
+
+
+def test_kto_goes_on_and_says_which_row_is_alone(world, capsys):
+    """39 training and 5 held-out rows in fours: the rest of the held-out ones, and of an epoch of 8, is 1 and
+    3. The mismatched completions are the same when the run goes on, so that the kept reference fits."""
+    Path("some.jsonl").write_text(lines(pairs(44)))
+    flags = dpo_flags(world, loss_type="kto", data="some.jsonl", held_out=5 / 44, undesirable_weight=1.5)
+    assert main(flags) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("is left out: kto needs two rows together") == 1
+    records = records_of(Path("run"))
+    assert records[0]["eval_loss"] == pytest.approx(2.5 / 4, abs=1e-5)
+    assert records[0]["eval_kto/kl_estimate"] == pytest.approx(0, abs=1e-5)
+    assert all(record.get("kto/kl_estimate", 0) >= 0 for record in records)
+    before = Path("run/model/model.safetensors").read_bytes()
+    shutil.rmtree("run/model")
+    assert main(["dpo", "--resume", "run"]) == 0
+    assert Path("run/model/model.safetensors").read_bytes() == before
+
+
+def test_score_reads_runs_without_a_beta(world, capsys):
+    """Unlikelihood has none; the implicit reward is then measured at the default."""
+    assert (
+        main(dpo_flags(world, loss_type="unlikelihood", max_steps=1, eval_samples=0, max_new_tokens=None))
+        == 0
+    )
+    capsys.readouterr()
+    assert main(["score", "--model", "run", "--data", str(world / "pairs.jsonl")]) == 0
+    assert "beta 0.1" in capsys.readouterr().out
 
 
 def test_bfloat16_multiplies_in_half_precision_and_keeps_float32_weights(trained, world):
@@ -343,6 +388,14 @@ BAD_FLAGS = {
     "rows of a file": (dict(rows=5), ("--rows",)),
     "beta zero": (dict(beta=0), ("--beta",)),
     "beta nan": (dict(beta="nan"), ("--beta",)),
+    "smoothing without noise": (dict(label_smoothing=0.1), ("dpo does not use --label-smoothing",)),
+    "beta of orpo": (dict(loss_type="orpo", beta=0.1), ("orpo does not use --beta",)),
+    "half of the labels": (dict(loss_type="robust", flip_probability=0.5), ("--flip-probability", "0.5")),
+    "more than all": (dict(loss_type="unlikelihood", alpha=1.5), ("--alpha", "[0, 1]")),
+    "negative margin": (dict(loss_type="simpo", gamma=-1), ("--gamma", "0")),
+    "kto row by row": (
+        dict(loss_type="kto", per_device_train_batch_size=1), ("--per-device-train-batch-size 2",),
+    ),
     "learning rate": (dict(learning_rate=-1), ("--learning-rate",)),
     "no epochs": (dict(num_train_epochs=0), ("--num-train-epochs",)),
     "negative warm-up": (dict(warmup_steps=-1), ("--warmup-steps",)),

@@ -11,6 +11,7 @@ and its optimum is pi_ref exp(r / beta) / Z for the reward r behind the preferen
                                                              of the SFT model, in a minute or two
   dpo-minimal dpo --data pairs.jsonl --model runs/sft-001    your pairs, from your SFT model
   dpo-minimal dpo --data pairs.jsonl --model gpt2 --dtype bfloat16
+  dpo-minimal dpo --data pairs.jsonl --model runs/sft-001 --loss-type kto          one of DPO's relatives
   dpo-minimal dpo --resume runs/dpo-001                      go on where Ctrl-C or a crash stopped it
 
 What to watch. Before the first step every log-ratio must be 0 and so the loss ln 2 = 0.693, which is checked.
@@ -18,6 +19,12 @@ rewards/accuracies is the share of pairs ordered rightly: 0.5 is guessing, and 1
 be had, because people disagree. rewards/chosen and rewards/rejected may both fall, as only their difference
 is trained (displacement). kl/policy_reference, measured on the policy's own samples, is what beta limits;
 where it runs off while samples get worse, raise beta or stop earlier.
+
+The other losses (derivations.md, chapter 12) are trained in the same way on the same pairs. simpo, orpo and
+unlikelihood have no reference: it is kept all the same, to show how far they go from it. kto takes each
+chosen completion for a good one and each rejected for a bad one, and reads a third, of another prompt, to
+estimate how far the policy has gone; each micro-batch makes that estimate for itself, so that for kto, and
+only for it, --gradient-accumulation-steps changes more than rounding.
 
 With --data the defaults are the paper's, where it gives one. The reviews need others: a model of a million
 weights, 90 steps from its reference, learns little from RMSprop at 1e-6.
@@ -38,12 +45,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..batches import Example, check_limits
+from ..batches import Example, check_limits, with_mismatched
 from ..checkpoint import WEIGHTS_FILE, state_fingerprint
 from ..data import Dataset, load_dataset
 from ..evaluate import Samples, mean_of, sample
 from ..objectives import (
     LOSS_TYPES,
+    OPTIONS,
     cache_key,
     check_start,
     load_reference_logps,
@@ -90,11 +98,24 @@ from .text_setup import (
 
 DEFAULTS = Defaults(
     file=COMMON
-    | {"loss_type": "dpo", "beta": 0.1, "learning_rate": 1e-6, "optimizer": "rmsprop", "rows": None,
+    | {"loss_type": "dpo", "learning_rate": 1e-6, "optimizer": "rmsprop", "rows": None,
        "eval_samples": 16},
-    reviews={"rows": 6000, "beta": 0.5, "learning_rate": 2e-4, "optimizer": "adamw",
+    reviews={"rows": 6000, "learning_rate": 2e-4, "optimizer": "adamw",
              "warmup_steps": 20, "eval_steps": 25, "eval_samples": 256},
 )  # fmt: skip
+# What a loss's options are where nobody gives them. DPO's beta is the paper's, SimPO's two are those of its
+# own paper for Llama-3-Base. No paper can name a share of wrong labels, and this one names no alpha.
+LOSS_DEFAULTS = {
+    "beta": 0.1,
+    "label_smoothing": 0.1,
+    "flip_probability": 0.1,
+    "gamma": 1.0,
+    "lam": 0.1,
+    "alpha": 0.5,
+    "desirable_weight": 1.0,
+    "undesirable_weight": 1.0,
+}
+REVIEWS_BETA, SIMPO_BETA = 0.5, 2.0
 RANKED = 4  # samples of a generated ranking
 SHOWN = 5
 PREFERENCES_FILE = "preferences.jsonl"
@@ -111,15 +132,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     training = add_training_options(parser, DEFAULTS)
     training.add_argument(
-        "--loss-type", choices=LOSS_TYPES,
-        help="dpo; ipo, whose log-ratio margin has the finite target 1 / (2 beta); or plackett_luce for "
-        f"rankings ({DEFAULTS.text('loss_type')})",
+        "--loss-type", choices=LOSS_TYPES, metavar="NAME",
+        help="dpo; cdpo and robust, for labels that may be wrong; ipo, whose log-ratio margin has the finite "
+        "target 1 / (2 beta), and averaged_ipo, the same per token; kto, for single completions; simpo, orpo "
+        "and unlikelihood, without a reference; unweighted_dpo, a warning; or plackett_luce for rankings "
+        f"({DEFAULTS.text('loss_type')})",
     )  # fmt: skip
-    training.add_argument(
-        "--beta", type=float, metavar="B",
-        help=f"strength of the pull towards the reference ({DEFAULTS.text('beta')}, for which 0.1 would "
-        "leave the language behind)",
-    )  # fmt: skip
+    _add_loss_options(parser)
     looking = parser.add_argument_group("samples")
     looking.add_argument(
         "--eval-samples", type=int, metavar="N",
@@ -133,10 +152,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_options(parser, DEFAULTS, "dpo")
 
 
+def _add_loss_options(parser: argparse.ArgumentParser) -> None:
+    """What single losses take; an option that the chosen one does not is refused."""
+    group = parser.add_argument_group("options of the loss")
+    for name, text in (
+        ("beta", f"strength of the pull towards the reference (default {LOSS_DEFAULTS['beta']}; reviews "
+         f"{REVIEWS_BETA}, for which 0.1 would leave the language behind); for simpo, which has none, a "
+         f"factor of its rewards (default {SIMPO_BETA}); orpo and unlikelihood have no beta"),
+        ("label_smoothing", "for cdpo: share of labels that may be wrong, below 1/2"),
+        ("flip_probability", "for robust: share of labels that are wrong, below 1/2"),
+        ("gamma", "for simpo: the margin that is wanted, 0 or more; its paper's for Llama-3-Base, like beta"),
+        ("lam", "for orpo: weight of the odds, 0 or more"),
+        ("alpha", "for unlikelihood: weight of the rejected completion, from 0 to 1"),
+        ("desirable_weight", "for kto: weight of chosen completions"),
+        ("undesirable_weight", "for kto: weight of rejected completions"),
+    ):  # fmt: skip
+        default = "" if name == "beta" else f" (default {LOSS_DEFAULTS[name]})"
+        group.add_argument("--" + name.replace("_", "-"), type=float, metavar="X", help=text + default)
+
+
+def _loss_of(options: argparse.Namespace) -> dict[str, float]:
+    """The options of the loss, checked; what nobody gave gets its default, here and in `options`."""
+    given = {name: getattr(options, name) for name in OPTIONS}
+    for name in LOSS_TYPES[options.loss_type].options:
+        if given[name] is None:
+            given[name] = _default_beta(options) if name == "beta" else LOSS_DEFAULTS[name]
+    loss = loss_options(options.loss_type, given)
+    vars(options).update(loss)
+    return loss
+
+
+def _default_beta(options: argparse.Namespace) -> float:
+    if options.loss_type == "simpo":
+        return SIMPO_BETA
+    return LOSS_DEFAULTS["beta"] if options.data is not None else REVIEWS_BETA
+
+
 def run(args: argparse.Namespace) -> Path:
     """Check everything, train, and write the run folder, which is returned."""
     options = resolve(args, "dpo", DEFAULTS)
-    loss = loss_options(options.loss_type, {"beta": options.beta})
+    loss = _loss_of(options)
+    if LOSS_TYPES[options.loss_type].mismatched and options.per_device_train_batch_size < 2:
+        raise InputError(
+            f"--loss-type {options.loss_type} needs --per-device-train-batch-size 2 or more: it estimates a "
+            "divergence from the rows that go through the model together."
+        )
     check_count("--eval-samples", options.eval_samples, minimum=0)
     if options.max_new_tokens is not None:
         check_count("--max-new-tokens", options.max_new_tokens)
@@ -153,7 +213,7 @@ def run(args: argparse.Namespace) -> Path:
     if options.data is not None:  # all that can be wrong with the input, before anything is written
         policy, dataset = load_policy(options.model), read_rows(options, LOSS_TYPES[options.loss_type].rows)
         sample_length(options.max_new_tokens, policy.model.config.block_size)
-        train, held_out = prepare(options, dataset, policy)
+        train, held_out = _rows(options, dataset, policy)
         folder = open_folder(options, "dpo")
         with resumable("dpo", folder):
             return _train(options, loss, folder, policy, dataset, train, held_out)
@@ -166,8 +226,31 @@ def run(args: argparse.Namespace) -> Path:
         policy = policy or load_policy(str(_fine_tune(options, folder)))
         policy.model.to(options.device)
         dataset = _judged_reviews(options, folder, policy)
-        train, held_out = prepare(options, dataset, policy)
+        train, held_out = _rows(options, dataset, policy)
         return _train(options, loss, folder, policy, dataset, train, held_out)
+
+
+def _rows(
+    options: argparse.Namespace, dataset: Dataset, policy: Policy
+) -> tuple[list[Example], list[Example]]:
+    """Rows as tokens, (training, held out), as the loss reads them."""
+    train, held_out = prepare(options, dataset, policy)
+    if not LOSS_TYPES[options.loss_type].mismatched:
+        return train, held_out
+    micro = options.per_device_train_batch_size
+    train = _without_a_single_row(train, micro * options.gradient_accumulation_steps, micro)
+    held_out = _without_a_single_row(held_out, len(held_out) + 1, micro)  # all at once
+    length = context_of(options, policy.model.config.block_size)
+    of_train = with_mismatched(train, max_length=length)
+    return of_train, with_mismatched(held_out, max_length=length, others=train) if held_out else []
+
+
+def _without_a_single_row(rows: list[Example], window: int, micro: int) -> list[Example]:
+    """One row less where an epoch's last micro-batch would be a single row, which allows no estimate."""
+    if len(rows) % window % micro != 1:
+        return rows
+    print(f"note: {rows[-1].place} is left out: kto needs two rows together, and it would be alone.\n")
+    return rows[:-1]
 
 
 def _train(
@@ -200,11 +283,14 @@ def _train(
     after = look.latest or look.draw(model)  # a run that was finished already has looked at nothing
     from ..text_plots import preference_figure  # matplotlib is slow to import: not before it is needed
 
-    starts = [LOSS_TYPES[options.loss_type].start(len(row.completions), **loss) for row in train]
-    start = sum(starts) / len(starts)
+    start_of = LOSS_TYPES[options.loss_type].start
+    starts = [] if start_of is None else [start_of(len(row.completions), **loss) for row in train]
+    start = sum(starts) / len(starts) if starts else None
     preference_figure(records, start, before, after, folder / "training.png")
     if before is not None:
-        print("\n".join(["", *side_by_side(before, after, SHOWN), "", *summary(before, after, options.beta)]))
+        # Losses without a reference, whose beta is none or another thing, are measured like the others.
+        beta = REVIEWS_BETA if start_of is None else options.beta
+        print("\n".join(["", *side_by_side(before, after, SHOWN), "", *summary(before, after, beta)]))
     print(f"\nWrote {folder}/model, training.png, metrics.jsonl and config.json.", flush=True)
     return folder
 

@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> PairScores:
         _dataset(args), policy.tokenizer, skip_bad_rows=args.skip_bad_rows,
         max_length=min(*(context_of(args, gpt.config.block_size) for gpt in (policy.model, reference.model))),
     )  # fmt: skip
-    beta = args.beta or config["options"].get("beta", BETA)
+    beta = args.beta or config["options"].get("beta") or BETA  # None: a loss without one
     scores = score_pairs(policy.model, reference.model, examples, beta=beta, device=args.device)
     (_print_json if args.json else _print_tables)(args, scores, audit, policy.tokenizer)
     return scores
