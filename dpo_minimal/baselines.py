@@ -149,8 +149,8 @@ class AdaptiveKL:
     """The coefficient of the KL penalty: fixed, or steered until the divergence meets a target [D7.7].
 
     coefficient *= exp(rate * clip(KL / target - 1, -1, 1)) after each iteration, as in Ziegler et al.
-    (2019), who write 1 + rate * error, with a smaller clip. Where it comes to rest, the policy is the optimum of
-    Eq. 3 for beta = coefficient, and so a point of the frontier.
+    (2019), who write 1 + rate * error, with a smaller clip. Where it comes to rest, the policy
+    maximises Eq. 3 for beta = coefficient, and so is a point of the frontier.
 
     Fields: coefficient > 0, the start; target in nats, None to keep the coefficient; rate of steering.
     """

@@ -131,6 +131,10 @@ def kl_divergence(logps: Tensor, other_logps: Tensor) -> Tensor:
     """
     check_same_shape(logps=logps, other_logps=other_logps)
     check_log_distribution(logps=logps, other_logps=other_logps)
+    return _kl(logps, other_logps)
+
+
+def _kl(logps: Tensor, other_logps: Tensor) -> Tensor:
     p, q = logps.exp(), other_logps.exp()
     ratio = torch.where(p > 0, logps - other_logps, 0)
     near = (p > 0) & (ratio.abs() < 1)  # far from it, the three-term sum neither cancels nor overflows
@@ -230,8 +234,10 @@ class FrontierGap(NamedTuple):
 
     Fields, each (...,), means over prompts:
         kl: KL(pi || pi_ref), nats.  reward: E_pi[r].
-        reward_gap: reward that the frontier has at this KL, less the policy's; never below 0.
-        kl_gap: this KL, less the least at which the frontier has the policy's reward, nats; never below 0.
+        reward_gap: reward that the frontier has at this KL, less the policy's.
+        kl_gap: this KL, less the least at which the frontier has the policy's reward, nats.
+    Neither is below 0 by more than rounding (near the reference by more than its square root: there
+    the frontier rises like the root of the KL).
     """
 
     kl: Tensor
@@ -267,7 +273,7 @@ def frontier_gap(logps: Tensor, ref_logps: Tensor, rewards: Tensor) -> FrontierG
     at_reward = _frontier_where(ref_logps, rewards, lambda _, found: found <= reward, kl)
     below_start = reward <= (ref_logps.exp() * rewards).sum(-1).mean(-1)  # the reference has it for nothing
     needed = torch.where(below_start, 0, at_reward[0])
-    return FrontierGap(kl, reward, (at_kl[1] - reward).clamp(min=0), (kl - needed).clamp(min=0))
+    return FrontierGap(kl, reward, at_kl[1] - reward, kl - needed)
 
 
 def _frontier_where(ref_logps: Tensor, rewards: Tensor, feasible, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -277,7 +283,7 @@ def _frontier_where(ref_logps: Tensor, rewards: Tensor, feasible, like: Tensor) 
 
     def point(log_beta: Tensor) -> tuple[Tensor, Tensor]:
         policy = (ref_logps + tilt / log_beta.exp()[..., None, None]).log_softmax(-1)
-        kl = kl_divergence(policy, ref_logps.expand_as(policy)).mean(-1)
+        kl = _kl(policy, ref_logps).mean(-1)
         return kl, (policy.exp() * rewards).sum(-1).mean(-1)
 
     low = torch.full_like(like, math.log(1e-5) + spread.log().item())  # beta so small: all on the best

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING
 import matplotlib.pyplot as plt
 import torch
 
-from .closed_form import frontier_gap, reward_kl_frontier
+from .closed_form import reward_kl_frontier
 from .plots import BLUE, GREEN, GREY, ORANGE, PINK, STYLE, save_figure
 
 if TYPE_CHECKING:
-    from .experiments.methods import Run
+    from .experiments.frontier import Explored
     from .experiments.pairs import Point
-    from .experiments.worlds import World
 
 RED, SKY = "#D55E00", "#56B4E9"  # the rest of Okabe and Ito's palette
 LOOKS = {  # family: colour, marker
     "DPO": (BLUE, "o"),
+    "DPO, stopped early": (BLUE, "*"),
     "cDPO": (SKY, "s"),
     "robust DPO": (SKY, "D"),
     "IPO": (BLUE, "v"),
@@ -29,53 +29,52 @@ LOOKS = {  # family: colour, marker
     "ORPO": (PINK, "^"),
     "SimPO": (PINK, "P"),
     "Preferred-FT": (GREY, "s"),
-    "best of N": (GREY, "*"),
+    "best of N": (GREY, "o"),
     "best of N, learned reward": (GREY, "x"),
     "reward model + closed form": (ORANGE, "x"),
     "PPO": (ORANGE, "^"),
     "PPO-GT": (GREEN, "D"),
 }
-STATIC = ("best of N", "best of N, learned reward", "reward model + closed form")  # no training, no path
 
 
-def frontier_figure(found: list[tuple[World, list[Run]]], drawn: str, path: Path) -> None:
+def frontier_figure(found: list[Explored], drawn: str, path: Path) -> None:
     """One panel a world: the analytic frontier, and each method's path from the reference to its end."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             1, len(found), figsize=(11 * len(found), 10), layout="constrained", squeeze=False
         )
         figure.suptitle(f"Nobody crosses the frontier: {drawn}, KL and reward exact", fontsize=20)
-        for axis, (world, runs) in zip(axes[0], found):
-            _world_panel(axis, world, runs)
+        for axis, explored in zip(axes[0], found):
+            _world_panel(axis, explored)
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=15, markerscale=1.2)
         save_figure(figure, path)
 
 
-def _world_panel(axis, world: World, runs: list[Run]) -> None:
+def _world_panel(axis, explored: Explored) -> None:
+    world = explored.world
     betas = torch.logspace(-3, 3, 400, dtype=torch.float64) * world.rewards.std()
-    kl, reward = (value.mean(-1) for value in reward_kl_frontier(world.ref_logps, world.rewards, betas))
+    curve = reward_kl_frontier(world.ref_logps, world.rewards, betas)
+    kl, reward = (value.mean(-1).numpy() for value in curve)
     axis.plot(kl, reward, color="black", linewidth=3, label=r"frontier: $\pi_{\rm ref}\, e^{r/\beta}/Z$")
     seen = set()
-    for run in runs:
+    for run, gap in zip(explored.runs, explored.gaps):
         colour, marker = LOOKS[run.family]
-        gap = frontier_gap(run.path, world.ref_logps, world.rewards)
         label = None if run.family in seen else run.family
         seen.add(run.family)
-        if run.family not in STATIC:
-            axis.plot(gap.kl, gap.reward, color=colour, linewidth=1.3, alpha=0.45, zorder=2)
+        if run.steps > 0 and run.family != "DPO, stopped early":  # whose path is DPO's
+            axis.plot(gap.kl.numpy(), gap.reward.numpy(), color=colour, linewidth=1.3, alpha=0.45, zorder=2)
         face = "none" if run.family in ("IPO", "ORPO", "SimPO", "robust DPO") else colour
-        style = {"color": colour} if marker in "x" else {"facecolor": face, "edgecolor": colour}
-        axis.scatter(
-            gap.kl[-1], gap.reward[-1], marker=marker, s=130, linewidth=2, zorder=3, label=label, **style
-        )
+        style = {"color": colour} if marker == "x" else {"facecolor": face, "edgecolor": colour}
+        end = gap.kl[-1].item(), gap.reward[-1].item()
+        axis.scatter(*end, marker=marker, s=130, linewidth=2, zorder=3, label=label, **style)
     name = "a table of logits" if world.name == "table" else "a GPT-2, all completions enumerated"
     axis.set_title(f"{name[0].upper()}{name[1:]}")
-    axis.set_xlim(-0.03 * kl.max(), 1.25 * kl.max())
+    low, top = (world.ref_logps.exp() * world.rewards).sum(-1).mean().item(), reward.max()
     axis.set(xlabel=r"KL$(\pi\,\|\,\pi_{\rm ref})$, nats, mean over prompts", ylabel="expected true reward")
-    low = (world.ref_logps.exp() * world.rewards).sum(-1).mean().item()
-    top = reward.max().item()
-    axis.set_ylim(low - 0.12 * (top - low), top + 0.08 * (top - low))
+    axis.set(
+        xlim=(-0.03 * kl.max(), 1.25 * kl.max()), ylim=(low - 0.12 * (top - low), top + 0.08 * (top - low))
+    )
 
 
 PAIRS_LOOKS = {  # method: colour, marker, line, label
@@ -94,7 +93,7 @@ def pairs_figure(points: list[Point], laws: dict[str, float], beta: float, path:
             1, len(laws), figsize=(11 * len(laws), 9), layout="constrained", squeeze=False
         )
         figure.suptitle(
-            f"How many pairs is a reward function worth? (β = {beta:g}; medians and quartiles over data sets)",
+            f"How many pairs is a reward function worth? (β = {beta:g}; medians, quartiles over data sets)",
             fontsize=20,
         )
         for axis, (world, law) in zip(axes[0], laws.items()):

@@ -7,7 +7,8 @@ enumerated, so that KL, reward and the distance to the curve are exact: a table 
 First, five roads to one optimum, with exact preferences: DPO, DPO on rankings, a reward model with the closed
 form, PPO with the true reward, and (for the table) the natural gradient must all end at the same pi*.
 
-Then the frontier: DPO, IPO, cDPO, robust DPO, KTO, ORPO, SimPO, DPO without its weight, Unlikelihood,
+Then the frontier: DPO (to the end of its training, and stopped where held-out comparisons are predicted
+best, as the reward model is), IPO, cDPO, robust DPO, KTO, ORPO, SimPO, DPO without its weight, Unlikelihood,
 Preferred-FT, best of N, and PPO with the learned and with the true reward (PPO-GT), each trained on the same
 comparisons: pairs of completions drawn from the reference, labelled by Bradley-Terry.
 
@@ -26,15 +27,19 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from ..baselines import natural_gradient_step
 from ..certificates import certify
-from ..closed_form import frontier_gap, kl_divergence, optimal_logps
+from ..closed_form import FrontierGap, frontier_gap, kl_divergence, optimal_logps
 from ..finite_data import maximum_likelihood
 from ..preferences import (
     Rankings,
@@ -57,6 +62,14 @@ BEST_OF = (1, 4, 16, 64, 128)
 NOISE = 0.1  # that cDPO and robust DPO expect where labels have none: what a wrong guess costs
 FT_SEEDS = 3
 ROAD = 3  # times the usual effort for each of the five roads
+
+
+class Explored(NamedTuple):
+    """A world, what was run on it, and where each run stands along its path."""
+
+    world: World
+    runs: list[Run]
+    gaps: list[FrontierGap]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--output-dir", metavar="DIR", help="new folder to write to (default runs/frontier-NNN)")
     run.add_argument(
         "--quick", action="store_true",
-        help="85 instead of 341 completions a prompt for the GPT, and a third of the steps",
+        help="85 instead of 341 completions a prompt for the GPT, and a quarter of the steps",
     )  # fmt: skip
 
 
@@ -104,13 +117,14 @@ def run(args: argparse.Namespace) -> Path:
         return pairs.run(worlds, args, folder)
     roads = [line for world in worlds for line in _roads(world, args)]
     print("\n" + "\n".join(roads), flush=True)
-    found: dict[str, tuple[World, list[Run]]] = {}
+    found = []
     for world in worlds:
-        rankings = _comparisons(world, args, seed=args.seed)
-        jobs = _jobs(world, rankings, args)
+        jobs = _jobs(world, _comparisons(world, args, seed=args.seed), args)
         bar = tqdm(jobs, desc=world.name, unit="method", leave=False, disable=None)
-        found[world.name] = world, [job() for job in bar]
-    print("\n" + "\n".join(line for each in found.values() for line in results_table(*each)))
+        runs = [each for job in bar for each in job()]
+        gaps = [frontier_gap(each.path, world.ref_logps, world.rewards) for each in runs]
+        found.append(Explored(world, runs, gaps))
+    print("\n" + "\n".join(line for each in found for line in results_table(each)))
     _write(folder, found, args)
     print(f"\nWrote {folder}/frontier.png, result.npz, metrics.jsonl and config.json.")
     return folder
@@ -188,12 +202,11 @@ def _roads(world: World, args: argparse.Namespace) -> list[str]:
     started = time.perf_counter()
     estimate = maximum_likelihood(population, exists)
     seconds = time.perf_counter() - started
-    line(
-        "reward model (Newton) + closed form", optimal_logps(world.ref_logps, estimate, beta=beta), 0, seconds
-    )
-    effort.climb["iterations"] = 2 * effort.climb["iterations"]
+    closed = optimal_logps(world.ref_logps, estimate, beta=beta)
+    line("reward model (Newton) + closed form", closed, 0, seconds, population)
+    longer = effort._replace(iterations=ROAD * effort.iterations)
     climbed = methods.climb(
-        world, world.rewards, "PPO-GT", beta=beta, target=None, effort=effort, seed=args.seed
+        world, world.rewards, "PPO-GT", beta=beta, target=None, effort=longer, seed=args.seed
     )
     line("PPO with the true reward", climbed.path[-1], climbed.steps, climbed.seconds)
     if world.name == "table":
@@ -207,44 +220,62 @@ def _roads(world: World, args: argparse.Namespace) -> list[str]:
 # ---------------------------------------------------------------------------------------- the frontier
 
 
-def _jobs(world: World, rankings: Rankings, args: argparse.Namespace) -> list:
-    """What is to be run on a world, each a function without arguments that returns a `Run`."""
+def _jobs(world: World, rankings: Rankings, args: argparse.Namespace) -> list[Callable[[], list[Run]]]:
+    """What is to be run on a world, each a function without arguments that returns runs.
+
+    A tenth of sampled comparisons is held out, for the reward model and for DPO that is stopped in time.
+    """
     beta, effort = args.beta, methods.effort(world, quick=args.quick)
     noise = args.flip_probability or NOISE
-    listed = [
-        *(methods.dpo(b) for b in BETAS),
+    shown, held_out = rankings, None
+    if not args.population:
+        shown, held_out = pairs.split(rankings, np.random.default_rng(args.seed))
+    learned = pairs.learned_rewards(world, shown, held_out)
+    jobs: list[Callable[[], list[Run]]] = [
+        partial(_dpo, world, b, shown, held_out, effort.steps) for b in BETAS
+    ]  # fmt: skip
+    others = [
         *(methods.ipo(b) for b in (0.1, 1.0)),
         methods.cdpo(beta, noise), methods.robust(beta, noise),
         methods.kto(beta), methods.orpo(1.0), methods.simpo(2.0, 0.5), methods.unweighted(beta),
         *(methods.unlikelihood(a) for a in ALPHAS),
     ]  # fmt: skip
-    jobs = [_train(world, method, rankings, effort) for method in listed]
+    jobs += [partial(_one, methods.train_on_pairs, world, each, shown, steps=effort.steps) for each in others]
     for k in range(1 if args.population else FT_SEEDS):
         data = _comparisons(world, args, seed=args.seed + k)
-        method = methods.preferred_ft()
-        jobs.append(_train(world, method._replace(setting=f"seed {k}"), data, effort))
-    # The reward model that PPO and best of N are given: the same comparisons, stopped where held-out ones
-    # are predicted best.
-    learned = pairs.learned_rewards(
-        world, rankings, args.num_pairs, population=args.population, seed=args.seed
-    )
+        method = methods.preferred_ft()._replace(setting=f"seed {k}")
+        jobs.append(partial(_one, methods.train_on_pairs, world, method, data, steps=effort.steps))
     for family, rewards in (("best of N", world.rewards), ("best of N, learned reward", learned)):
-        jobs += [lambda n=n, f=family, r=rewards: methods.best_of_n(world, r, f, n) for n in BEST_OF]
-    jobs += [lambda b=b: methods.closed_form(world, learned, "reward model + closed form", b) for b in BETAS]
-    furthest = kl_of_best(world)
+        jobs += [partial(_one, methods.best_of_n, world, rewards, family, n) for n in BEST_OF]
+    family = "reward model + closed form"
+    jobs += [partial(_one, methods.closed_form, world, learned, family, b) for b in BETAS]
+    reachable = [target for target in TARGETS if target < kl_of_best(world)]
     for family, rewards in (("PPO", learned), ("PPO-GT", world.rewards)):
-        for target in TARGETS:
-            if target < furthest:
-                jobs.append(
-                    lambda f=family, r=rewards, t=target: methods.climb(
-                        world, r, f, beta=beta, target=t, effort=effort, seed=args.seed
-                    )
+        for target in reachable:
+            jobs.append(
+                partial(
+                    _one, methods.climb, world, rewards, family, beta=beta, target=target, effort=effort,
+                    seed=args.seed,
                 )
+            )  # fmt: skip
     return jobs
 
 
-def _train(world: World, method: methods.PairMethod, rankings: Rankings, effort: methods.Effort):
-    return lambda: methods.train_on_pairs(world, method, rankings, steps=effort.steps)
+def _one(function: Callable[..., Run], *arguments, **options) -> list[Run]:
+    return [function(*arguments, **options)]
+
+
+def _dpo(world: World, beta: float, shown: Rankings, held_out: Rankings | None, steps: int) -> list[Run]:
+    """DPO to the end, and the policy on its way that predicts held-out comparisons best."""
+    found = methods.train_on_pairs(world, methods.dpo(beta), shown, steps=steps)
+    if held_out is None:
+        return [found]
+    look = pairs.best_look(world, found, held_out, beta=beta) + 1
+    cut = found._replace(
+        family="DPO, stopped early", path=found.path[:look], steps_at=found.steps_at[:look], optimum=None,
+        steps=found.steps_at[look - 1],
+    )  # fmt: skip
+    return [found, cut]
 
 
 def kl_of_best(world: World) -> float:
@@ -253,8 +284,9 @@ def kl_of_best(world: World) -> float:
     return -world.ref_logps.gather(-1, best).mean().item()
 
 
-def results_table(world: World, runs: list[Run]) -> list[str]:
+def results_table(explored: Explored) -> list[str]:
     """The lines that are printed for a world."""
+    world = explored.world
     X, Y = world.rewards.shape
     lines = [
         f"Frontier: {world.name}, {X} prompts x {Y} completions; no policy needs more than "
@@ -262,28 +294,29 @@ def results_table(world: World, runs: list[Run]) -> list[str]:
         f"  {'method':<31} {'setting':<14} {'KL':>6} {'reward':>7} {'gap':>7} {'in nats':>8} {'end':>8} "
         f"{'steps':>6} {'sec':>5}",
     ]
-    for found in runs:
-        gap = frontier_gap(found.path[-1], world.ref_logps, world.rewards)
-        end = "exact" if found.steps == 0 else f"{found.distance:.1e}" if found.distance < math.inf else "-"
+    for found, gap in zip(explored.runs, explored.gaps):
+        end = f"{found.distance:.1e}" if found.distance < math.inf else "-"
+        end = "exact" if found.family in methods.CLOSED_FORMS else end
         lines.append(
-            f"  {found.family:<31} {found.setting:<14} {gap.kl:>6.3f} {gap.reward:>7.3f} "
-            f"{gap.reward_gap:>7.4f} {gap.kl_gap:>8.4f} {end:>8} {found.steps:>6} {found.seconds:>5.1f}"
+            f"  {found.family:<31} {found.setting:<14} {gap.kl[-1]:>6.3f} {gap.reward[-1]:>7.3f} "
+            f"{gap.reward_gap[-1]:z7.4f} {gap.kl_gap[-1]:z8.4f} {end:>8} {found.steps:>6} "
+            f"{found.seconds:>5.1f}"
         )
     return [*lines, ""]
 
 
-def _write(folder: Path, found: dict[str, tuple[World, list[Run]]], args: argparse.Namespace) -> None:
+def _write(folder: Path, found: list[Explored], args: argparse.Namespace) -> None:
     from ..frontier_plots import frontier_figure  # matplotlib is slow to import: not before it is needed
 
     arrays, records = {}, []
-    for name, (world, runs) in found.items():
-        arrays |= {f"{name}_ref_logps": world.ref_logps.numpy(), f"{name}_rewards": world.rewards.numpy()}
-        for number, each in enumerate(runs):
-            arrays[f"{name}_{number:02d}_logps"] = each.path[-1].numpy()
-            gap = frontier_gap(each.path, world.ref_logps, world.rewards)
+    for world, runs, gaps in found:
+        arrays |= {f"{world.name}_ref_logps": world.ref_logps.numpy()}
+        arrays |= {f"{world.name}_rewards": world.rewards.numpy()}
+        for number, (each, gap) in enumerate(zip(runs, gaps)):
+            arrays[f"{world.name}_{number:02d}_logps"] = each.path[-1].numpy()
             for look, step in enumerate(each.steps_at):
                 records.append(
-                    {"world": name, "number": number, "method": each.family, "setting": each.setting,
+                    {"world": world.name, "number": number, "method": each.family, "setting": each.setting,
                      "step": step, "kl/policy_reference": gap.kl[look].item(),
                      "reward": gap.reward[look].item(), "gap/reward": gap.reward_gap[look].item(),
                      "gap/nats": gap.kl_gap[look].item()}
@@ -291,4 +324,4 @@ def _write(folder: Path, found: dict[str, tuple[World, list[Run]]], args: argpar
     write_arrays(folder / "result.npz", arrays)
     write_records(folder / "metrics.jsonl", records)
     drawn = "exact preferences" if args.population else f"{args.num_pairs:,} sampled pairs"
-    frontier_figure(list(found.values()), drawn, folder / "frontier.png")
+    frontier_figure(found, drawn, folder / "frontier.png")

@@ -33,7 +33,8 @@ from .fit import float64_table
 from .worlds import World
 
 Objective = Callable[[Tensor, Tensor, Rankings], Tensor]  # (logps, ref_logps, rankings) -> loss
-LOOKS = 16  # measurements along a path
+LOOKS = 20  # measurements along a path
+CLOSED_FORMS = ("best of N", "best of N, learned reward", "reward model + closed form")  # no training
 
 
 class Effort(NamedTuple):
@@ -50,7 +51,7 @@ class Effort(NamedTuple):
 
 def effort(world: World, *, quick: bool) -> Effort:
     """A few seconds a method. The GPT's steps are dear; samples of an enumerated policy cost nothing."""
-    share = 3 if quick else 1
+    share = 4 if quick else 1
     if world.name == "table":
         return Effort(1200 // share, 450 // share, samples=2048, epochs=4)
     return Effort(450 // share, 500 // share, samples=2048, epochs=2)

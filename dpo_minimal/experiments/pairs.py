@@ -103,15 +103,15 @@ def _losses(scores: Tensor, wins: Tensor) -> Tensor:
     return -(wins * F.logsigmoid(margins)).sum((-3, -2, -1))
 
 
-def learned_rewards(world: World, rankings: Rankings, *, population: bool, seed: int) -> Tensor:
-    """The reward model that comparisons of a world teach, of mean zero under the reference [D2.2]."""
-    generator = np.random.default_rng(seed)
-    shown, held = (rankings, rankings._replace(weight=0 * rankings.weight))
-    if not population:
-        shown, held = split(rankings, generator)
+def learned_rewards(world: World, shown: Rankings, held_out: Rankings | None) -> Tensor:
+    """The reward model that comparisons of a world teach, of mean zero under the reference [D2.2].
+
+    Args: held_out: to stop by; None to train to the end.
+    """
     X, Y = world.rewards.shape
-    wins, held_out = (win_counts(part, X, Y).unsqueeze(0) for part in (shown, held))
-    rewards = fit_rewards(wins, held_out)[0]
+    wins = win_counts(shown, X, Y).unsqueeze(0)
+    held = torch.zeros_like(wins) if held_out is None else win_counts(held_out, X, Y).unsqueeze(0)
+    rewards = fit_rewards(wins, held)[0]
     return rewards - (world.ref_logps.exp() * rewards).sum(-1, keepdim=True)
 
 
@@ -199,11 +199,11 @@ def _gpt(world: World, population: Rankings, optimal: Tensor, args: argparse.Nam
             parts = split(data, generator)
             narrow_parts = split(draw(narrow_population, size, generator), generator)
         found = methods.train_on_pairs(world, method, parts[0], steps=effort.steps)
-        policy = best_look(world, found, parts[1], beta=args.beta)
+        policy = found.path[best_look(world, found, parts[1], beta=args.beta)]
         points.append(Point("gpt", "DPO", size, _gap(policy, optimal)))
         points.append(Point("gpt", "coverage", size, _gap(covered(world, data, beta=args.beta), optimal)))
         found = methods.train_on_pairs(narrow, method, narrow_parts[0], steps=effort.steps)
-        policy = best_look(narrow, found, narrow_parts[1], beta=args.beta)
+        policy = found.path[best_look(narrow, found, narrow_parts[1], beta=args.beta)]
         points.append(Point("gpt", "DPO, narrow GPT", size, _gap(policy, narrow_optimal)))
         rewards = methods.gpt_reward_model(world, *parts, steps=effort.steps, seed=args.seed + k)
         closed = optimal_logps(world.ref_logps, rewards, beta=args.beta)
@@ -218,11 +218,11 @@ def _gpt(world: World, population: Rankings, optimal: Tensor, args: argparse.Nam
     return [*points, Point("gpt", "PPO-GT", POPULATION, _gap(found.path[-1], optimal))]
 
 
-def best_look(world: World, found: methods.Run, held_out: Rankings, *, beta: float) -> Tensor:
-    """The policy along a path that predicts held-out comparisons best, by its implicit rewards."""
+def best_look(world: World, found: methods.Run, held_out: Rankings, *, beta: float) -> int:
+    """Where along a path the implicit rewards predict held-out comparisons best."""
     margins = [beta * held_out.gather(table - world.ref_logps) for table in found.path]
     losses = [-(held_out.weight @ F.logsigmoid(each[:, 0] - each[:, 1])).item() for each in margins]
-    return found.path[int(np.argmin(losses))]
+    return int(np.argmin(losses))
 
 
 class Spread(NamedTuple):

@@ -1,0 +1,397 @@
+"""The frontier command: every method ends where theory says, and nobody crosses the frontier."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from planting import CAUGHT, plant
+
+from dpo_minimal import (
+    all_sets,
+    expected_pairs,
+    kl_divergence,
+    maximum_likelihood,
+    optimal_logps,
+    random_bandit,
+)
+from dpo_minimal.__main__ import main
+from dpo_minimal.bandit import TabularPolicy, kto_on_table, loss_on_table
+from dpo_minimal.closed_form import frontier_gap
+from dpo_minimal.experiments import frontier, methods, pairs
+from dpo_minimal.experiments.worlds import World, gpt_world, table_world
+from dpo_minimal.finite_data import ipo_estimate
+from dpo_minimal.losses import (
+    averaged_ipo_loss,
+    bradley_terry_loss,
+    dpo_loss,
+    kto_loss,
+    orpo_loss,
+    simpo_loss,
+    unlikelihood_loss,
+)
+from dpo_minimal.preferences import Rankings, expected_rankings, reference_pairs, sample_pairs, win_counts
+from dpo_minimal.sampling_laws import finite_data_law
+
+BETA, NOISE = 0.4, 0.1
+
+
+def small_world(X=2, Y=5, seed=0) -> World:
+    """A table whose completions differ in length."""
+    made = random_bandit(X, Y, generator=torch.Generator().manual_seed(seed))
+    lengths = torch.arange(1, Y + 1).double().expand(X, Y)
+    return World("table", made.ref_logps, made.rewards, lengths, lambda: TabularPolicy(made.ref_logps))
+
+
+def uniform(world: World):
+    """Every pair alike, so that everybody is compared."""
+    return all_sets(world.rewards > -torch.inf)
+
+
+# -------------------------------------------------------------------------- losses on tables, by definition
+
+
+def test_losses_are_given_what_they_need():
+    """The reference where there is one, lengths where tokens are averaged, and chosen before rejected."""
+    w = small_world()
+    data = expected_pairs(w.rewards, uniform(w))
+    logps = torch.randn(w.rewards.shape, generator=torch.Generator().manual_seed(1)).double().log_softmax(-1)
+    policy, reference = data.gather(logps).unbind(-1), data.gather(w.ref_logps).unbind(-1)
+    lengths = data.gather(w.lengths).unbind(-1)
+    for loss, arguments, options in (
+        (dpo_loss, (*policy, *reference), {"beta": BETA}),
+        (averaged_ipo_loss, (*policy, *reference, *lengths), {"beta": BETA}),
+        (simpo_loss, (*policy, *lengths), {"beta": BETA, "gamma": 0.2}),
+        (orpo_loss, (*policy, *lengths), {"lam": 0.3}),
+        (unlikelihood_loss, policy, {"alpha": 0.3}),
+    ):
+        found = loss_on_table(loss, logps, w.ref_logps, data, lengths=w.lengths, **options)
+        assert torch.equal(found.losses, loss(*arguments, **options).losses), loss.__name__
+    found = kto_on_table(logps, w.ref_logps, data, beta=BETA, desirable_weight=1.5, undesirable_weight=0.7)
+    z0 = kl_divergence(logps, w.ref_logps)[data.prompt]
+    options = {"beta": BETA, "desirable_weight": 1.5, "undesirable_weight": 0.7}
+    good = torch.ones_like(policy[0], dtype=torch.bool)
+    assert torch.equal(found.losses[:, 0], kto_loss(policy[0], reference[0], good, z0, **options).losses)
+    assert torch.equal(found.losses[:, 1], kto_loss(policy[1], reference[1], ~good, z0, **options).losses)
+
+
+# --------------------------------------------------------------------------------- where methods must end
+
+
+ENDS = {
+    "DPO": methods.dpo(BETA), "cDPO": methods.cdpo(BETA, NOISE), "robust DPO": methods.robust(BETA, NOISE),
+    "IPO": methods.ipo(BETA), "Unlikelihood": methods.unlikelihood(0.05),
+    "Preferred-FT": methods.preferred_ft(), "rankings": methods.plackett_luce(BETA),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_training_ends_at_the_formula(name):
+    """Exact preferences, one in ten labels flipped: each method's end is found by Newton's method, a linear
+    system or a formula, and by Adam. 1e-6 nats: what is left of a rate that falls to zero."""
+    w = small_world()
+    data = expected_pairs(w.rewards, uniform(w), flip_probability=NOISE)
+    if name == "rankings":
+        data = expected_rankings(w.rewards, all_sets(w.rewards > -torch.inf, size=3))
+    run = methods.train_on_pairs(w, ENDS[name], data, steps=400)
+    assert run.distance <= 1e-6
+    assert torch.equal(run.path[0], w.ref_logps) and run.steps_at[0] == 0 and run.steps_at[-1] == 400
+    clean = optimal_logps(w.ref_logps, w.rewards, beta=BETA)
+    to_clean = kl_divergence(run.path[-1], clean).max()
+    if name in ("robust DPO", "rankings"):  # the flips undone, or none made
+        assert to_clean <= 1e-6
+    else:
+        assert to_clean >= 1e-2
+
+
+def test_without_flips_robust_dpo_has_no_end():
+    """[D12.3] A pair that is flipped less often than it is told: no optimum, and so no distance."""
+    w = small_world()
+    sure = expected_pairs(6 * w.rewards, uniform(w))
+    run = methods.train_on_pairs(w, methods.robust(BETA, 0.2), sure, steps=5)
+    assert run.optimum is None and math.isnan(run.distance)
+
+
+def test_sampled_pairs_end_at_the_estimate_and_near_the_truth():
+    """The trained policy is the estimate of its own pairs, to 1e-8, and that is as near to pi* as its law
+    says, at a false-alarm rate of 1e-6 [D11.4]."""
+    w = small_world()
+    data = sample_pairs(w.rewards, 5000, slate=uniform(w), generator=torch.Generator().manual_seed(0))
+    run = methods.train_on_pairs(w, methods.dpo(BETA), data, steps=600)
+    assert run.distance <= 1e-8
+    optimal = optimal_logps(w.ref_logps, w.rewards, beta=BETA)
+    law = finite_data_law(optimal, w.ref_logps, data, beta=BETA)
+    assert law.plenty > 8 and law.score <= law.score_limit
+    assert ((run.path[-1] - optimal).abs() <= law.logp_limit).all()
+
+
+def test_ppo_ends_at_the_closed_form_of_the_rewards_it_was_given():
+    """With wrong rewards at the wrong rewards' optimum, not at pi*."""
+    w = small_world()
+    wrong = w.rewards.flip(-1)
+    run = methods.climb(
+        w, wrong, "PPO", beta=BETA, target=None, effort=methods.Effort(1, 150, 512, 4), seed=0
+    )
+    assert run.distance <= 1e-3  # of sampling, fading
+    assert kl_divergence(run.path[-1], optimal_logps(w.ref_logps, w.rewards, beta=BETA)).max() > 0.1
+    assert run.steps == 600 and run.steps_at[-1] == 600
+
+
+def test_gpt_world_has_the_reference_it_says():
+    """The policy starts at the table of the world, completions are complete, rewards are of one half."""
+    w = gpt_world(0, quick=True)
+    assert (w.policy()().detach() - w.ref_logps).abs().max() <= 1e-5  # float32 against float64
+    assert w.ref_logps.logsumexp(-1).abs().max() <= 1e-6
+    assert w.rewards.shape == (4, 85) and abs(w.rewards.std() - 0.5) <= 0.1  # 5 deviations of 340 draws
+    narrow = gpt_world(0, quick=True, width=8)
+    assert narrow.reference.config.n_embd == 8 and torch.equal(narrow.rewards, w.rewards)
+
+
+def test_a_gpt_reward_model_orders_what_it_was_shown():
+    """Trained on exact preferences its loss comes near the truth's; a constant a prompt is taken out."""
+    w = gpt_world(0, quick=True)
+    data = expected_pairs(w.rewards, reference_pairs(w.ref_logps))
+    rewards = methods.gpt_reward_model(w, data, data, steps=60, seed=0)
+    assert (w.ref_logps.exp() * rewards).sum(-1).abs().max() <= 1e-6  # mean zero under the reference
+    chance = data.gather(rewards)
+    loss = data.weight @ bradley_terry_loss(chance[:, 0], chance[:, 1])
+    truth = data.gather(w.rewards)
+    floor = data.weight @ bradley_terry_loss(truth[:, 0], truth[:, 1])
+    assert floor < loss < floor + 0.7 * (math.log(2) - floor)  # log 2 is guessing; seen 0.53
+
+
+# ------------------------------------------------------------------------------------ how many pairs
+
+
+def test_drawn_counts_follow_the_population():
+    """N in all, and Pearson's statistic below its 1 - 1e-6 quantile (39 outcomes, chi-square 96)."""
+    w = small_world()
+    population = expected_pairs(w.rewards, uniform(w))
+    drawn = pairs.draw(population, 40_000, np.random.default_rng(0))
+    assert drawn.weight.sum() == 40_000 and len(drawn.weight) == len(population.weight) == 40
+    expected = 40_000 * population.weight
+    assert ((drawn.weight - expected) ** 2 / expected).sum() <= 96
+
+
+def test_a_tenth_is_held_out():
+    """Nothing is lost, and the share is a tenth within five deviations."""
+    w = small_world()
+    drawn = pairs.draw(expected_pairs(w.rewards, uniform(w)), 10_000, np.random.default_rng(0))
+    shown, held = pairs.split(drawn, np.random.default_rng(1))
+    assert torch.equal(shown.weight + held.weight, drawn.weight) and (shown.weight >= 0).all()
+    assert abs(held.weight.sum() - 1000) <= 5 * 30
+
+
+def test_the_reward_model_is_the_estimate_and_stops_in_time():
+    """With nothing held out it is Newton's estimate; with comparisons held out, the best of its path."""
+    w = small_world()
+    data = expected_pairs(w.rewards, uniform(w))
+    rewards = pairs.learned_rewards(w, data, None)
+    estimate = maximum_likelihood(data, w.rewards > -torch.inf)
+    apart = rewards - estimate
+    assert (apart - apart.mean(-1, keepdim=True)).abs().max() <= 2e-5  # Adam's last steps; seen 5e-6
+    assert (w.ref_logps.exp() * rewards).sum(-1).abs().max() <= 1e-12
+    wins = win_counts(data, *w.rewards.shape)[None]
+    # Held-out comparisons that say the opposite: the best is to learn nothing, i.e. the first look.
+    stopped = pairs.fit_rewards(wins, wins.mT)
+    assert 0 < stopped.abs().max() <= 1.5 * pairs.LOOK * pairs.RATE
+
+
+def test_dpo_is_the_reward_model_with_the_closed_form_at_every_step():
+    """[D11.7] The same gradient steps, the rate over beta squared: the same policy to rounding, all along."""
+    w = small_world()
+    data = expected_pairs(w.rewards, uniform(w))
+    theta = w.ref_logps.clone().requires_grad_()
+    scores = torch.zeros_like(theta).requires_grad_()
+    for _ in range(50):
+        out = loss_on_table(dpo_loss, theta.log_softmax(-1), w.ref_logps, data, beta=BETA)
+        (slope,) = torch.autograd.grad(data.weight @ out.losses, theta)
+        ranked = data.gather(scores)
+        (of_scores,) = torch.autograd.grad(
+            data.weight @ bradley_terry_loss(ranked[:, 0], ranked[:, 1]), scores
+        )
+        with torch.no_grad():
+            theta -= 20 * slope
+            scores -= 20 * BETA**2 * of_scores
+            closed = optimal_logps(w.ref_logps, scores, beta=BETA)
+            assert (theta.log_softmax(-1) - closed).abs().max() <= 1e-12
+
+
+def test_what_was_never_compared_keeps_the_references_odds():
+    """[D11.9] All compared: pi*. Nothing but one pair: its two completions share what they had."""
+    w = small_world()
+    optimal = optimal_logps(w.ref_logps, w.rewards, beta=BETA)
+    all_of_it = pairs.covered(w, expected_pairs(w.rewards, uniform(w)), beta=BETA)
+    assert (all_of_it - optimal).abs().max() <= 1e-13
+    one = Rankings(torch.tensor([0]), torch.tensor([[1, 3]]), torch.ones(1).double())
+    found = pairs.covered(w, one, beta=BETA)
+    odds, before = found - found[:, :1], w.ref_logps - w.ref_logps[:, :1]
+    assert (odds - before)[:, [2, 4]].abs().max() <= 1e-14 and (odds - before)[1].abs().max() <= 1e-14
+    gap = (found - w.ref_logps)[0, 1] - (found - w.ref_logps)[0, 3]
+    assert abs(gap - (w.rewards[0, 1] - w.rewards[0, 3]) / BETA) <= 1e-13
+    # Descent on infinitely many labels of that pair ends there.
+    both = expected_pairs(w.rewards, uniform(w))
+    kept = ((both.order == 1) | (both.order == 3)).all(-1) & (both.prompt == 0)
+    only = Rankings(*(field[kept] for field in both))
+    theta = w.ref_logps.clone().requires_grad_()
+    for _ in range(300):
+        out = loss_on_table(dpo_loss, theta.log_softmax(-1), w.ref_logps, only, beta=BETA)
+        (slope,) = torch.autograd.grad(only.weight @ out.losses / only.weight.sum(), theta)
+        theta = (theta - 2 / BETA**2 * slope).detach().requires_grad_()
+    assert (theta.detach().log_softmax(-1) - found).abs().max() <= 1e-9  # geometric convergence
+
+
+def test_quartiles_and_worth():
+    """A table of known gaps: their medians, means, and how many pairs the law needs for PPO-GT's gap."""
+    points = [pairs.Point("table", "DPO", 100, gap) for gap in (1.0, 2.0, 6.0)]
+    points += [pairs.Point("table", "PPO-GT", math.inf, 0.01)]
+    spread = pairs.spreads(points, "table", "DPO")[100]
+    assert spread == (1.5, 2.0, 4.0, 3.0)
+    lines = pairs.summary(points, {"table": 50.0}, 0.5)
+    assert any("2 (3)" in line and "0.5" in line for line in lines)
+    assert "0.01 nats; the law reaches that with 5e+03 pairs" in lines[-1]
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def brief(monkeypatch):
+    """A few steps of everything."""
+    monkeypatch.setattr(methods, "effort", lambda world, quick: methods.Effort(24, 6, 64, 2))
+    monkeypatch.setattr(pairs, "STEPS", 30)
+    monkeypatch.setattr(pairs, "SIZES", (100, 1000))
+    monkeypatch.setattr(pairs, "REPLICATES", 2)
+
+
+def test_the_command_lists_every_method_and_none_above_the_frontier(brief, tmp_path, capsys):
+    """All that the issue of the frontier names is run; the records agree with the tables; the curve is the
+    ceiling of every look at every method."""
+    out = tmp_path / "run"
+    assert main(["frontier", "--quick", "--world", "table", "--output-dir", str(out)]) == 0
+    printed = capsys.readouterr().out
+    for family in (
+        "DPO", "DPO, stopped early", "IPO", "cDPO", "robust DPO", "KTO", "ORPO", "SimPO",
+        "DPO without weight", "Unlikelihood", "Preferred-FT", "best of N", "best of N, learned reward",
+        "reward model + closed form", "PPO", "PPO-GT",
+    ):  # fmt: skip
+        assert f"\n  {family:<31} " in printed, family
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert min(record["gap/reward"] for record in records) >= -1e-9
+    assert min(record["gap/nats"] for record in records) >= -1e-9
+    arrays = np.load(out / "result.npz")
+    last = [record for record in records if record["number"] == 5][-1]
+    table = torch.from_numpy(arrays["table_05_logps"])
+    gap = frontier_gap(
+        table, torch.from_numpy(arrays["table_ref_logps"]), torch.from_numpy(arrays["table_rewards"])
+    )
+    assert last["reward"] == gap.reward and last["kl/policy_reference"] == gap.kl
+    assert (out / "frontier.png").stat().st_size > 10_000 and (out / "config.json").exists()
+
+
+def test_the_same_seed_gives_the_same_numbers(brief, tmp_path, capsys):
+    """Every look of every method, to the bit; another seed gives others."""
+    found = []
+    for place, seed in (("a", "3"), ("b", "3"), ("c", "4")):
+        out = tmp_path / place
+        assert (
+            main(["frontier", "--pairs", "--world", "table", "--seed", seed, "--output-dir", str(out)]) == 0
+        )
+        found.append((out / "metrics.jsonl").read_text())
+        assert (out / "pairs.png").stat().st_size > 10_000
+    assert found[0] == found[1] != found[2]
+    assert "Gap to pi* in nats" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["--population", "--num-pairs", "5"], "--num-pairs"),
+        (["--pairs", "--population"], "--pairs"),
+        (["--pairs", "--num-pairs", "5"], "--num-pairs"),
+        (["--pairs", "--flip-probability", "0.1"], "--flip-probability"),
+        (["--num-pairs", "0"], "--num-pairs"),
+        (["--flip-probability", "0.5"], "--flip-probability"),
+        (["--beta", "0"], "--beta"),
+        (["--seed", "-1"], "--seed"),
+    ],
+)
+def test_options_without_effect_are_refused(arguments, named, tmp_path, capsys):
+    """One sentence that names the option, and no folder."""
+    assert main(["frontier", *arguments, "--output-dir", str(tmp_path / "run")]) == 2
+    assert named in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_targets_out_of_reach_are_left_out():
+    """No policy is further from the reference than the one that says only the best completion."""
+    w = table_world(0)
+    furthest = frontier.kl_of_best(w)
+    best = torch.where(w.rewards == w.rewards.amax(-1, keepdim=True), 0.0, -torch.inf).double()
+    assert abs(furthest - kl_divergence(best, w.ref_logps).mean()) <= 1e-12
+
+
+@pytest.mark.slow
+def test_all_roads_lead_to_one_optimum(tmp_path, capsys):
+    """The default run: within 1e-3 nats of pi* for the table, 1e-2 for the GPT."""
+    assert main(["frontier", "--output-dir", str(tmp_path / "run")]) == 0
+    blocks = capsys.readouterr().out.split("Five roads to one optimum: ")[1:]
+    for block, limit, count in ((blocks[0], 1e-3, 5), (blocks[1].split("Frontier")[0], 1e-2, 4)):
+        rows = [line for line in block.split("\n")[2:] if line.strip()]
+        assert len(rows) == count
+        assert all(float(row[40:52]) <= limit for row in rows), rows
+
+
+MUTANTS = {
+    "lengths of the wrong order": (
+        loss_on_table,
+        "rankings.gather(lengths).unbind(-1)",
+        "rankings.gather(lengths).flip(-1).unbind(-1)",
+        test_losses_are_given_what_they_need,
+    ),
+    "both desirable": (
+        kto_on_table,
+        "torch.tensor([True, False]",
+        "torch.tensor([True, True]",
+        test_losses_are_given_what_they_need,
+    ),
+    "mixture reversed": (
+        methods._mixed,
+        "[right * rankings.weight, wrong * rankings.weight]",
+        "[wrong * rankings.weight, right * rankings.weight]",
+        lambda: test_training_ends_at_the_formula("cDPO"),
+    ),
+    "groups not centred": (
+        pairs.covered,
+        "world.rewards - mean",
+        "world.rewards",
+        test_what_was_never_compared_keeps_the_references_odds,
+    ),
+    "never stopped": (
+        pairs.fit_rewards,
+        "found <= lowest",
+        "found == found",
+        test_the_reward_model_is_the_estimate_and_stops_in_time,
+    ),
+    "held out twice": (
+        pairs.split,
+        "rankings.weight - held",
+        "rankings.weight",
+        test_a_tenth_is_held_out,
+    ),
+    "estimate without its beta": (
+        ipo_estimate,
+        "/ (2 * beta)",
+        "/ 2",
+        lambda: test_training_ends_at_the_formula("IPO"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_planted_bugs_are_caught(name, monkeypatch):
+    function, right, wrong, guard = MUTANTS[name]
+    plant(monkeypatch, function, right, wrong)
+    with pytest.raises(CAUGHT):
+        guard()
