@@ -91,8 +91,9 @@ def train_ppo(
 
     Advantages are not divided by their deviation, as implementations often do. As the policy comes near the
     optimum of Eq. 3, and the value near its soft value, advantages vanish for every completion; divided, they
-    would be noise of fixed size, and the policy would never rest. For the same reason the loss is a sum over
-    tokens and a mean over completions: at ratio 1 its gradient is that of the objective.
+    would be noise of fixed size, and the policy would never rest. On film reviews, still far from there after
+    60 iterations, dividing made no difference. The loss is a sum over tokens and a mean over completions: at
+    ratio 1 its gradient is that of the objective, whatever the lengths.
 
     Args:
         policy: altered in place; usually starts as a copy of the reference.
@@ -115,7 +116,7 @@ def train_ppo(
         Preferences".
     """
     _check(policy, reference, prompts, settings)
-    value = RewardModel(copy.deepcopy(reference)).requires_grad_(True)
+    value = value_function(reference)
     optimizers = [
         make_optimizer(policy.parameters(), "adamw", settings.learning_rate),
         make_optimizer(value.parameters(), "adamw", settings.value_learning_rate),
@@ -131,6 +132,18 @@ def train_ppo(
             last = _gradient_step(policy, value, optimizers, rollouts, settings, step)
         controller.update(record["kl/policy_reference"])
         yield {"step": step, **record, **last}
+
+
+# On film reviews (4 layers, 128 wide, 60 iterations) a value function of 1, 2 and 4 layers reached the same
+# objective and explained the same share of returns, 0.2 to 0.3; one layer takes a quarter of the time.
+VALUE_LAYERS = 1
+
+
+def value_function(reference: GPT) -> RewardModel:
+    """The reference's embeddings and first layer, copied, with a head that starts at zero [D7.7]."""
+    body = copy.deepcopy(reference).requires_grad_(True)
+    body.h = body.h[:VALUE_LAYERS]
+    return RewardModel(body)
 
 
 def collect(
