@@ -7,7 +7,7 @@ import os
 import sys
 
 from . import __version__
-from .experiments import audit, bandit, dpo, frontier, sample, score, sft, statistics
+from .experiments import audit, bandit, dpo, frontier, sample, score, sentiment, sft, statistics
 from .validation import InputError
 
 COMMANDS = {
@@ -17,6 +17,7 @@ COMMANDS = {
         "what finite data determine: thousands of data sets against the laws of theory",
     ),
     "frontier": (frontier, "every method beside the best possible, on worlds where that is known exactly"),
+    "sentiment": (sentiment, "every method on film reviews whose judge is known: the paper's Fig. 2 to 4"),
     "sft": (sft, "teach a GPT-2 to continue prompts: the start of every preference training"),
     "dpo": (dpo, "train a GPT-2 on preferences; without arguments, film reviews from SFT to DPO"),
     "audit": (audit, "what a model will read of a preference file, and what is wrong with it"),

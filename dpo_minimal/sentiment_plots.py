@@ -1,0 +1,250 @@
+"""The figures of the sentiment experiment: the paper's Fig. 2 to 4 and Table 1. Results in, figures out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+from .plots import BLUE, GREEN, GREY, ORANGE, PINK, STYLE, save_figure
+
+if TYPE_CHECKING:
+    from .experiments.sentiment_results import Group, Interval, Results
+
+RED, SKY = "#D55E00", "#56B4E9"  # of the same palette
+COLOURS = {
+    "DPO": BLUE, "PPO": ORANGE, "PPO-GT": GREEN, "Unlikelihood": PINK, "Preferred-FT": SKY, "SFT": "black",
+    "Best of N": RED, "Best of N-GT": RED,
+}  # fmt: skip
+MARKERS = {"DPO": "o", "PPO": "s", "PPO-GT": "D", "Unlikelihood": "v", "Preferred-FT": "P", "SFT": "*",
+           "IPO": "<", "cDPO": ">", "KTO": "^", "ORPO": "X", "SimPO": "p"}  # fmt: skip
+LARGE = {"font.size": 17, "axes.titlesize": 19, "legend.fontsize": 14}
+
+
+def frontier_figure(results: Results, path: Path, *, what: str) -> None:
+    """Mean true reward against sampled KL along each training: Fig. 2, left.
+
+    Args: what, where the reviews are from, for the title.
+    """
+    with plt.rc_context(STYLE | LARGE):
+        figure, axis = plt.subplots(figsize=(15, 10.5), layout="constrained")
+        axis.set_title(f"Reward and divergence of every training; {what}")
+        _frontier_lines(axis, results)
+        named: set[str] = set()
+        for group in results.groups:
+            if group.method != "SFT":
+                _path(axis, results, group, named)
+        start = results.start.mean().item()
+        axis.scatter(
+            [0],
+            [start],
+            marker="*",
+            s=420,
+            color="black",
+            zorder=6,
+            label="SFT: the reference",
+            clip_on=False,
+        )
+        # Near the reference the frontier is linear in sqrt(KL), and the scale has room for 0 and for 100.
+        axis.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+        right = max(kl for group in results.groups for kl, _ in group.path)
+        axis.set_xlim(-0.04, 1.6 * right)
+        ticks = [
+            tick for tick in (0, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if tick <= 1.6 * right
+        ]
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
+        axis.set(
+            xlabel=r"sequence-level KL$(\pi \,\|\, \pi_{\rm ref})$, nats (square-root scale)",
+            ylabel="mean true reward on held-out prefixes",
+        )
+        axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), markerscale=0.9)
+        save_figure(figure, path)
+
+
+def _frontier_lines(axis, results: Results) -> None:
+    """The ceiling, and best of N, whose divergence is bounded."""
+    axis.plot(
+        *zip(*results.frontier), color="black", linewidth=3, zorder=1,
+        label="most reward possible\n(from 128 draws a prefix)",
+    )  # fmt: skip
+    for best, line, face, label in (
+        (results.true_best, "-", RED, "best of N, true reward\n(KL: its upper bound)"),
+        (results.learned_best, ":", "white", "best of N, learned reward"),
+    ):
+        points = [(entry.kl, entry.reward.value) for entry in best]
+        axis.plot(
+            *zip(*points), line, color=RED, marker="h", markersize=10, markerfacecolor=face, linewidth=2,
+            zorder=4, label=label,
+        )  # fmt: skip
+    for entry in results.true_best[1:]:
+        axis.annotate(
+            f"{entry.n}", (entry.kl, entry.reward.value), xytext=(-5, 8), textcoords="offset points",
+            ha="right", color=RED, fontsize=13,
+        )  # fmt: skip
+
+
+def _path(axis, results: Results, group: Group, named: set[str]) -> None:
+    """One setting's way from the SFT model; its end has a marker, its interval, and the setting's number."""
+    colour = COLOURS.get(group.method, GREY)
+    points = [(0.0, results.start.mean().item()), *((max(kl, 0.0), r) for kl, r in group.path)]
+    central = group.method in COLOURS
+    axis.plot(*zip(*points), color=colour, linewidth=1.8 if central else 1.0, alpha=0.55, zorder=2)
+    from .experiments.sentiment_results import crossed_interval
+
+    end = crossed_interval(group.rewards[:, -1])
+    label = None if group.method in named else group.method + ("" if central else f" ({group.setting})")
+    named.add(group.method)
+    axis.errorbar(
+        *points[-1], yerr=end.half, color=colour, marker=MARKERS[group.method], markersize=11, capsize=4,
+        linewidth=0, elinewidth=1.5, label=label, zorder=5,
+    )  # fmt: skip
+    if central and group.setting:
+        axis.annotate(
+            group.setting, points[-1], xytext=(9, -4), textcoords="offset points", color=colour, fontsize=12,
+            va="top",
+        )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------- win rates
+
+
+def win_rate_figure(results: Results, path: Path) -> None:
+    """Four panels: over temperatures, over training, of best of N, and on other prompts."""
+    with plt.rc_context(STYLE | LARGE):
+        figure, axes = plt.subplots(2, 2, figsize=(17, 13), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
+        figure.suptitle(
+            "Win rate against a sample of the SFT model, by the true reward; bars: 95 % intervals"
+        )
+        _temperature_panel(axes[0, 0], results)
+        _training_panel(axes[0, 1], results)
+        _best_of_panel(axes[1, 0], results)
+        _other_panel(axes[1, 1], results)
+        for axis in axes.flat:
+            axis.axhline(50, color=GREY, linestyle=":", linewidth=1.5, zorder=0)
+            axis.set_ylabel("win rate, %")
+        save_figure(figure, path)
+
+
+def _full(results: Results) -> list[Group]:
+    """The settings that were looked at everywhere."""
+    return [group for group in results.groups if "temperature_rewards" in group.last]
+
+
+def _bars(axis, places, intervals: list[Interval], **style) -> None:
+    middle = [100 * interval.value for interval in intervals]
+    below = [100 * max(0.0, interval.value - interval.low) for interval in intervals]
+    above = [100 * max(0.0, interval.high - interval.value) for interval in intervals]
+    axis.errorbar(places, middle, yerr=[below, above], capsize=4, elinewidth=1.3, **style)
+
+
+def _style_of(group: Group) -> dict:
+    return {
+        "color": COLOURS.get(group.method, GREY), "marker": MARKERS[group.method], "markersize": 10,
+        "label": group.label,
+    }  # fmt: skip
+
+
+def _temperature_panel(axis, results: Results) -> None:
+    from .experiments.sentiment_results import win_interval
+    from .experiments.sentiment_runs import TEMPERATURES
+
+    axis.set_title("Over sampling temperatures (Fig. 2, right)")
+    for place, group in enumerate(_full(results)):
+        table = group.last["temperature_rewards"]  # (S, M, P)
+        rates = [win_interval(table[:, k], results.opponents) for k in range(len(TEMPERATURES))]
+        shift = 0.008 * (place - 2.5)  # so that bars stay apart
+        _bars(axis, [t + shift for t in TEMPERATURES], rates, **_style_of(group))
+    axis.set_xlabel("sampling temperature (opponent: 1)")
+    axis.set_xticks(TEMPERATURES)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, columnspacing=1.0)
+
+
+def _training_panel(axis, results: Results) -> None:
+    from .experiments.sentiment_results import win_interval
+
+    axis.set_title("Over training, temperature 1 (Fig. 3)")
+    for group in _full(results):
+        if group.method == "SFT":
+            continue
+        rates = [win_interval(group.rewards[:, k], results.opponents) for k in range(len(group.steps))]
+        _bars(axis, group.steps, rates, **_style_of(group))
+    axis.set(xlabel="gradient steps of 64 completions", xscale="log")
+    steps = next(group.steps for group in results.groups if group.method != "SFT")
+    axis.set_xticks(steps, [str(step) for step in steps])
+    axis.minorticks_off()
+
+
+def _best_of_panel(axis, results: Results) -> None:
+    axis.set_title("Best of N samples of the SFT model (Fig. 4)")
+    learned = f"by the learned one ({results.accuracy:.0%} right)"
+    for best, shift, line, face, label in (
+        (results.true_best, 0.97, "-", RED, "chosen by the true reward"),
+        (results.learned_best, 1.03, ":", "white", learned),
+    ):
+        _bars(
+            axis, [entry.n * shift for entry in best], [entry.win for entry in best], color=RED,
+            linestyle=line, marker="h", markersize=11, markerfacecolor=face, label=label,
+        )  # fmt: skip
+    counts = [entry.n for entry in results.true_best]
+    axis.set(xscale="log", xlabel="N")
+    axis.set_xticks(counts, [str(n) for n in counts])
+    axis.minorticks_off()
+    axis.set_ylim(40, 103)
+    axis.legend(loc="lower right")
+
+
+def _other_panel(axis, results: Results) -> None:
+    from .experiments.sentiment_results import win_interval
+    from .experiments.sentiment_runs import OTHER_TEMPERATURES, TEMPERATURES
+
+    axis.set_title("On prompts of another kind (Table 1)")
+    groups = _full(results)
+    quarter = TEMPERATURES.index(OTHER_TEMPERATURES[0])
+    for place, group in enumerate(groups):
+        own, other = group.last["temperature_rewards"], group.last["other_rewards"]
+        looks = (
+            (own[:, quarter], results.opponents, -0.3, "s", True),
+            (other[:, 0], results.other_opponents, -0.1, "s", False),
+            (own[:, -1], results.opponents, 0.1, "o", True),
+            (other[:, 1], results.other_opponents, 0.3, "o", False),
+        )
+        for rewards, opponents, shift, marker, filled in looks:
+            colour = COLOURS.get(group.method, GREY)
+            _bars(
+                axis, [place + shift], [win_interval(rewards, opponents)], color=colour, marker=marker,
+                markersize=12, markerfacecolor=colour if filled else "white", linestyle="none",
+            )  # fmt: skip
+    for marker, filled, label in (
+        ("s", True, "temperature 0.25"), ("s", False, "0.25, other prompts"),
+        ("o", True, "temperature 1"), ("o", False, "1, other prompts"),
+    ):  # fmt: skip
+        axis.plot(
+            [], [], marker=marker, color=GREY, markerfacecolor=GREY if filled else "white", markersize=11,
+            linestyle="none", label=label,
+        )  # fmt: skip
+    axis.set_xticks(range(len(groups)), [group.label.replace(" ", "\n", 1) for group in groups], fontsize=14)
+    axis.grid(axis="x", visible=False)
+    axis.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=4, columnspacing=0.8, handletextpad=0.2
+    )
+
+
+def paths_table(results: Results) -> list[dict[str, float | str]]:
+    """What the frontier figure draws, as records of metrics.jsonl: a row for each setting, seed and look."""
+    rows: list[dict[str, float | str]] = []
+    for group in results.groups:
+        for seed, (rewards, log_ratios) in enumerate(zip(group.rewards, group.log_ratios)):
+            for step, r, kl in zip(group.steps, rewards, log_ratios):
+                wins = (1 + torch.sign(r - results.opponents)) / 2
+                rows.append(
+                    {"method": group.method, "setting": group.setting, "seed": seed, "step": step,
+                     "reward": r.mean().item(), "reward_error": (r.std() / len(r) ** 0.5).item(),
+                     "kl": kl.mean().item(), "kl_error": (kl.std() / len(kl) ** 0.5).item(),
+                     "win_rate": wins.mean().item()}
+                )  # fmt: skip
+    return rows
