@@ -192,7 +192,8 @@ def ppo(
     Completions are single actions here, drawn with the policy's exact probabilities, so that nothing is
     approximate but the sampling. Advantages are penalised rewards minus a baseline. They are not divided by
     their deviation, as implementations often do: at the optimum that deviation is zero, and dividing by it
-    would turn rounding into a random walk. As they are, the noise fades as pi* comes near.
+    would turn rounding into a random walk. As they are, the noise fades as pi* comes near. With one epoch the
+    ratio stays one and nothing is clipped: that is REINFORCE with a baseline.
 
     Args:
         policy: () -> (X, Y) log-probabilities; optimizer and scheduler over its parameters, the latter

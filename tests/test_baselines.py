@@ -62,7 +62,11 @@ def test_the_natural_gradient_contracts_and_one_step_of_1_over_beta_arrives():
     """[D7.5]: implicit rewards minus rewards shrink by (1 - eta beta) a step, up to a constant."""
     ref, logps, rewards = world()
     beta, eta = 0.4, 0.7
-    gap = lambda policy: (beta * (policy - ref) - rewards) - (beta * (policy - ref) - rewards).mean(-1, True)
+
+    def gap(policy):
+        apart = beta * (policy - ref) - rewards
+        return apart - apart.mean(-1, keepdim=True)
+
     stepped = logps
     for t in range(1, 6):
         stepped = b.natural_gradient_step(stepped, ref, rewards, beta=beta, learning_rate=eta)
@@ -113,7 +117,10 @@ def test_estimates_of_the_divergence_and_their_gradients():
     assert (k3 >= 0).all()
     theta = logps.clone().requires_grad_()
     policy = theta.log_softmax(-1)
-    gradient = lambda value: torch.autograd.grad(value.sum(), theta, retain_graph=True)[0]
+
+    def gradient(value):
+        return torch.autograd.grad(value.sum(), theta, retain_graph=True)[0]
+
     found = [gradient(logps.exp() * estimate) for estimate in b.kl_estimates(policy, ref)]
     expected = [
         torch.zeros_like(logps), gradient(kl_divergence(policy, ref)), gradient(kl_divergence(ref, policy))
@@ -250,13 +257,16 @@ def test_unlikelihood_ends_at_its_formula_or_nowhere():
     """[D12.7] The gradient vanishes there; beyond the critical alpha it is refused by name."""
     ref, _, rewards = world()
     pairs = expected_pairs(rewards, reference_pairs(ref))
-    share = lambda alpha: b.unlikelihood_logps(pairs, ref > -torch.inf, alpha=alpha)
+
+    def share(alpha):
+        return b.unlikelihood_logps(pairs, ref > -torch.inf, alpha=alpha)
+
     assert share(0.02).logsumexp(-1).abs().max() <= 1e-14
     theta = share(0.02).clone().requires_grad_()
     chosen, rejected = pairs.gather(theta.log_softmax(-1)).unbind(-1)
     (-(pairs.weight @ (chosen - 0.02 * rejected))).backward()
     assert theta.grad.abs().max() <= 1e-15
-    with pytest.raises(InputError, match="no optimum at alpha = 0.9: completion"):
+    with pytest.raises(InputError, match=r"no optimum at alpha = 0\.9: completion"):
         share(0.9)
     for alpha in (-0.1, 1.0):
         with pytest.raises(InputError, match="alpha"):

@@ -48,8 +48,9 @@ def test_files_import_only_downward():
     """The order of the README's map is the order of imports; a circle would break it."""
     order = ["version", "validation", "closed_form", "preferences", "losses", "bandit", "certificates"]
     order += ["finite_data", "sampling_laws", "model", "generation", "policy", "runs", "tokenizer", "reviews"]
-    order += ["files", "data", "checkpoint", "training_state", "audit", "batches", "train", "objectives"]
-    order += ["evaluate", "allocator", "training_run", "tables", "plots", "text_plots", "experiments"]
+    order += ["files", "data", "checkpoint", "training_state", "audit", "batches", "train", "baselines"]
+    order += ["objectives", "reward_model", "ppo", "evaluate", "allocator", "training_run", "tables", "plots"]
+    order += ["text_plots", "frontier_plots", "sentiment_plots", "experiments"]
     assert {path.stem for path in (ROOT / "dpo_minimal").glob("[!_]*.py")} <= set(order)
     for place, name in enumerate(order[:-1]):
         source = (ROOT / "dpo_minimal" / f"{name}.py").read_text(encoding="utf-8")
