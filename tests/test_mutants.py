@@ -560,7 +560,7 @@ MUTANTS = [
     ),
     Mutant(
         "plain sum for KL",
-        closed_form.kl_divergence,
+        closed_form._kl,
         "p * (small + torch.expm1(-small))",
         "p * small",
         test_closed_form.test_divergence_of_close_policies_keeps_its_digits,
