@@ -372,6 +372,22 @@ MUTANTS = [
         ("simpo",),
     ),
     Mutant(
+        "relatives in half precision as it is",
+        losses._logratios,
+        "map(widen, named.values())",
+        "named.values()",
+        R.check_half_precision,
+        ("cdpo", torch.bfloat16),
+    ),
+    Mutant(
+        "Unlikelihood in half precision as it is",
+        losses._policy_logps,
+        "widen(chosen), widen(rejected)",
+        "chosen, rejected",
+        R.check_half_precision,
+        ("unlikelihood", torch.bfloat16),
+    ),
+    Mutant(
         "ORPO of sums",
         losses.orpo_loss,
         "chosen, rejected = chosen / chosen_lengths, rejected / rejected_lengths",

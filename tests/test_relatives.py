@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import World, betas, generators, normal, worlds
-from test_losses import WIDE, U, assert_within, f64, minus_log_sigmoid, roundoff, sigmoid
+from test_losses import HALF, WIDE, U, assert_within, f64, minus_log_sigmoid, roundoff, sigmoid
 from torch import Tensor
 
 from dpo_minimal import losses
@@ -305,6 +305,25 @@ def test_extreme_log_probabilities(name, dtype):
     assert_within(out.gradient_weights, -slopes[:, 0], relative_error * slopes[:, 0].abs() + tiny)
     # A bfloat16 gradient adds up parts that were each rounded to it.
     assert_within(gradient, slopes, 4 * relative_error * slopes.abs() + tiny)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("name", RELATIVES)
+def test_half_precision_is_rounded_once(name, dtype):
+    """Property 76: near 500 the spacing of bfloat16 is 2, and a margin of 1/2 would be lost; what is computed
+    in between has float32's precision."""
+    check_half_precision(name, dtype)
+
+
+def check_half_precision(name: str, dtype: torch.dtype) -> None:
+    table = f64([[-500, -3.5, -500, -3, 7, 3], [-40, -57, -40.5, -58, 3, 7]]).to(dtype)
+    options = SOME | {"alpha": 0.7}  # 40 - 0.7 * 57 is 0.1, and 0 where the product is rounded first
+    value, slopes = by_hand(RELATIVES[name], table, options)
+    out = call(RELATIVES[name], table, options)
+    weights = -slopes[:, 0]
+    float32 = 500 * 16 * roundoff(torch.float32)  # a dozen operations on numbers up to 500
+    assert_within(out.losses, value, 1.01 * roundoff(dtype) * value.abs() + float32)
+    assert_within(out.gradient_weights, weights, 1.01 * roundoff(dtype) * weights.abs() + float32)
 
 
 @pytest.mark.parametrize("dtype", [*WIDE, torch.bfloat16])
