@@ -54,13 +54,12 @@ QUICK = GRAMMAR._replace(
     demonstrations=6400, prefixes=240, steps=45, held_out=96, other=96, best_of=16,
 )  # fmt: skip
 REVIEWS = GRAMMAR._replace(
-    vocab_size=2048, context=72, n_layer=4, sft_epochs=6, sft_learning_rate=1e-3, prefixes=960, steps=180,
-    max_new_tokens=56,
+    vocab_size=2048, context=72, n_layer=3, sft_epochs=5, sft_learning_rate=1.5e-3, max_new_tokens=56,
 )  # fmt: skip
 QUICK_REVIEWS = REVIEWS._replace(
     n_layer=2, sft_epochs=2, prefixes=160, steps=30, held_out=64, other=64, best_of=8
 )
-SEEDS = 3
+SEEDS, REVIEWS_SEEDS = 3, 2  # real reviews are longer, and the model for them larger
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--seeds", type=int, metavar="N",
         help="trainings of each method and setting; of PPO, which takes four times as long, one less, but at "
-        f"least one (default {SEEDS}; 1 with --quick)",
+        f"least one (default {SEEDS}; {REVIEWS_SEEDS} with --reviews, 1 with --quick)",
     )  # fmt: skip
     run.add_argument("--seed", type=int, help="of the SFT model, the prefixes and the pairs (default 0)")
     run.add_argument(
@@ -144,10 +143,11 @@ def _open(args: argparse.Namespace) -> tuple[Path, dict]:
                 )
         return folder, config["options"]
     quick = bool(args.quick)
+    seeds = 1 if quick else SEEDS if args.reviews is None else REVIEWS_SEEDS
     options = {
         "reviews": args.reviews,
         "label_noise": args.label_noise or NOISES[0],
-        "seeds": args.seeds if args.seeds is not None else (1 if quick else SEEDS),
+        "seeds": args.seeds if args.seeds is not None else seeds,
         "seed": args.seed if args.seed is not None else 0,
         "quick": quick,
         "output_dir": args.output_dir,

@@ -176,8 +176,8 @@ def label_pairs(
     for i, j in combinations(range(len(values)), 2):
         first_wins = bool(values[i] > values[j])
         if noise == "bradley-terry":
-            uniform = torch.rand((), dtype=torch.float64, generator=generator)
-            first_wins = bool(uniform < bradley_terry(values[i], values[j]))
+            uniform = torch.rand(1, dtype=torch.float64, generator=generator)
+            first_wins = bool(uniform < bradley_terry(values[i : i + 1], values[j : j + 1]))
             tie = list(completions[i]) == list(completions[j])
         else:
             tie = bool(values[i] == values[j])

@@ -162,7 +162,7 @@ def comparison_text(results: Results, rows: Sequence[dict[str, Any]]) -> str:
         "model, one bit a pair; the learned reward knows the same, and orders "
         f"{results.accuracy:.0%} of {results.accuracy_pairs:,} held-out pairs rightly. PPO-GT was told the "
         "rewards of as many completions, but its own, which move to where reward is: it ended at "
-        f"{end:.2f}, which {share:.1%} of DPO's completions have. How much of a gap is due to pairs, coverage "
+        f"{end:.2f}, which {share:.1%} of DPO's completions have. How much of a gap is pairs, coverage "
         "or optimisation is measured exactly by `frontier --pairs`."
     )
     return "\n".join([*lines, _paragraph(why)])

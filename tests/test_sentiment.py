@@ -1,0 +1,525 @@
+"""The sentiment experiment: judge, prefixes, pairs, budgets, intervals, and going on after a stop."""
+
+import csv
+import json
+import math
+import shutil
+from itertools import combinations
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dpo_minimal.__main__ import main
+from dpo_minimal.baselines import best_of_n_reward
+from dpo_minimal.experiments import sentiment, sentiment_data, sentiment_runs
+from dpo_minimal.experiments.sentiment_data import Plan, label_pairs, load_world, make_world, take_prefixes
+from dpo_minimal.experiments.sentiment_methods import Run, all_runs, budget_of, check_plan, ppo_settings
+from dpo_minimal.experiments.sentiment_results import (
+    Group,
+    best_of,
+    crossed_interval,
+    estimated_frontier,
+    order_weights,
+    reward_at,
+    student_95,
+)
+from dpo_minimal.experiments.sentiment_runs import looks_at, path_of, run_all, train_and_look
+from dpo_minimal.experiments.sentiment_truth import (
+    MOST,
+    BagOfWords,
+    Review,
+    accuracy,
+    fit_bag_of_words,
+    read_reviews,
+    truth_of,
+    words_of,
+)
+from dpo_minimal.reviews import sentiment as sentiment_of
+from dpo_minimal.tokenizer import byte_tokenizer
+from dpo_minimal.validation import InputError
+
+TINY = Plan(  # reviews enough that samples hold a word of opinion
+    demonstrations=3200, vocab_size=600, context=48, n_layer=1, n_embd=32, sft_epochs=1,
+    sft_learning_rate=2e-2, prefixes=8, held_out=6, other=4, max_new_tokens=20, steps=6, pairs=8,
+    learning_rate=1e-3, warmup=2, best_of=2,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------- the file
+
+
+def review_lines(count: int) -> list[str]:
+    """Half praise, half complaint."""
+    return [f"{k % 2}\treview number {k} is {'good' if k % 2 else 'bad'}" for k in range(count)]
+
+
+def test_reviews_are_read_as_they_are():
+    """Labels the wrong way round, a lost line, or text cut at a second tab would all go unnoticed later."""
+    rows = [*review_lines(40), "1\tcafé , with\ta tab ", "0\tlast"]
+    Path("r.tsv").write_bytes("\r\n".join(rows).encode())  # as Windows writes them; no line end at the end
+    found = read_reviews("r.tsv")
+    assert len(found) == 42 and found[-2:] == [Review("café , with\ta tab", True), Review("last", False)]
+    assert [review.positive for review in found[:4]] == [False, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        (b"no tab here", "no tab"),
+        (b"2\tgood", "'2'"),
+        (b"positive\tgood", "'positive'"),
+        (b"1\t  ", "no text"),
+        (b"", "no tab"),
+        (b"1\tcaf\xe9", "UTF-8"),
+    ],
+)
+def test_bad_lines_are_refused_with_file_and_line(line, named, capsys):
+    """One sentence with the line's number, and no run folder left behind."""
+    rows = [row.encode() for row in review_lines(60)]
+    rows[6] = line
+    Path("r.tsv").write_bytes(b"\n".join(rows) + b"\n")
+    assert main(["sentiment", "--reviews", "r.tsv"]) == 2
+    message = capsys.readouterr().err
+    assert "--reviews r.tsv, line 7: " in message and named in message
+    assert not Path("runs").exists()
+
+
+def test_files_that_cannot_teach_are_refused():
+    """Missing, too short, or of one sign only."""
+    with pytest.raises(InputError, match=r"no\.tsv: cannot be read"):
+        read_reviews("no.tsv")
+    Path("few.tsv").write_text("\n".join(review_lines(39)))
+    with pytest.raises(InputError, match="has 39 reviews"):
+        read_reviews("few.tsv")
+    Path("one.tsv").write_text("\n".join(f"1\tgood {k}" for k in range(50)))
+    with pytest.raises(InputError, match="all labels are 1"):
+        read_reviews("one.tsv")
+
+
+# ----------------------------------------------------------------------------------------------- the judge
+
+
+def planted(count: int) -> list[Review]:
+    """Positive where the planted word is "fine", negative where it is "poor", among words without meaning."""
+    draw = torch.Generator().manual_seed(3)
+    fillers = [f"filler{chr(97 + k)}" for k in range(12)]
+    rows = []
+    for k in range(count):
+        chosen = torch.randperm(12, generator=draw)[:5].tolist()
+        rows.append(
+            Review(" ".join([*(fillers[c] for c in chosen), "fine" if k % 2 else "poor"]), k % 2 == 1)
+        )
+    return rows
+
+
+def test_the_judge_finds_a_planted_vocabulary():
+    """Separable by one word: all held-out reviews right, and its weight far above every filler's."""
+    judge = fit_bag_of_words(planted(200), l2=1e-2)
+    assert accuracy(judge, planted(260)[200:]) == 1.0
+    fillers = [abs(weight) for word, weight in judge.weights.items() if word.startswith("filler")]
+    assert judge.weights["fine"] > 5 * max(fillers) and judge.weights["poor"] < -5 * max(fillers)
+
+
+def test_the_judge_is_the_regularised_optimum():
+    """The gradient of the penalised mean loss is zero, computed from a dense table of words: a lost bias,
+    counts in place of presence, or a penalty of another size would all show."""
+    rows = [*planted(60), Review("fine fine fillera poor", True), Review("once only", False)]
+    judge = fit_bag_of_words(rows, l2=0.05)
+    assert "once" not in judge.weights  # too rare
+    words = list(judge.weights)
+    table = torch.tensor([[float(w in words_of(r.text)) for w in words] for r in rows], dtype=torch.float64)
+    labels = torch.tensor([r.positive for r in rows], dtype=torch.float64)
+    weights = torch.tensor([judge.weights[w] for w in words], dtype=torch.float64, requires_grad=True)
+    bias = torch.tensor(judge.bias, dtype=torch.float64, requires_grad=True)
+    loss = F.binary_cross_entropy_with_logits(table @ weights + bias, labels) + 0.05 / 2 * (weights**2).sum()
+    loss.backward()
+    # L-BFGS stops at 1e-9; adding up in another order changes 1e-16 of numbers of size 1
+    assert weights.grad.abs().max() < 1e-7 and bias.grad.abs() < 1e-7
+
+
+def test_repeating_a_word_earns_nothing_and_rewards_are_clipped():
+    """Else a policy would be paid for "good good good"."""
+    judge = BagOfWords({"good": 1.5, "great": 3.0, "bad": -2.0}, 0.5)
+    assert judge.reward("good") == judge.reward("Good, good GOOD") == 2.0
+    assert judge.reward("good great") == MOST and judge.log_odds("good great") == 5.0
+    assert judge.reward("bad unknown") == -1.5
+
+
+def test_the_truth_reads_prompt_and_completion_as_one_text():
+    """A word begun in the prompt counts; end-of-text does not."""
+    tokenizer = byte_tokenizer()
+    prompts = [tokenizer.encode("It is mov"), tokenizer.encode("It is dull")]
+    completions = [[*tokenizer.encode("ing."), tokenizer.eot], [tokenizer.eot]]
+    truth = truth_of(None, tokenizer)
+    assert truth(prompts, completions).tolist() == [sentiment_of("It is moving."), sentiment_of("It is dull")]
+    judge = truth_of(BagOfWords({"moving": 2.0}, 0.0), tokenizer)
+    assert judge(prompts, completions).tolist() == [2.0, 0.0]
+
+
+# ----------------------------------------------------------------------------------------------- prefixes
+
+
+def test_prefixes_are_two_to_eight_tokens_of_texts_and_different():
+    """All lengths occur, each about as often (400 texts, 57 of each: 5 deviations are 35), none twice."""
+    texts = [[k, *range(1000, 1012)] for k in range(400)]
+    found = take_prefixes(texts, 400, seed=1)
+    assert len({tuple(prefix) for prefix in found}) == 400
+    for prefix in found:
+        assert 2 <= len(prefix) <= 8 and prefix == texts[prefix[0]][: len(prefix)]
+    counts = np.bincount([len(prefix) for prefix in found], minlength=9)[2:]
+    assert counts.min() >= 57 - 35 and counts.max() <= 57 + 35
+    assert take_prefixes(texts, 10, seed=1) == found[:10] != take_prefixes(texts, 10, seed=2)
+
+
+def test_too_few_prefixes_are_refused():
+    """Texts that all begin alike have at most seven prefixes; a text without a further token has none."""
+    with pytest.raises(InputError, match="different beginnings"):
+        take_prefixes([list(range(20))] * 50, 8, seed=0)
+    with pytest.raises(InputError, match="0 different"):
+        take_prefixes([[1, 2]] * 50, 1, seed=0)
+
+
+# --------------------------------------------------------------------------------------------------- pairs
+
+
+def labels(rewards: list[float], noise: str = "none", seed: int = 0):
+    completions = [[k] for k in range(len(rewards))]
+    generator = torch.Generator().manual_seed(seed)
+    return label_pairs(torch.tensor(rewards), completions, noise=noise, generator=generator)
+
+
+def test_six_pairs_of_four_agree_with_the_true_order():
+    """Every pair once, the better one first."""
+    rewards = [0.5, -1.0, 2.0, 0.25]
+    pairs, left_out = labels(rewards)
+    assert left_out == 0 and {frozenset(pair) for pair in pairs} == {
+        frozenset(pair) for pair in combinations(range(4), 2)
+    }
+    assert all(rewards[chosen] > rewards[rejected] for chosen, rejected in pairs)
+
+
+def test_ties_are_left_out_and_counted():
+    """Of 1, 1, 1, 0 three pairs are ties."""
+    pairs, left_out = labels([1.0, 1.0, 1.0, 0.0])
+    assert left_out == 3 and sorted(pairs) == [(0, 3), (1, 3), (2, 3)]
+
+
+def test_bradley_terry_labels_have_the_right_frequency():
+    """4,000 labels with p = sigmoid(1): within five deviations, which chance leaves once in two million."""
+    generator = torch.Generator().manual_seed(11)
+    rewards, count = torch.tensor([0.0, 1.0]), 4000
+    wins = 0
+    for _ in range(count):
+        ((chosen, _),), left_out = label_pairs(
+            rewards, [[0], [1]], noise="bradley-terry", generator=generator
+        )
+        wins += chosen == 1
+    p = 1 / (1 + math.exp(-1))
+    assert left_out == 0 and abs(wins / count - p) < 5 * math.sqrt(p * (1 - p) / count)
+
+
+def test_with_noise_equal_rewards_are_a_coin_and_the_same_text_twice_is_left_out():
+    """A coin over 64 seeds shows both sides (chance of one side only: 2^-63)."""
+    first = {labels([1.0, 1.0], "bradley-terry", seed)[0][0][0] for seed in range(64)}
+    assert first == {0, 1}
+    same = label_pairs(
+        torch.tensor([1.0, 1.0]), [[7], [7]], noise="bradley-terry", generator=torch.Generator()
+    )
+    assert same == ([], 1)
+
+
+# ------------------------------------------------------------------------------------------------- budgets
+
+
+@pytest.mark.parametrize(
+    "plan", [sentiment.GRAMMAR, sentiment.QUICK, sentiment.REVIEWS, sentiment.QUICK_REVIEWS]
+)
+def test_every_method_has_the_same_budget(plan):
+    """Steps, completions a step, and completions with a true reward behind them: equal for all that train."""
+    check_plan(plan)
+    runs = [run for run in all_runs(seeds=2, quick=False) if run.kind != "none"]
+    assert {run.method for run in runs} >= {"DPO", "PPO", "PPO-GT", "Unlikelihood", "Preferred-FT", "KTO"}
+    assert len({tuple(budget_of(run, plan).items()) for run in runs}) == 1
+    oracle = next(run for run in runs if run.method == "PPO-GT")
+    settings = ppo_settings(oracle, plan)
+    assert settings.iterations * settings.epochs == plan.steps
+    assert settings.iterations * settings.prompts == 4 * plan.prefixes  # rewards asked for = rewards of pairs
+    assert settings.learning_rate == plan.learning_rate
+    assert all(step % 3 == 0 for step in looks_at(plan.steps)) and looks_at(plan.steps)[-1] == plan.steps
+
+
+def test_plans_with_unequal_budgets_are_refused():
+    with pytest.raises(InputError, match="make both equal"):
+        check_plan(TINY._replace(prefixes=9))
+
+
+def test_runs_have_files_of_their_own():
+    """The paper's sweep is all there, and no two trainings share a name."""
+    runs = all_runs(seeds=3, quick=False)
+    assert len({run.name for run in runs}) == len(runs)
+    count = {
+        method: len({r.setting for r in runs if r.method == method}) for method in ("DPO", "PPO", "PPO-GT")
+    }
+    assert count == {"DPO": 4, "PPO": 4, "PPO-GT": 4}
+    assert {run.seed for run in runs if run.method == "DPO"} == {0, 1, 2}
+    assert {run.seed for run in runs if run.method == "PPO"} == {0, 1}
+    assert all(run.name.isascii() and " " not in run.name for run in runs)
+
+
+# ----------------------------------------------------------------------------------------------- intervals
+
+
+def test_intervals_hold_the_mean_as_often_as_they_say():
+    """2,000 tables of 3 seeds x 12 prompts with effects of both: 95 % within what chance leaves, and not far
+    above it. Counting 36 independent values would cover about 70 %."""
+    generator = torch.Generator().manual_seed(5)
+    count, hits, naive = 2000, 0, 0
+    for _ in range(count):
+        seeds, prompts, rest = (
+            torch.randn(shape, generator=generator, dtype=torch.float64)
+            for shape in ((3, 1), (1, 12), (3, 12))
+        )
+        table = 0.6 * seeds + prompts + rest
+        interval = crossed_interval(table)
+        hits += interval.low <= 0 <= interval.high
+        naive += abs(table.mean()) < 1.96 * table.std() / 6
+    deviation = math.sqrt(0.95 * 0.05 / count)
+    # Satterthwaite's degrees of freedom are an approximation: a deviation of 2 % is known for few seeds
+    assert 0.95 - 0.02 - 3 * deviation < hits / count < 0.995
+    assert naive / count < 0.85
+
+
+def test_one_seed_is_the_mean_of_independent_prompts():
+    """Reduces to mean and standard error."""
+    values = torch.tensor([[0.0, 1.0, 3.0, 4.0, 7.0]], dtype=torch.float64)
+    interval = crossed_interval(values)
+    error = values.std().item() / math.sqrt(5)
+    assert interval.value == pytest.approx(3.0) and interval.half == pytest.approx(student_95(4) * error)
+
+
+def group_of(kls: list[float], rewards: list[float]) -> Group:
+    """A training whose prompts are all alike."""
+    tables = [
+        torch.tensor(values, dtype=torch.float64).view(1, -1, 1).repeat(1, 1, 3) for values in (rewards, kls)
+    ]
+    return Group("DPO", "", list(range(len(kls))), *tables, {}, 0.0)
+
+
+def test_reward_at_a_divergence_is_read_off_the_path():
+    """Linear between looks, from the SFT model on; the first crossing where a path comes back."""
+    start = torch.zeros(3, dtype=torch.float64)
+    assert reward_at(group_of([1.0, 3.0], [2.0, 3.0]), start, 2.0).value == pytest.approx(2.5)
+    assert reward_at(group_of([1.0, 3.0], [2.0, 3.0]), start, 0.5).value == pytest.approx(1.0)
+    assert reward_at(group_of([4.0, 1.0], [2.0, 9.0]), start, 2.0).value == pytest.approx(1.0)
+    assert reward_at(group_of([1.0, 1.9], [2.0, 3.0]), start, 2.0) is None
+
+
+def test_best_of_n_by_another_reward():
+    """By the true reward itself: the mean over all subsets; by its negative: the worst of n; by the order of
+    the draws: by enumeration."""
+    generator = torch.Generator().manual_seed(2)
+    true = torch.randn(4, 128, generator=generator, dtype=torch.float64)
+    opponents = torch.zeros(4, dtype=torch.float64)
+    for entry, worst in zip(best_of(true, true, opponents), best_of(true, -true, opponents)):
+        assert entry.reward.value == pytest.approx(best_of_n_reward(true, n=entry.n).mean().item())
+        assert worst.reward.value == pytest.approx(-best_of_n_reward(-true, n=entry.n).mean().item())
+    weights = order_weights(3, 6)
+    bests = [max(subset) for subset in combinations(range(6), 3)]
+    assert weights.tolist() == pytest.approx([bests.count(k) / len(bests) for k in range(6)])
+
+
+def test_the_estimated_frontier_is_above_best_of_n():
+    """No policy on the same draws has more reward at its KL: best of n on them has its exact KL."""
+    generator = torch.Generator().manual_seed(4)
+    true = torch.randn(6, 128, generator=generator, dtype=torch.float64)
+    curve = np.array(estimated_frontier(true))
+    assert (np.diff(curve[:, 0]) > 0).all() and (np.diff(curve[:, 1]) > 0).all() and curve[-1, 0] <= 2.5
+    for n in (2, 4, 8, 16):
+        weights = order_weights(n, 128)
+        used = weights[weights > 0]
+        kl = (used * (used * 128).log()).sum().item()  # draws with replacement would have no less
+        reward = best_of_n_reward(true, n=n).mean().item()
+        if kl < curve[-1, 0]:
+            # 200 points, joined by straight lines, lie below a concave curve by less than 1e-3
+            assert reward <= np.interp(kl, *curve.T) + 1e-3
+
+
+# ---------------------------------------------------------------------------------------- stages and stops
+
+
+RUNS = [
+    Run("SFT", "", "none", full=True),
+    Run("DPO", "β 0.1", "pairs", "dpo", (("beta", 0.1),)),
+    Run("KTO", "", "pairs", "kto", (("beta", 0.1), ("desirable_weight", 1.0), ("undesirable_weight", 1.0))),
+    Run("Preferred-FT", "", "sft"),
+    Run("PPO", "KL 6", "ppo", target=6.0, learned=True),
+    Run("PPO-GT", "KL 6", "ppo", target=6.0, full=True),
+]
+
+
+def make(folder: Path, *, resume: bool) -> None:
+    make_world(folder, TINY, reviews=None, noise="none", seed=7, resume=resume)
+    run_all(folder, RUNS, TINY, seed=7, workers=1)
+
+
+def arrays_of(folder: Path) -> dict[str, dict[str, np.ndarray]]:
+    return {path.name: dict(np.load(path)) for path in sorted((folder / "methods").glob("*.npz"))}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A tiny run that nobody interrupted."""
+    folder = tmp_path_factory.mktemp("sentiment") / "run"
+    folder.mkdir()
+    make(folder, resume=False)
+    return folder
+
+
+def test_held_out_prefixes_never_train(finished):
+    """As token ids; and every pair belongs to a training prefix."""
+    world = load_world(finished)
+    held_out, train = ({tuple(p) for p in prompts} for prompts in (world.held_out, world.train_prompts))
+    assert len(held_out) == TINY.held_out and len(train) == TINY.prefixes and not held_out & train
+    assert {tuple(example.prompt) for example in world.examples} <= train
+
+
+def test_pairs_are_ordered_by_the_truth_and_scored_by_the_reference(finished):
+    """Chosen above rejected in true reward; reference log-probabilities are those of the same completions."""
+    world = load_world(finished)
+    rewards = [world.truth([row.prompt] * 2, list(row.completions)).tolist() for row in world.examples]
+    assert rewards and all(chosen > rejected for chosen, rejected in rewards)
+    again = sentiment_data.reference_logps(world.policy.model, world.examples, micro_size=4, dtype="float32")
+    # rows of two and of four completions are added up in another order: 2e-5 in float32
+    torch.testing.assert_close(world.reference, again, rtol=0, atol=1e-4)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_result(finished, monkeypatch):
+    """Stopped before the samples, then inside a method: every file as if nothing had happened.
+
+    The SFT model is the same one, because test_training_run.py interrupts that kind of training.
+    """
+    folder = Path("run").resolve()
+    shutil.copytree(finished / "sft", folder / "sft")
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sentiment_data, "sample_rows", stop)
+        make(folder, resume=False)
+    assert (folder / "prompts.json").exists() and not (folder / "preferences.jsonl").exists()
+    made = []
+
+    def some(folder, run, plan):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(run)
+        train_and_look(folder, run, plan)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sentiment_runs, "train_and_look", some)
+        make(folder, resume=True)
+    kept = {run.name: path_of(folder, run).stat().st_mtime_ns for run in made}
+    make(folder, resume=True)
+    assert kept == {run.name: path_of(folder, run).stat().st_mtime_ns for run in made}  # not made twice
+    ours, theirs = arrays_of(folder), arrays_of(finished)
+    assert set(ours) == set(theirs) and len(ours) == len(RUNS) + 3
+    for name, arrays in theirs.items():
+        for key, table in arrays.items():
+            if key != "seconds":
+                np.testing.assert_array_equal(ours[name][key], table, err_msg=f"{name} {key}")
+
+
+def test_training_moves_the_policy_and_the_reference_stays(finished):
+    """SFT's log-ratios are 0 up to rounding; every trained policy's are not."""
+    for run in RUNS:
+        table = np.load(path_of(finished, run))["log_ratios"]
+        if run.kind == "none":
+            assert np.abs(table).max() < 1e-4  # float32, the same computation twice
+        else:
+            assert (
+                table.shape == (len(looks_at(TINY.steps)), TINY.held_out) and np.abs(table[-1]).max() > 1e-2
+            )
+
+
+# ------------------------------------------------------------------------------------------- command line
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--seeds", "0"], "--seeds"),
+        (["--seed", "-1"], "--seed"),
+        (["--workers", "0"], "--workers"),
+        (["--resume", "nowhere"], "config.json"),
+        (["--reviews", "nowhere.tsv"], "nowhere.tsv"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_written(flags, named, capsys):
+    assert main(["sentiment", *flags]) == 2
+    assert named in capsys.readouterr().err
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_options_that_contradict_the_resumed_run_are_refused(capsys):
+    options = {
+        "reviews": None,
+        "label_noise": "none",
+        "seeds": 1,
+        "seed": 0,
+        "quick": True,
+        "output_dir": "run",
+    }
+    config = {"command": "sentiment", "options": options | {"plan": TINY._asdict()}, "threads": 1}
+    Path("run").mkdir()
+    Path("run/config.json").write_text(json.dumps(config))
+    assert main(["sentiment", "--resume", "run", "--label-noise", "bradley-terry"]) == 2
+    assert "--label-noise is none in that run" in capsys.readouterr().err
+    Path("run/config.json").write_text(json.dumps(config | {"command": "dpo"}))
+    assert main(["sentiment", "--resume", "run"]) == 2
+    assert "'dpo'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reviews", [False, True])
+def test_the_whole_command(reviews, monkeypatch, capsys):
+    """Table, figures and files of both kinds of data, the same with two processes as with one."""
+    monkeypatch.setattr(sentiment, "QUICK", TINY)
+    monkeypatch.setattr(sentiment, "QUICK_REVIEWS", TINY)
+    flags = ["sentiment", "--quick"]
+    if reviews:
+        judged = ("poor", "fine")
+        words = ["plot", "song", "scene", "actor", "joke", "end"]
+        rows = [
+            f"{k % 2}\tthe {words[k % 6]} and the {words[k // 6 % 6]} of film {k} are {judged[k % 2]} ."
+            for k in range(120)
+        ]
+        Path("r.tsv").write_text("\n".join(rows))
+        flags += ["--reviews", "r.tsv", "--label-noise", "bradley-terry"]
+    assert main([*flags, "--workers", "1", "--output-dir", "one"]) == 0
+    printed = capsys.readouterr().out
+    assert "DPO          β 0.1" in printed and "Every method: 6 gradient steps" in printed
+    assert ("Bradley-Terry" in printed) == reviews and ("no finite optimum" in printed) != reviews
+    assert main([*flags, "--workers", "2", "--output-dir", "two"]) == 0
+    for name in ("metrics.jsonl", "samples.txt"):
+        assert Path("one", name).read_text() == Path("two", name).read_text()
+    with open("one/table.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    records = [json.loads(line) for line in Path("one/metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        if row["method"] not in ("Best of N", "Best of N-GT"):
+            last = [r for r in records if (r["method"], r["setting"]) == (row["method"], row["setting"])][-1]
+            assert float(row["reward"]) == pytest.approx(last["reward"])
+            assert float(row["kl"]) == pytest.approx(last["kl"], abs=1e-9)
+    for name in ("sentiment.png", "win_rates.png"):
+        height, width = matplotlib.image.imread(f"one/{name}").shape[:2]
+        assert width > 1000 and height > 700
