@@ -15,8 +15,8 @@ import torch.nn.functional as F
 
 from dpo_minimal.__main__ import main
 from dpo_minimal.baselines import best_of_n_reward
-from dpo_minimal.experiments import sentiment, sentiment_data, sentiment_runs
-from dpo_minimal.experiments.sentiment_data import Plan, label_pairs, load_world, make_world, take_prefixes
+from dpo_minimal.experiments import sentiment, sentiment_runs, sentiment_world
+from dpo_minimal.experiments.sentiment_data import Plan, label_pairs, take_prefixes
 from dpo_minimal.experiments.sentiment_methods import Run, all_runs, budget_of, check_plan, ppo_settings
 from dpo_minimal.experiments.sentiment_results import (
     Group,
@@ -38,6 +38,8 @@ from dpo_minimal.experiments.sentiment_truth import (
     truth_of,
     words_of,
 )
+from dpo_minimal.experiments.sentiment_world import load_world, make_world
+from dpo_minimal.objectives import reference_logps
 from dpo_minimal.reviews import sentiment as sentiment_of
 from dpo_minimal.tokenizer import byte_tokenizer
 from dpo_minimal.validation import InputError
@@ -397,7 +399,7 @@ def test_pairs_are_ordered_by_the_truth_and_scored_by_the_reference(finished):
     world = load_world(finished)
     rewards = [world.truth([row.prompt] * 2, list(row.completions)).tolist() for row in world.examples]
     assert rewards and all(chosen > rejected for chosen, rejected in rewards)
-    again = sentiment_data.reference_logps(world.policy.model, world.examples, micro_size=4, dtype="float32")
+    again = reference_logps(world.policy.model, world.examples, micro_size=4, dtype="float32")
     # rows of two and of four completions are added up in another order: 2e-5 in float32
     torch.testing.assert_close(world.reference, again, rtol=0, atol=1e-4)
 
@@ -414,7 +416,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(finished, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sentiment_data, "sample_rows", stop)
+        patch.setattr(sentiment_world, "sample_rows", stop)
         make(folder, resume=False)
     assert (folder / "prompts.json").exists() and not (folder / "preferences.jsonl").exists()
     made = []

@@ -36,12 +36,13 @@ import torch
 from ..allocator import keep_freed_memory
 from ..runs import new_run_folder, refuse_used_folder, versions, write_json
 from ..validation import InputError, check_count, check_seed
-from .sentiment_data import NOISES, Plan, load_world, make_world
+from .sentiment_data import NOISES, Plan
 from .sentiment_methods import all_runs, check_plan
 from .sentiment_report import write_report
 from .sentiment_results import load_results
 from .sentiment_runs import run_all
 from .sentiment_truth import read_reviews
+from .sentiment_world import load_world, make_world
 from .text_options import CONFIG_FILE, read_run_config
 from .text_setup import resumable
 

@@ -28,7 +28,8 @@ from ..reward_model import RewardModel, fit_reward_model, normalised_reward
 from ..runs import write_atomically
 from ..train import Objective, Window, make_optimizer, train, warm_up
 from ..validation import InputError
-from .sentiment_data import K, Plan, World, read_rows
+from .sentiment_data import K, Plan
+from .sentiment_world import World, read_rows
 
 BETAS, ALPHAS = (0.05, 0.1, 1.0, 5.0), (0.05, 0.1, 0.5, 1.0)
 TARGETS = (3.0, 6.0, 9.0, 12.0)  # nats, of PPO

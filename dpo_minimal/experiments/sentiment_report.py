@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from ..runs import write_atomically, write_json, write_records
-from .sentiment_data import K, Plan, World, read_rows
+from .sentiment_data import K, Plan
 from .sentiment_methods import REWARD_EPOCHS, Run, budget_of
 from .sentiment_results import NATS, Group, Interval, Results, crossed_interval, reward_at, win_interval
 from .sentiment_runs import SHOWN
+from .sentiment_world import World, read_rows
 from .text_report import prompt_line, text_lines
 
 PRINTED = 2  # prompts whose samples are printed
@@ -160,10 +161,11 @@ def comparison_text(results: Results, rows: Sequence[dict[str, Any]]) -> str:
     why = (
         f"What they learnt from: DPO saw the better one of two out of {len(judged):,} samples of the SFT "
         "model, one bit a pair; the learned reward knows the same, and orders "
-        f"{results.accuracy:.0%} of {results.accuracy_pairs:,} held-out pairs rightly. PPO-GT was told the "
-        "rewards of as many completions, but its own, which move to where reward is: it ended at "
-        f"{end:.2f}, which {share:.1%} of DPO's completions have. How much of a gap is pairs, coverage "
-        "or optimisation is measured exactly by `frontier --pairs`."
+        f"{results.accuracy:.0%} of {results.accuracy_pairs:,} held-out pairs rightly. So what best of N by "
+        "that reward has more than DPO at the same divergence is not for want of pairs, and what best of N "
+        "by the true reward has more still is. PPO-GT was told the rewards of as many completions, but its "
+        f"own, which move to where reward is: it ended at {end:.2f}, which {share:.1%} of DPO's completions "
+        "have. `frontier --pairs` measures exactly what is due to pairs, coverage, optimisation."
     )
     return "\n".join([*lines, _paragraph(why)])
 

@@ -36,7 +36,7 @@ from ..policy import shared_prompt_batch, shared_prompt_logps
 from ..reward_model import score_completions
 from ..runs import write_arrays
 from ..validation import InputError
-from .sentiment_data import LONGEST, Plan, World, load_world
+from .sentiment_data import LONGEST, Plan
 from .sentiment_methods import (
     PPO_EPOCHS,
     Run,
@@ -45,6 +45,7 @@ from .sentiment_methods import (
     sampling_generator,
     train_run,
 )
+from .sentiment_world import World, load_world
 
 METHODS_FOLDER = "methods"
 TEMPERATURES = (0.0, 0.25, 0.5, 0.75, 1.0)
