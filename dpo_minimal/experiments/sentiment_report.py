@@ -127,15 +127,16 @@ def labels_text(rows: Sequence[dict[str, Any]], noise: str) -> str:
     )
     if noise == "none":
         text += (
-            "equal rewards. Labels are free of noise: the six pairs of a prefix agree with an order, so the "
-            "DPO loss has no finite optimum for any beta, which acts through how far these steps go (THEORY "
-            "E46); labels of --label-noise bradley-terry contradict each other."
+            "equal rewards. Labels are free of noise: the six pairs of a prefix agree with an order, so that "
+            "every margin may grow for ever. The DPO loss then has no finite optimum for any beta, which "
+            "acts through how far these steps and this network go (derivations.md, D11.6 and E40); see also "
+            "--label-noise."
         )
     else:
         text += (
             f"the same completion twice. Labels by Bradley-Terry: {wrong / pairs:.0%} choose the worse one. "
-            "Where a prefix's labels contradict each other, the DPO loss has a finite optimum, which depends "
-            "on beta (THEORY E46)."
+            "Where a prefix's labels run in a circle through all its completions, the DPO loss has a finite "
+            "optimum for them, which depends on beta (derivations.md, D11.6)."
         )
     return _paragraph(text)
 
