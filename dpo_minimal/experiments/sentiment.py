@@ -13,7 +13,7 @@ known, so each method is held to the true reward and to its divergence from the 
   dpo-minimal sentiment --resume runs/sentiment-001
 
 All methods have one budget, which is printed: gradient steps, completions in each, completions with a true
-reward behind them, and one learning rate; nothing is tuned for any of them.
+reward behind them, and one learning rate; nothing is tuned for one of them.
 
 Labels are free of noise, as in the paper: the completion with more reward is always chosen. The six pairs of
 four completions then agree with an order, every margin can grow for ever, and the DPO loss has no finite

@@ -113,7 +113,8 @@ def budget_text(plan: Plan, runs: Sequence[Run]) -> str:
     return _paragraph(
         f"Every method: {steps} gradient steps on {completions} completions each, AdamW at "
         f"{plan.learning_rate:g} after {plan.warmup} steps of warm-up, gradients clipped at 1, and "
-        f"{judged:,} completions with a true reward behind them; nothing is tuned for any of them. PPO's "
+        f"{judged:,} completions with a true reward behind them. The rate is one of three that were tried, "
+        "once, on DPO and PPO-GT together; nothing is tuned for one method. PPO's "
         f"learned reward is fitted on top of that, in {REWARD_EPOCHS} epochs of the pairs."
     )
 
