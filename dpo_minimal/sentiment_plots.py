@@ -37,24 +37,20 @@ def frontier_figure(results: Results, path: Path, *, what: str) -> None:
         for group in results.groups:
             if group.method != "SFT":
                 _path(axis, results, group, named)
-        start = results.start.mean().item()
         axis.scatter(
-            [0],
-            [start],
-            marker="*",
-            s=420,
-            color="black",
-            zorder=6,
+            [0], [results.start.mean().item()], marker="*", s=420, color="black", zorder=6, clip_on=False,
             label="SFT: the reference",
-            clip_on=False,
-        )
-        # Near the reference the frontier is linear in sqrt(KL), and the scale has room for 0 and for 100.
+        )  # fmt: skip
+        right = _right_edge(axis, results)
+        _settings(axis, results, right)
+        # Near the reference the frontier is linear in sqrt(KL), and the scale has room for 0.
         axis.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
-        right = max(kl for group in results.groups for kl, _ in group.path)
-        axis.set_xlim(-0.04, 1.6 * right)
-        ticks = [
-            tick for tick in (0, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if tick <= 1.6 * right
-        ]
+        axis.set_xlim(0, right)
+        rewards = [reward for group in results.groups for _, reward in group.path]
+        rewards += [entry.reward.value for entry in results.true_best]
+        axis.set_ylim(min(rewards) - 0.2, max(rewards) + 0.3)  # a long interval may go on beyond
+        wanted = (0, 0.2, 0.5, 1, 2, 3, 5, 7, 10, 15, 20, 30, 40, 60, 80, 100, 150, 200, 300)
+        ticks = [tick for tick in wanted if tick <= right]
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
         axis.set(
@@ -88,25 +84,54 @@ def _frontier_lines(axis, results: Results) -> None:
 
 
 def _path(axis, results: Results, group: Group, named: set[str]) -> None:
-    """One setting's way from the SFT model; its end has a marker, its interval, and the setting's number."""
-    colour = COLOURS.get(group.method, GREY)
-    points = [(0.0, results.start.mean().item()), *((max(kl, 0.0), r) for kl, r in group.path)]
-    central = group.method in COLOURS
-    axis.plot(*zip(*points), color=colour, linewidth=1.8 if central else 1.0, alpha=0.55, zorder=2)
+    """One setting's way from the SFT model; at its end a marker and an interval of the reward."""
     from .experiments.sentiment_results import crossed_interval
 
-    end = crossed_interval(group.rewards[:, -1])
+    colour, central = COLOURS.get(group.method, GREY), group.method in COLOURS
+    points = [(0.0, results.start.mean().item()), *((max(kl, 0.0), r) for kl, r in group.path)]
+    axis.plot(*zip(*points), color=colour, linewidth=1.8 if central else 1.0, alpha=0.5, zorder=2)
     label = None if group.method in named else group.method + ("" if central else f" ({group.setting})")
     named.add(group.method)
     axis.errorbar(
-        *points[-1], yerr=end.half, color=colour, marker=MARKERS[group.method], markersize=11, capsize=4,
-        linewidth=0, elinewidth=1.5, label=label, zorder=5,
+        *points[-1], yerr=crossed_interval(group.rewards[:, -1]).half, color=colour, linewidth=0,
+        marker=MARKERS[group.method], markersize=11, capsize=4, elinewidth=1.2, label=label, zorder=5,
     )  # fmt: skip
-    if central and group.setting:
-        axis.annotate(
-            group.setting, points[-1], xytext=(9, -4), textcoords="offset points", color=colour, fontsize=12,
-            va="top",
-        )  # fmt: skip
+
+
+def _right_edge(axis, results: Results) -> float:
+    """Where the axis ends: Unlikelihood may run so far off that nothing else could be told apart."""
+    ends = [(group.path[-1][0], group) for group in results.groups]
+    right = 1.15 * max(kl for kl, group in ends if group.method != "Unlikelihood")
+    beyond = [
+        f"{group.label} ends at {kl:.0f} nats, {group.path[-1][1]:.2f}" for kl, group in ends if kl > right
+    ]
+    if beyond:
+        place = {"transform": axis.transAxes, "ha": "right", "va": "bottom"}
+        axis.text(0.99, 0.02, "\n".join(beyond) + r" $\rightarrow$", color=COLOURS["Unlikelihood"], **place)
+    return right
+
+
+def _settings(axis, results: Results, right: float) -> None:
+    """The settings' names at the ends; those of a method that end close together share a label."""
+    for method in ("DPO", "Unlikelihood", "PPO", "PPO-GT"):
+        labels: list[tuple[float, float, str]] = []
+        for group in results.groups:
+            kl, reward = group.path[-1]
+            if group.method != method or kl > right:
+                continue
+            for place, (x, y, text) in enumerate(labels):
+                if abs(max(kl, 0) ** 0.5 - x**0.5) < 0.06 * right**0.5 and abs(reward - y) < 0.15:
+                    labels[place] = (x, y, f"{text}, {group.setting.split()[-1]}")
+                    break
+            else:
+                labels.append((max(kl, 0.0), reward, group.setting))
+        left = method in ("Unlikelihood", "PPO-GT")
+        for x, y, text in labels:
+            axis.annotate(
+                text, (x, y), xytext=(-9, 5) if left else (9, -5), textcoords="offset points", fontsize=14,
+                color=COLOURS[method], zorder=7, ha="right" if left else "left",
+                va="bottom" if left else "top",
+            )  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------- win rates
@@ -173,7 +198,7 @@ def _training_panel(axis, results: Results) -> None:
             continue
         rates = [win_interval(group.rewards[:, k], results.opponents) for k in range(len(group.steps))]
         _bars(axis, group.steps, rates, **_style_of(group))
-    axis.set(xlabel="gradient steps of 64 completions", xscale="log")
+    axis.set(xlabel="gradient steps", xscale="log")
     steps = next(group.steps for group in results.groups if group.method != "SFT")
     axis.set_xticks(steps, [str(step) for step in steps])
     axis.minorticks_off()

@@ -24,7 +24,7 @@ from dpo_minimal.experiments.sentiment_results import (
     crossed_interval,
     estimated_frontier,
     order_weights,
-    reward_at,
+    reward_within,
     student_95,
 )
 from dpo_minimal.experiments.sentiment_runs import looks_at, path_of, run_all, train_and_look
@@ -273,7 +273,7 @@ def test_runs_have_files_of_their_own():
     }
     assert count == {"DPO": 4, "PPO": 4, "PPO-GT": 4}
     assert {run.seed for run in runs if run.method == "DPO"} == {0, 1, 2}
-    assert {run.seed for run in runs if run.method == "PPO"} == {0, 1}
+    assert {run.seed for run in runs if run.method == "PPO"} == {0, 1, 2}
     assert all(run.name.isascii() and " " not in run.name for run in runs)
 
 
@@ -316,13 +316,19 @@ def group_of(kls: list[float], rewards: list[float]) -> Group:
     return Group("DPO", "", list(range(len(kls))), *tables, {}, 0.0)
 
 
-def test_reward_at_a_divergence_is_read_off_the_path():
-    """Linear between looks, from the SFT model on; the first crossing where a path comes back."""
+def test_the_most_reward_within_a_divergence_is_read_off_the_path():
+    """Linear between looks, from the SFT model on, cut at the limit in both directions; looks beyond it do
+    not count, and a way that only loses keeps its start."""
     start = torch.zeros(3, dtype=torch.float64)
-    assert reward_at(group_of([1.0, 3.0], [2.0, 3.0]), start, 2.0).value == pytest.approx(2.5)
-    assert reward_at(group_of([1.0, 3.0], [2.0, 3.0]), start, 0.5).value == pytest.approx(1.0)
-    assert reward_at(group_of([4.0, 1.0], [2.0, 9.0]), start, 2.0).value == pytest.approx(1.0)
-    assert reward_at(group_of([1.0, 1.9], [2.0, 3.0]), start, 2.0) is None
+    for kls, rewards, nats, expected in (
+        ([1.0, 3.0], [2.0, 3.0], 2.0, 2.5),
+        ([1.0, 3.0], [2.0, 3.0], 0.5, 1.0),
+        ([1.0, 3.0], [2.0, 3.0], 9.0, 3.0),
+        ([4.0, 1.0], [2.0, 0.0], 3.0, 1.5),  # out at 3 with 1.5, back at 3 with 4/3
+        ([4.0, 1.0], [2.0, 5.0], 3.0, 5.0),
+        ([1.0, 2.0], [-1.0, -2.0], 3.0, 0.0),
+    ):
+        assert reward_within(group_of(kls, rewards), start, nats).value == pytest.approx(expected)
 
 
 def test_best_of_n_by_another_reward():

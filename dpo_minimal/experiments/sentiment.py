@@ -49,7 +49,7 @@ from .text_setup import resumable
 
 GRAMMAR = Plan(
     demonstrations=16000, vocab_size=704, context=64, n_layer=2, n_embd=128, sft_epochs=1,
-    sft_learning_rate=3e-3, prefixes=800, held_out=192, other=192, max_new_tokens=44, steps=150, pairs=32,
+    sft_learning_rate=3e-3, prefixes=640, held_out=192, other=192, max_new_tokens=44, steps=120, pairs=32,
     learning_rate=3e-4, warmup=10, best_of=96,
 )  # fmt: skip
 QUICK = GRAMMAR._replace(
@@ -79,8 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("run")
     run.add_argument(
         "--seeds", type=int, metavar="N",
-        help="trainings of each method and setting; of PPO, which takes four times as long, one less, but at "
-        f"least one (default {SEEDS}; {REVIEWS_SEEDS} with --reviews, 1 with --quick)",
+        help=f"trainings of each method and setting (default {SEEDS}; {REVIEWS_SEEDS} with --reviews, 1 with "
+        "--quick)",
     )  # fmt: skip
     run.add_argument("--seed", type=int, help="of the SFT model, the prefixes and the pairs (default 0)")
     run.add_argument(

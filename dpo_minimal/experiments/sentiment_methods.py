@@ -74,10 +74,7 @@ class Run(NamedTuple):
 
 
 def all_runs(*, seeds: int, quick: bool) -> list[Run]:
-    """Every training of a run of the command, in the table's order; --quick has fewer settings.
-
-    PPO takes four times as long as the others, and so has one seed less, but at least one.
-    """
+    """Every training of a run of the command, in the table's order; --quick has fewer settings."""
 
     def pairs(method: str, setting: str, loss_type: str, full: bool = False, **options: float) -> Run:
         return Run(method, setting, "pairs", loss_type, tuple(options.items()), full=full)
@@ -102,11 +99,7 @@ def all_runs(*, seeds: int, quick: bool) -> list[Run]:
             for target in targets
         ),
     ]  # fmt: skip
-    return [
-        run._replace(seed=seed)
-        for run in distinct
-        for seed in range(max(1, seeds - 1) if run.kind == "ppo" else seeds)
-    ]
+    return [run._replace(seed=seed) for run in distinct for seed in range(seeds)]
 
 
 def budget_of(run: Run, plan: Plan) -> dict[str, int]:

@@ -9,7 +9,6 @@ import csv
 import io
 import textwrap
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from ..runs import write_atomically, write_json, write_records
 from .sentiment_data import K, Plan
 from .sentiment_methods import REWARD_EPOCHS, Run, budget_of
-from .sentiment_results import NATS, Group, Interval, Results, crossed_interval, reward_at, win_interval
+from .sentiment_results import NATS, Group, Interval, Results, crossed_interval, reward_within, win_interval
 from .sentiment_runs import SHOWN
 from .sentiment_world import World, read_rows
 from .text_report import prompt_line, text_lines
@@ -37,8 +36,8 @@ def table_rows(results: Results, runs: Sequence[Run], plan: Plan) -> list[dict[s
         row |= _spread("kl", crossed_interval(group.log_ratios[:, -1]))
         row |= _spread("win_rate", win_interval(group.rewards[:, -1], results.opponents))
         for nats in NATS:
-            at = reward_at(group, results.start, nats) if group.method != "SFT" else None
-            row |= _spread(f"reward_at_{nats:g}_nats", at)
+            within = reward_within(group, results.start, nats) if group.method != "SFT" else None
+            row |= _spread(f"reward_within_{nats:g}_nats", within)
         row |= budgets[group.method, group.setting] | {"seconds": group.seconds}
         rows.append(row | _character(group))
     for method, best in (("Best of N", results.learned_best), ("Best of N-GT", results.true_best)):
@@ -65,10 +64,10 @@ def _character(group: Group) -> dict[str, float]:
 
 def table_text(rows: Sequence[dict[str, Any]]) -> str:
     """The printed table."""
-    early, late = (f"reward_at_{nats:g}_nats" for nats in NATS)
+    early, late = (f"reward_within_{nats:g}_nats" for nats in NATS)
     header = (
         f"{'method':<13}{'setting':<14}{'seeds':>5} {'reward':>13} {'KL, nats':>13} {'win rate, %':>18} "
-        f"{f'at {NATS[0]:g} nats':>12} {f'at {NATS[1]:g} nats':>12} {'steps':>6} {'sec':>5}"
+        f"{f'in {NATS[0]:g} nats':>12} {f'in {NATS[1]:g} nats':>12} {'steps':>6} {'sec':>5}"
     )
     lines = [header, "-" * len(header)]
     for row in rows:
@@ -83,8 +82,9 @@ def table_text(rows: Sequence[dict[str, Any]]) -> str:
         "Reward, KL and win rate (against a sample of the SFT model, a tie one half): of samples at "
         "temperature 1 of held-out prefixes, with 95 % intervals over prompts and seeds (seeds vary the "
         "training, not the SFT model or the pairs). "
-        f"At {NATS[0]:g} and {NATS[1]:g} nats: the reward where training first passed that KL, between two "
-        "looks; -: it stayed below. Best of N: chosen by the learned reward (GT: the true one); its KL is an "
+        f"In {NATS[0]:g} and {NATS[1]:g} nats: the most reward on a training's way, from the SFT model in "
+        "straight lines between looks, within that KL. Best of N: chosen by the learned reward (GT: the true "
+        "one); its KL is an "
         "upper bound. Unlikelihood at α 1 is DPO without its weight. sec: of one training, without its looks."
     )
     return "\n".join([*lines, "", _paragraph(note)])
@@ -144,19 +144,19 @@ def labels_text(rows: Sequence[dict[str, Any]], noise: str) -> str:
 
 def comparison_text(results: Results, rows: Sequence[dict[str, Any]]) -> str:
     """DPO beside PPO at equal divergence, beside what is possible, and what each had seen."""
-    lines = ["The same divergence, different rewards (of the settings that got there the best, 95 %):"]
+    lines = ["The most reward within a divergence, of each method's best setting (95 %):"]
     for method in ("DPO", "PPO", "PPO-GT"):
-        lines.append(f"  {method:<12}" + "; ".join(_best_at(results, method, nats) for nats in NATS))
-    by_learned = min(results.learned_best, key=lambda entry: abs(entry.kl - NATS[0]))
+        lines.append(f"  {method:<12}" + "; ".join(_best_within(results, method, nats) for nats in NATS))
+    for name, best in (("learned", results.learned_best), ("true", results.true_best)):
+        entry = max((entry for entry in best if entry.kl <= NATS[0]), key=lambda entry: entry.n)
+        lines.append(
+            f"  {'best of N':<12}{entry.reward.value:z.2f} ± {entry.reward.half:.2f} in {entry.kl:.2f} nats "
+            f"(N {entry.n}, by the {name} reward)"
+        )
+    kl, most = results.frontier[-1]
     lines.append(
-        f"  {'best of N':<12}{by_learned.reward.value:z.2f} ± {by_learned.reward.half:.2f} at "
-        f"{by_learned.kl:.2f} nats at most (N {by_learned.n}, learned reward)"
+        f"  {'possible':<12}{most:.2f} in {kl:.2f} nats (pi_ref exp(r / beta) / Z on 128 draws a prefix)"
     )
-    lines += [
-        f"  {'possible':<12}{most:.2f} at {nats:g} nats (pi_ref exp(r / beta) / Z on 128 draws a prefix)"
-        for nats in NATS
-        if (most := _interpolate(results.frontier, nats)) is not None
-    ]
     judged = torch.tensor([reward for row in rows for reward in row["rewards"]])
     end = max(group.rewards[:, -1].mean().item() for group in results.groups if group.method == "PPO-GT")
     share = (judged >= end).double().mean()
@@ -172,24 +172,14 @@ def comparison_text(results: Results, rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*lines, _paragraph(why)])
 
 
-def _best_at(results: Results, method: str, nats: float) -> str:
+def _best_within(results: Results, method: str, nats: float) -> str:
     found = [
-        (at, group.setting)
+        (reward_within(group, results.start, nats), group.setting)
         for group in results.groups
-        if group.method == method and (at := reward_at(group, results.start, nats)) is not None
+        if group.method == method
     ]
-    if not found:
-        return f"{nats:g} nats not reached"
     best, setting = max(found, key=lambda entry: entry[0].value)
-    return f"{best.value:z.2f} ± {best.half:.2f} at {nats:g} nats ({setting})"
-
-
-def _interpolate(curve: Sequence[tuple[float, float]], nats: float) -> float | None:
-    """The reward of a curve at a divergence; None beyond its end."""
-    for (before, low), (after, high) in pairwise(curve):
-        if before <= nats <= after:
-            return low + (high - low) * (nats - before) / (after - before)
-    return None
+    return f"{best.value:z.2f} ± {best.half:.2f} in {nats:g} nats ({setting})"
 
 
 def character_text(results: Results) -> str:

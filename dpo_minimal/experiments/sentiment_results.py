@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from ..evaluate import win_rate
 from .sentiment_methods import Run
 from .sentiment_runs import DRAWS, METHODS_FOLDER, path_of
 
-NATS = (1.5, 6.0)  # divergences at which methods are compared
+NATS = (2.5, 8.0)  # divergences at which methods are compared
 MOST_OF_N = (1, 4, 16, 64, 128)
 FRONTIER_END = 2.5  # nats, to which 128 draws tell the frontier: their largest KL is log 128 = 4.9
 # Student's t, 97.5 %: degrees of freedom and quantile; between them linear in 1 / degrees, which is a little
@@ -147,22 +148,22 @@ def load_groups(folder: Path, runs: Sequence[Run]) -> list[Group]:
     return groups
 
 
-def reward_at(group: Group, start: Tensor, nats: float) -> Interval | None:
-    """The reward where a training's path first crosses so many nats, linear between two looks.
+def reward_within(group: Group, start: Tensor, nats: float) -> Interval:
+    """The most reward that a training had on its way within so many nats.
 
-    Args: start (P,): the reward of the SFT model, which is where each path begins.
-    Returns None where a seed's path stays below.
+    The way goes from the SFT model in straight lines between looks, all of them means over seeds; where it
+    crosses the limit it is cut. Being the best of some looks, the number is a little high for every method.
+
+    Args: start (P,): the reward of the SFT model.
     """
-    rows = []
-    for rewards, log_ratios in zip(group.rewards, group.log_ratios):
-        kls = [0.0, *log_ratios.mean(-1).tolist()]
-        tables = torch.cat([start.unsqueeze(0), rewards])
-        after = next((n for n, kl in enumerate(kls) if kl >= nats), None)
-        if after is None:
-            return None
-        share = (nats - kls[after - 1]) / (kls[after] - kls[after - 1])
-        rows.append((1 - share) * tables[after - 1] + share * tables[after])
-    return crossed_interval(torch.stack(rows))
+    kls = [0.0, *group.log_ratios.mean((0, 2)).tolist()]
+    tables = [start.expand_as(group.rewards[:, 0]), *group.rewards.unbind(1)]  # (S, P) each
+    inside = [table for kl, table in zip(kls, tables) if kl <= nats]
+    for (before, first), (after, second) in pairwise(zip(kls, tables)):
+        if (before - nats) * (after - nats) < 0:
+            share = (nats - before) / (after - before)
+            inside.append((1 - share) * first + share * second)
+    return crossed_interval(max(inside, key=lambda table: table.mean().item()))
 
 
 # ------------------------------------------------------------------------------------------- best of n
