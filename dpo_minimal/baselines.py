@@ -85,6 +85,8 @@ def reinforce_variance(
 
     Args: as `policy_gradient`; baseline (...,). Returns (...,) in squared units of reward.
     """
+    if baseline.shape != logps.shape[:-1]:
+        raise InputError(f"baseline must have shape {tuple(logps.shape[:-1])}, got {tuple(baseline.shape)}.")
     length = _squared_step(logps)
     advantages = penalised_rewards(logps, ref_logps, rewards, beta=beta) - baseline.unsqueeze(-1)
     gradient = policy_gradient(logps, ref_logps, rewards, beta=beta)
@@ -255,7 +257,8 @@ VALUE_RATE = 0.3  # of the running mean: forgets the policy of ten rounds ago
 def preferred_ft_logps(rankings: Rankings, exists: Tensor) -> Tensor:
     """Where SFT on chosen completions ends: pi(y) = share of comparisons in which y was chosen [D10.4].
 
-    With pairs drawn from the reference no completion more than doubles its probability.
+    Where both completions of a pair are drawn from the reference, maybe the same one twice, none more than
+    doubles its probability. Where pairs must differ, as those of `reference_pairs`, rare ones may gain more.
 
     Args: rankings with K = 2; exists (X, Y). Returns (X, Y) log-probabilities, -inf where never chosen.
     Raises: InputError: a prompt without comparisons.

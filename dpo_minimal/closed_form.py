@@ -236,8 +236,8 @@ class FrontierGap(NamedTuple):
         kl: KL(pi || pi_ref), nats.  reward: E_pi[r].
         reward_gap: reward that the frontier has at this KL, less the policy's.
         kl_gap: this KL, less the least at which the frontier has the policy's reward, nats.
-    Neither is below 0 by more than rounding (near the reference by more than its square root: there
-    the frontier rises like the root of the KL).
+    No gap is below 0 by more than rounding; very near the reference reward_gap may be by the root of it,
+    because there the frontier rises like the root of the KL.
     """
 
     kl: Tensor

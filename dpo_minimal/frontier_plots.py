@@ -57,6 +57,8 @@ def _world_panel(axis, explored: Explored) -> None:
     curve = reward_kl_frontier(world.ref_logps, world.rewards, betas)
     kl, reward = (value.mean(-1).numpy() for value in curve)
     axis.plot(kl, reward, color="black", linewidth=3, label=r"frontier: $\pi_{\rm ref}\, e^{r/\beta}/Z$")
+    low = (world.ref_logps.exp() * world.rewards).sum(-1).mean().item()
+    furthest, lowest, top = kl.max(), low, reward.max()
     seen = set()
     for run, gap in zip(explored.runs, explored.gaps):
         colour, marker = LOOKS[run.family]
@@ -67,14 +69,13 @@ def _world_panel(axis, explored: Explored) -> None:
         face = "none" if run.family in ("IPO", "ORPO", "SimPO", "robust DPO") else colour
         style = {"color": colour} if marker == "x" else {"facecolor": face, "edgecolor": colour}
         end = gap.kl[-1].item(), gap.reward[-1].item()
+        furthest, lowest = max(furthest, end[0]), min(lowest, end[1])
         axis.scatter(*end, marker=marker, s=130, linewidth=2, zorder=3, label=label, **style)
     name = "a table of logits" if world.name == "table" else "a GPT-2, all completions enumerated"
     axis.set_title(f"{name[0].upper()}{name[1:]}")
-    low, top = (world.ref_logps.exp() * world.rewards).sum(-1).mean().item(), reward.max()
     axis.set(xlabel=r"KL$(\pi\,\|\,\pi_{\rm ref})$, nats, mean over prompts", ylabel="expected true reward")
-    axis.set(
-        xlim=(-0.03 * kl.max(), 1.25 * kl.max()), ylim=(low - 0.12 * (top - low), top + 0.08 * (top - low))
-    )
+    margin = 0.08 * (top - low)
+    axis.set(xlim=(-0.03 * furthest, 1.08 * furthest), ylim=(lowest - margin, top + margin))
 
 
 PAIRS_LOOKS = {  # method: colour, marker, line, label

@@ -148,7 +148,7 @@ def robust_dpo_loss(
 
     Averaged over labels that are flipped with probability eps it is DPO's loss of the clean ones, so that
     its population optimum is pi*. Losses may be negative; where fewer labels were flipped than eps says,
-    finite data have no optimum. The gradient weight is beta (sigmoid(-u) + eps / (1 - 2 eps)).
+    finite data may have no optimum. The gradient weight is beta (sigmoid(-u) + eps / (1 - 2 eps)).
 
     Args: as `dpo_loss`; flip_probability: eps in [0, 1/2), 0 for DPO.
     Returns, Raises: as `dpo_loss`; InputError also for flip_probability out of range.
@@ -339,8 +339,8 @@ def simpo_loss(
     [D12.6].
 
     Rewards are beta log pi(y) / |y|. With d = sigmoid(gamma - u), the chosen completion pulls with
-    beta d / |y_w|, the field `gradient_weights`, and the rejected one with beta d / |y_l|. The optimum is
-    proportional to exp(|y| (r + c) / beta) for gamma = 0: it has forgotten the reference.
+    beta d / |y_w|, the field `gradient_weights`, and the rejected one with beta d / |y_l|. For gamma = 0 the
+    optimum is exp(|y| (r + c) / beta), c being such that it sums to 1: it has forgotten the reference.
 
     Args:
         policy_chosen_logps, policy_rejected_logps: (B,) log pi(y|x), nats, summed over tokens.
@@ -415,8 +415,8 @@ def unlikelihood_loss(
 
     Rewards are the log-probabilities themselves. The chosen completion always pulls with weight 1, the
     rejected one with alpha: nothing fades as the policy learns. With w(y) and l(y) the probabilities to be
-    chosen and rejected, the optimum is (w - alpha l) / (1 - alpha) while that is nowhere negative, and
-    beyond, always at alpha = 1, the loss falls without limit.
+    chosen and rejected, the optimum is (w - alpha l) / (1 - alpha) while that is nowhere negative. Beyond,
+    and at alpha = 1 unless w = l, the loss falls without limit.
 
     Args:
         policy_chosen_logps, policy_rejected_logps: (B,) log pi(y|x), nats.

@@ -6,8 +6,8 @@
 The reward of a token is -beta (log pi - log pi_ref), and the last one gets the completion's reward on top. So
 the sum over a completion is the penalised reward of Eq. 3, whose mean is the objective.
 
-But: no critic that looks at rewards per token, no discount (gamma = lambda = 1: an end-of-text is as
-welcome late as early), no entropy bonus, no clipping of values, no samples from older policies.
+But: no rewards for single tokens, no discount (gamma = lambda = 1: a reward counts the same however many
+tokens come before it), no entropy bonus, no clipping of values, no samples from older policies.
 
 Shapes: n completions of an iteration, N tokens of them.
 """

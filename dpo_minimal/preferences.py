@@ -21,6 +21,7 @@ from .validation import (
     check_count,
     check_finite,
     check_flip_probability,
+    check_log_distribution,
     check_positive,
     check_same_shape,
 )
@@ -141,7 +142,11 @@ def reference_pairs(ref_logps: Tensor) -> Slate:
     What the reference seldom says is seldom compared: that is coverage.
 
     Args: ref_logps (X, Y); -inf where the prompt has no such completion.
+    Raises: InputError: another shape, no distribution, a prompt with a single completion.
     """
+    check_log_distribution(ref_logps=ref_logps)
+    if ref_logps.dim() != 2:
+        raise InputError(f"ref_logps must have shape (X, Y), got {tuple(ref_logps.shape)}.")
     pairs = all_sets(ref_logps > -torch.inf)
     chance = ref_logps.double().exp()
     weight = chance[pairs.prompt.unsqueeze(-1), pairs.items].prod(-1)

@@ -105,6 +105,8 @@ def test_the_variance_of_one_sample_and_its_best_baseline():
     value = soft_value(even, sides, beta=1.0)
     assert b.reinforce_variance(even, even, sides, 0 * value, beta=1.0).abs() <= 1e-15
     assert b.reinforce_variance(even, even, sides, value, beta=1.0) > 0.09
+    with pytest.raises(InputError, match=r"baseline must have shape \(1,\), got \(2,\)"):
+        b.reinforce_variance(even, even, sides, doubles([0, 0]), beta=1.0)
 
 
 def test_estimates_of_the_divergence_and_their_gradients():
@@ -251,6 +253,10 @@ def test_preferred_ft_ends_at_the_law_of_winners():
     wins = torch.sigmoid(rewards[:, :, None] - rewards[:, None]) @ ref.exp()[:, :, None]
     assert (found.exp() - 2 * ref.exp() * wins[:, :, 0]).abs().max() <= 1e-14
     assert (found - ref).max() < math.log(2) and kl_divergence(found, ref).max() < math.log(2)
+    # Pairs that must differ show rare completions more often than they are drawn: no such bound.
+    skewed = doubles([[0.9, 0.09, 0.01]]).log()
+    pairs = expected_pairs(doubles([[0.0, 0.0, 3.0]]), reference_pairs(skewed))
+    assert (b.preferred_ft_logps(pairs, skewed > -torch.inf) - skewed).max() > math.log(10)
 
 
 def test_unlikelihood_ends_at_its_formula_or_nowhere():
@@ -363,6 +369,9 @@ def test_reference_pairs_are_two_different_draws():
         reference_pairs(torch.zeros(1, 2).double().log_softmax(-1)).items,
         all_sets(torch.ones(1, 2) > 0).items,
     )
+    for wrong, named in ((ref[0], "shape"), (ref + 1, "sum to one"), (torch.zeros(2, 1), "only 1")):
+        with pytest.raises(InputError, match=named):
+            reference_pairs(wrong)
 
 
 # ------------------------------------------------------------------------------------------------- mutants

@@ -3,6 +3,7 @@
 import json
 import math
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -11,6 +12,7 @@ from planting import CAUGHT, plant
 from dpo_minimal import (
     all_sets,
     expected_pairs,
+    frontier_plots,
     kl_divergence,
     maximum_likelihood,
     optimal_logps,
@@ -253,6 +255,16 @@ def test_quartiles_and_worth():
     assert "0.01 nats; the law reaches that with 5e+03 pairs" in lines[-1]
 
 
+def test_the_look_that_predicts_best_is_taken():
+    """Of a path with pi* for exact preferences in its middle, that look: the truth predicts best (Gibbs)."""
+    w = small_world()
+    data = expected_pairs(w.rewards, uniform(w))
+    path = torch.stack([optimal_logps(w.ref_logps, k * w.rewards, beta=BETA) for k in (0, 0.5, 1, 2, 4)])
+    found = methods.Run("DPO", "", path, [*range(5)], None, 5, 0.0)
+    assert pairs.best_look(w, found, data, beta=BETA) == 2
+    assert pairs.best_look(w, found, data, beta=2 * BETA) == 1  # twice the implicit rewards
+
+
 # ---------------------------------------------------------------------------------------------- the command
 
 
@@ -262,6 +274,7 @@ def brief(monkeypatch):
     monkeypatch.setattr(methods, "effort", lambda world, quick: methods.Effort(24, 6, 64, 2))
     monkeypatch.setattr(pairs, "STEPS", 30)
     monkeypatch.setattr(pairs, "SIZES", (100, 1000))
+    monkeypatch.setattr(pairs, "GPT_SIZES", (100,))
     monkeypatch.setattr(pairs, "REPLICATES", 2)
 
 
@@ -304,6 +317,32 @@ def test_the_same_seed_gives_the_same_numbers(brief, tmp_path, capsys):
     assert "Gap to pi* in nats" in capsys.readouterr().out
 
 
+def test_how_many_pairs_for_the_gpt(brief, tmp_path, capsys):
+    """Each method at each size and with exact preferences (null in the records), and PPO with the true reward
+    once; exact preferences leave nothing uncompared."""
+    out = tmp_path / "run"
+    assert main(["frontier", "--pairs", "--quick", "--world", "gpt", "--output-dir", str(out)]) == 0
+    points = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    found = {(point["method"], point["pairs"]): point["gap"] for point in points}
+    names = ("DPO", "DPO, narrow GPT", "reward model + closed form", "PPO", "coverage")
+    assert set(found) == {(name, n) for name in names for n in (100, None)} | {("PPO-GT", None)}
+    assert found["coverage", None] <= 1e-12 < 0.1 < found["coverage", 100]
+    assert "PPO with the true reward" in capsys.readouterr().out and (out / "pairs.png").exists()
+
+
+def test_no_end_lies_outside_the_figure():
+    """A policy on the wrong completion is further away and worse than all of the frontier, and is drawn."""
+    w = small_world()
+    worst = torch.where(w.rewards == w.rewards.amin(-1, keepdim=True), 0.0, -torch.inf).double()
+    run = methods.closed_form(w, w.rewards, "DPO", 1.0)._replace(path=torch.stack([w.ref_logps, worst]))
+    gap = frontier_gap(run.path, w.ref_logps, w.rewards)
+    axis = plt.figure().add_subplot()
+    frontier_plots._world_panel(axis, frontier.Explored(w, [run], [gap]))
+    plt.close()
+    for (low, high), value in ((axis.get_xlim(), gap.kl[-1]), (axis.get_ylim(), gap.reward[-1])):
+        assert low < value < high
+
+
 @pytest.mark.parametrize(
     "arguments, named",
     [
@@ -312,6 +351,7 @@ def test_the_same_seed_gives_the_same_numbers(brief, tmp_path, capsys):
         (["--pairs", "--num-pairs", "5"], "--num-pairs"),
         (["--pairs", "--flip-probability", "0.1"], "--flip-probability"),
         (["--num-pairs", "0"], "--num-pairs"),
+        (["--num-pairs", str(10**15)], "at most 10,000,000"),
         (["--flip-probability", "0.5"], "--flip-probability"),
         (["--beta", "0"], "--beta"),
         (["--seed", "-1"], "--seed"),
@@ -336,7 +376,7 @@ def test_targets_out_of_reach_are_left_out():
 def test_all_roads_lead_to_one_optimum(tmp_path, capsys):
     """The default run: within 1e-3 nats of pi* for the table, 1e-2 for the GPT."""
     assert main(["frontier", "--output-dir", str(tmp_path / "run")]) == 0
-    blocks = capsys.readouterr().out.split("Five roads to one optimum: ")[1:]
+    blocks = capsys.readouterr().out.split("\nRoads to one optimum: ")[1:]
     for block, limit, count in ((blocks[0], 1e-3, 5), (blocks[1].split("Frontier")[0], 1e-2, 4)):
         rows = [line for line in block.split("\n")[2:] if line.strip()]
         assert len(rows) == count
@@ -367,6 +407,18 @@ MUTANTS = {
         "world.rewards - mean",
         "world.rewards",
         test_what_was_never_compared_keeps_the_references_odds,
+    ),
+    "the last look": (
+        pairs.best_look,
+        "np.argmin(losses)",
+        "len(losses) - 1",
+        test_the_look_that_predicts_best_is_taken,
+    ),
+    "axes for the frontier alone": (
+        frontier_plots._world_panel,
+        "furthest, lowest = max(furthest, end[0]), min(lowest, end[1])",
+        "pass",
+        test_no_end_lies_outside_the_figure,
     ),
     "never stopped": (
         pairs.fit_rewards,

@@ -590,6 +590,22 @@ def test_robust_dpo_of_two_completions(share, epsilon, beta):
         assert_within(totals[1] - totals[0], f64(-100 * (q - 1 if q > 1 else -q)), 1e-9)
 
 
+def test_robust_dpo_on_a_unanimous_pair_may_have_an_optimum_after_all():
+    """[D12.3] 0 beat 1 in all of 20 comparisons, where two of them should have been flipped; but both are
+    even with 2, in 100 comparisons each, and that holds them. By symmetry the rewards are (a, -a, 0)."""
+    ref, options = f64([0.2, 0.3, 0.5]).log(), dict(beta=1.0, flip_probability=0.1)
+    weights = f64([[0, 20, 50], [0, 0, 50], [50, 50, 0]]) / 220
+    linear = 0.1 / 0.8  # eps / (1 - 2 eps)
+    low, high = 0.0, 5.0
+    for _ in range(60):  # the slope in the first reward; in even comparisons the linear terms cancel
+        a = (low + high) / 2
+        pull, hold = 20 * (sigmoid(-2 * a) + linear), 100 * (sigmoid(a) - 0.5)
+        low, high = (a, high) if pull > hold else (low, a)
+    best = optimal_logps(ref, f64([a, -a, 0]), beta=1.0)
+    assert_still(slope(weights, losses.robust_dpo_loss, best, ref, **options))
+    assert 0.3 < a < 0.4
+
+
 def test_kto_sorts_where_dpo_weighs():
     """K2, K3: a hundred steps of gradient descent with the exact divergence send all that is unwanted,
     below the threshold lambda_U / (lambda_D + lambda_U), to probability 0, wherever they start."""

@@ -4,13 +4,15 @@ The best trade-off between reward and KL from the reference is a curve with a cl
 pi_ref exp(r / beta) / Z for all beta. Nobody crosses it. Two worlds are small enough that every completion is
 enumerated, so that KL, reward and the distance to the curve are exact: a table of logits, and a GPT-2.
 
-First, five roads to one optimum, with exact preferences: DPO, DPO on rankings, a reward model with the closed
+First, the roads to one optimum, with exact preferences: DPO, DPO on rankings, a reward model with the closed
 form, PPO with the true reward, and (for the table) the natural gradient must all end at the same pi*.
 
 Then the frontier: DPO (to the end of its training, and stopped where held-out comparisons are predicted
 best, as the reward model is), IPO, cDPO, robust DPO, KTO, ORPO, SimPO, DPO without its weight, Unlikelihood,
-Preferred-FT, best of N, and PPO with the learned and with the true reward (PPO-GT), each trained on the same
-comparisons: pairs of completions drawn from the reference, labelled by Bradley-Terry.
+Preferred-FT, best of N, and PPO with the learned and with the true reward (PPO-GT). They learn from the same
+comparisons: pairs of completions drawn from the reference, labelled by Bradley-Terry. Of sampled ones
+a tenth is held out; only Preferred-FT learns from all, and from others for each of its seeds. The learned
+reward is a table, one number a completion, in both worlds; a reward model that is a GPT is seen by --pairs.
 
   dpo-minimal frontier                           20,000 sampled pairs
   dpo-minimal frontier --population              exact preferences: only each method's own aim is left
@@ -61,7 +63,8 @@ TARGETS = (1.0, 3.0, 6.0, 9.0, 12.0)  # nats: the paper's and a nearer one
 BEST_OF = (1, 4, 16, 64, 128)
 NOISE = 0.1  # that cDPO and robust DPO expect where labels have none: what a wrong guess costs
 FT_SEEDS = 3
-ROAD = 3  # times the usual effort for each of the five roads
+ROAD = 3  # times the usual effort for each of the roads
+MOST_PAIRS = 10_000_000  # what memory allows; by then the exact preferences are as good
 
 
 class Explored(NamedTuple):
@@ -88,8 +91,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     data.add_argument(
         "--beta", type=float, default=0.5,
-        help="of the five roads, of the methods without a range of their own, and of --pairs "
-        "(default %(default)s)",
+        help="of the roads, of the methods without a range of their own, and of --pairs; where PPO's "
+        "coefficient starts (default %(default)s)",
     )  # fmt: skip
     data.add_argument(
         "--pairs", action="store_true",
@@ -142,6 +145,10 @@ def _check(args: argparse.Namespace) -> None:
         )
     args.num_pairs = 20_000 if args.num_pairs is None else args.num_pairs
     check_count("--num-pairs", args.num_pairs)
+    if args.num_pairs > MOST_PAIRS:
+        raise InputError(
+            f"--num-pairs must be at most {MOST_PAIRS:,}, got {args.num_pairs:,}; beyond, use --population."
+        )
     args.flip_probability = 0.0 if args.flip_probability is None else args.flip_probability
     check_flip_probability(args.flip_probability, "--flip-probability")
 
@@ -165,7 +172,7 @@ def _comparisons(world: World, args: argparse.Namespace, *, seed: int) -> Rankin
     )  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------- five roads
+# ------------------------------------------------------------------------------------------------ roads
 
 
 def _roads(world: World, args: argparse.Namespace) -> list[str]:
@@ -180,7 +187,7 @@ def _roads(world: World, args: argparse.Namespace) -> list[str]:
     triples = random_cycles(exists, cycles=2, size=3, generator=generator)
     rankings = expected_rankings(world.rewards, triples)
     lines = [
-        f"Five roads to one optimum: {world.name}, exact preferences, beta = {beta:g}",
+        f"Roads to one optimum: {world.name}, exact preferences, beta = {beta:g}",
         f"  {'road':<38} {'KL(pi||pi*)':>11} {'max|dlogp|':>10} {'bound':>8} {'steps':>6} {'sec':>5}",
     ]
 

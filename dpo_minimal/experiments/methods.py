@@ -77,10 +77,6 @@ class Run(NamedTuple):
     seconds: float
 
     @property
-    def label(self) -> str:
-        return f"{self.family} {self.setting}".strip()
-
-    @property
     def distance(self) -> float:
         """KL(pi || its own optimum), the mean over prompts, nats; NaN where that is not known."""
         if self.optimum is None:
@@ -211,7 +207,8 @@ def _unknown(world: World, rankings: Rankings) -> None:
 def _mixed(rankings: Rankings, right: float, wrong: float) -> Rankings:
     """`right` times the comparisons plus `wrong` times the same ones reversed [D12.2, D12.3].
 
-    Raises InputError where a weight would be negative: then the loss falls without limit.
+    Raises InputError where a weight would be negative: then it is no likelihood that could be maximised,
+    and often the loss falls without limit.
     """
     mixed = tally(
         rankings.prompt.repeat(2),
@@ -219,7 +216,7 @@ def _mixed(rankings: Rankings, right: float, wrong: float) -> Rankings:
         torch.cat([right * rankings.weight, wrong * rankings.weight]),
     )
     if (mixed.weight < 0).any():
-        raise InputError("robust DPO has no optimum: a pair was flipped less often than its ε says.")
+        raise InputError("robust DPO may have no optimum: a pair was flipped less often than its ε says.")
     kept = mixed.weight > 0
     return Rankings(*(field[kept] for field in mixed))
 
@@ -240,7 +237,7 @@ def train_on_pairs(world: World, method: PairMethod, rankings: Rankings, *, step
     )  # fmt: skip
     try:
         optimum = method.optimum(world, rankings)
-    except InputError:  # the data have none: some completion never lost
+    except InputError:  # none is known: mostly because some completion never lost, or never won
         optimum = None
     return follow(method.family, method.setting, policy, stream, steps, optimum)
 
