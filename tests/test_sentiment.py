@@ -514,8 +514,8 @@ def test_the_whole_command(reviews, monkeypatch, capsys):
         Path("r.tsv").write_text("\n".join(rows))
         flags += ["--reviews", "r.tsv", "--label-noise", "bradley-terry"]
     assert main([*flags, "--workers", "1", "--output-dir", "one"]) == 0
-    printed = capsys.readouterr().out
-    assert "DPO          β 0.1" in printed and "Every method: 6 gradient steps" in printed
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "DPO β 0.1" in printed and "Every method: 6 gradient steps" in printed
     assert ("Bradley-Terry" in printed) == reviews and ("no finite optimum" in printed) != reviews
     assert main([*flags, "--workers", "2", "--output-dir", "two"]) == 0
     for name in ("metrics.jsonl", "samples.txt"):

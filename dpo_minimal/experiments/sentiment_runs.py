@@ -291,6 +291,11 @@ def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-@cache
 def _world(folder: Path) -> World:
+    return _loaded(folder.resolve())
+
+
+@cache
+def _loaded(folder: Path) -> World:
+    """Once a process, which trains many methods of one run."""
     return load_world(folder)
