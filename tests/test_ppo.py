@@ -191,6 +191,16 @@ def test_the_gradient_is_that_of_the_objective_on_average():
     assert along.mean() > 15 * along.std() / math.sqrt(12)  # so that another sign or factor is seen
 
 
+def test_a_step_is_taken_along_a_mean_over_completions():
+    """Whatever their lengths; Adam would not notice another divisor, but the clip of the norm does."""
+    _, _, (record,) = run(SETTINGS._replace(iterations=1, epochs=1))
+    policy, value = other_gpt(), ppo.value_function(reference_gpt())
+    rollouts, _ = collected(policy, value, seed=SETTINGS.seed)
+    total = sum(ppo_losses(policy, value, r, clip=0.2)[0] for r in rollouts) / SETTINGS.prompts
+    norm = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients(policy, total).values()))
+    assert record["grad_norm"] == pytest.approx(norm, rel=1e-9)  # float64 sums in another order
+
+
 def test_the_clip_stops_gradients():
     """A token whose ratio has gone further than the clip in the direction its advantage asks for gives no
     gradient; one that has gone the other way still does."""
@@ -379,6 +389,10 @@ MUTANTS = {
     "no clip": (
         ppo_losses, "rollout.advantages, clip=clip", "rollout.advantages, clip=9.0",
         test_the_clip_stops_gradients,
+    ),
+    "a mean over tokens": (
+        ppo._gradient_step, "surrogate / settings.prompts", "surrogate / tokens",
+        test_a_step_is_taken_along_a_mean_over_completions,
     ),
     "the value is not trained": (
         ppo._gradient_step, "+ errors / tokens", "+ 0 * errors", test_the_value_function_learns,
