@@ -286,9 +286,9 @@ def _frontier_where(ref_logps: Tensor, rewards: Tensor, feasible, like: Tensor) 
         kl = _kl(policy, ref_logps).mean(-1)
         return kl, (policy.exp() * rewards).sum(-1).mean(-1)
 
-    low = torch.full_like(like, math.log(1e-5) + spread.log().item())  # beta so small: all on the best
+    low = torch.full_like(like, math.log(1e-14) + spread.log().item())  # beta so small: all on the best
     high = torch.full_like(like, math.log(1e9) + spread.log().item())  # so large: the reference
-    for _ in range(60):  # 33 units of log beta, halved: to the last digit
+    for _ in range(60):  # 53 units of log beta, halved: to the last digit
         middle = (low + high) / 2
         fits = feasible(*point(middle))
         low, high = torch.where(fits, low, middle), torch.where(fits, middle, high)

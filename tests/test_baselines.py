@@ -330,6 +330,11 @@ def test_the_ends_of_the_frontier():
     best = torch.where(rewards == rewards.amax(-1, keepdim=True), 0.0, -torch.inf).double()
     end = frontier_gap(best, ref, rewards)
     assert end.reward_gap.abs() <= 1e-12 and end.kl_gap.abs() <= 1e-9
+    # The last nats are bought at a tiny beta where two rewards nearly tie, or prompts differ in scale.
+    for uneven in ([[1.0, 1 - 1e-6, 0.0], [1.0, 0.0, 0.5]], [[1.0, 0.0, 0.5], [1e-6, 0.0, 5e-7]]):
+        even, first = doubles([[0.5, 0.3, 0.2]] * 2).log(), doubles([[1.0, 0.0, 0.0]] * 2).log()
+        end = frontier_gap(first, even, doubles(uneven))
+        assert end.reward_gap.abs() <= 1e-12 and end.kl_gap.abs() <= 1e-6  # of a curve that is nearly flat
     worst = torch.where(rewards == rewards.amin(-1, keepdim=True), 0.0, -torch.inf).double()
     below = frontier_gap(worst, ref, rewards)
     assert below.kl_gap == below.kl > 0
