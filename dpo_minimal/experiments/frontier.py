@@ -250,7 +250,9 @@ def _jobs(world: World, rankings: Rankings, args: argparse.Namespace) -> list[Ca
     jobs += [partial(_one, methods.train_on_pairs, world, each, shown, steps=effort.steps) for each in others]
     for k in range(1 if args.population else FT_SEEDS):
         data = _comparisons(world, args, seed=args.seed + k)
-        method = methods.preferred_ft()._replace(setting=f"seed {k}")
+        method = methods.preferred_ft()
+        if not args.population:
+            method = method._replace(setting=f"seed {k}")
         jobs.append(partial(_one, methods.train_on_pairs, world, method, data, steps=effort.steps))
     for family, rewards in (("best of N", world.rewards), ("best of N, learned reward", learned)):
         jobs += [partial(_one, methods.best_of_n, world, rewards, family, n) for n in BEST_OF]
@@ -331,4 +333,6 @@ def _write(folder: Path, found: list[Explored], args: argparse.Namespace) -> Non
     write_arrays(folder / "result.npz", arrays)
     write_records(folder / "metrics.jsonl", records)
     drawn = "exact preferences" if args.population else f"{args.num_pairs:,} sampled pairs"
+    if args.flip_probability:
+        drawn += f", {args.flip_probability:.3g} of the labels flipped"
     frontier_figure(found, drawn, folder / "frontier.png")
