@@ -49,8 +49,10 @@ def frontier_figure(results: Results, path: Path, *, what: str) -> None:
         rewards = [reward for group in results.groups for _, reward in group.path]
         rewards += [entry.reward.value for entry in results.true_best]
         axis.set_ylim(min(rewards) - 0.2, max(rewards) + 0.3)  # a long interval may go on beyond
-        wanted = (0, 0.2, 0.5, 1, 2, 3, 5, 7, 10, 15, 20, 30, 40, 60, 80, 100, 150, 200, 300)
-        ticks = [tick for tick in wanted if tick <= right]
+        ticks = [0.0]
+        for tick in (0.2, 0.5, 1, 2, 3, 5, 7, 10, 15, 20, 30, 40, 60, 80, 100, 150, 200, 300):
+            if tick <= right and tick**0.5 - ticks[-1] ** 0.5 > 0.05 * right**0.5:  # room for its label
+                ticks.append(tick)
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
         axis.set(

@@ -57,11 +57,12 @@ QUICK = GRAMMAR._replace(
 )  # fmt: skip
 REVIEWS = GRAMMAR._replace(
     vocab_size=2048, context=72, n_layer=3, sft_epochs=5, sft_learning_rate=1.5e-3, max_new_tokens=56,
+    prefixes=560, steps=105,
 )  # fmt: skip
 QUICK_REVIEWS = REVIEWS._replace(
     n_layer=2, sft_epochs=2, prefixes=160, steps=30, held_out=64, other=64, best_of=8
 )
-SEEDS, REVIEWS_SEEDS = 3, 2  # real reviews are longer, and the model for them larger
+SEEDS = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,8 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("run")
     run.add_argument(
         "--seeds", type=int, metavar="N",
-        help=f"trainings of each method and setting (default {SEEDS}; {REVIEWS_SEEDS} with --reviews, 1 with "
-        "--quick)",
+        help=f"trainings of each method and setting (default {SEEDS}; 1 with --quick)",
     )  # fmt: skip
     run.add_argument("--seed", type=int, help="of the SFT model, the prefixes and the pairs (default 0)")
     run.add_argument(
@@ -145,7 +145,7 @@ def _open(args: argparse.Namespace) -> tuple[Path, dict]:
                 )
         return folder, config["options"]
     quick = bool(args.quick)
-    seeds = 1 if quick else SEEDS if args.reviews is None else REVIEWS_SEEDS
+    seeds = 1 if quick else SEEDS
     options = {
         "reviews": args.reviews,
         "label_noise": args.label_noise or NOISES[0],
