@@ -36,7 +36,7 @@ from .worlds import World, gpt_world
 SIZES = (100, 300, 1_000, 3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000)
 GPT_SIZES = (100, 1_000, 10_000, 100_000, 1_000_000)
 POPULATION = math.inf
-REPLICATES, CLIMBED, GPT_SEEDS = 20, 3, 2  # data sets a size: of the table, with PPO, of the GPT
+REPLICATES, CLIMBED, GPT_SEEDS = 20, 2, 2  # data sets a size: of the table, with PPO, of the GPT
 HELD_OUT = 0.1  # of the comparisons, to stop by
 NARROW = 8  # width of the GPT that cannot express pi*
 STEPS, RATE, LOOK = 600, 0.05, 5  # of the reward model: Adam's steps, its rate in nats, steps between looks
