@@ -169,6 +169,8 @@ class AdaptiveKL:
 
     def update(self, kl: float) -> None:
         """Take in the divergence of the last iteration, nats."""
+        if not math.isfinite(kl):
+            raise InputError(f"the divergence is {kl}; lower the learning rate.")
         if self.target is not None:
             error = min(max(kl / self.target - 1, -1.0), 1.0)
             self.coefficient *= math.exp(self.rate * error)

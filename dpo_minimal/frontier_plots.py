@@ -83,6 +83,7 @@ PAIRS_LOOKS = {  # method: colour, marker, line, label
     "DPO, narrow GPT": (SKY, "s", "-", "DPO, a GPT too narrow for π*"),
     "reward model + closed form": (ORANGE, "x", "-", "reward model + closed form"),
     "PPO": (PINK, "^", "-", "PPO, learned reward"),
+    "prior": (GREEN, "", "-.", "likeliest rewards, given pairs and prior"),
     "coverage": (GREY, "", ":", "true rewards, but only of what was compared"),
 }
 

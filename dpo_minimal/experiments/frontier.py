@@ -20,8 +20,9 @@ reward is a table, one number a completion, in both worlds; a reward model that 
   dpo-minimal frontier --pairs                   how many pairs is a reward function worth?
 
 Columns: KL and reward of the policy; gap, what it falls short of the curve, in reward at its KL and in nats
-at its reward; end, KL(pi || where it must end), nats: "-" where that does not exist or no formula is known,
-"exact" for closed forms. On the roads, bound is what a policy's own gradient proves about max|dlogp|.
+at its reward; end, KL(pi || where it must end), nats: "none" where the comparisons have no optimum, "-" where
+no formula is known, "exact" for closed forms. On the roads, bound is what a policy's gradient proves about
+max|dlogp|.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ TARGETS = (1.0, 3.0, 6.0, 9.0, 12.0)  # nats: the paper's and a nearer one
 BEST_OF = (1, 4, 16, 64, 128)
 NOISE = 0.1  # that cDPO and robust DPO expect where labels have none: what a wrong guess costs
 FT_SEEDS = 3
-ROAD = 3  # times the usual effort for each of the roads
+ROAD = 2  # times the usual effort for each of the roads
 MOST_PAIRS = 10_000_000  # what memory allows; by then the exact preferences are as good
 
 
@@ -135,6 +136,8 @@ def run(args: argparse.Namespace) -> Path:
 
 def _check(args: argparse.Namespace) -> None:
     check_positive("--beta", args.beta)
+    if not 1e-2 <= args.beta <= 1e2:
+        raise InputError(f"--beta must lie between 0.01 and 100, got {args.beta}; the rewards are about one.")
     check_seed("--seed", args.seed)
     if args.population and args.num_pairs is not None:
         raise InputError("--population has no number of pairs; leave --num-pairs out.")
@@ -281,8 +284,8 @@ def _dpo(world: World, beta: float, shown: Rankings, held_out: Rankings | None, 
         return [found]
     look = pairs.best_look(world, found, held_out, beta=beta) + 1
     cut = found._replace(
-        family="DPO, stopped early", path=found.path[:look], steps_at=found.steps_at[:look], optimum=None,
-        steps=found.steps_at[look - 1],
+        family="DPO, stopped early", ends="-", path=found.path[:look], steps_at=found.steps_at[:look],
+        optimum=None, steps=found.steps_at[look - 1],
     )  # fmt: skip
     return [found, cut]
 
@@ -304,7 +307,7 @@ def results_table(explored: Explored) -> list[str]:
         f"{'steps':>6} {'sec':>5}",
     ]
     for found, gap in zip(explored.runs, explored.gaps):
-        end = f"{found.distance:.1e}" if found.distance < math.inf else "-"
+        end = f"{found.distance:.1e}" if found.distance < math.inf else found.ends
         end = "exact" if found.family in methods.CLOSED_FORMS else end
         lines.append(
             f"  {found.family:<31} {found.setting:<14} {gap.kl[-1]:>6.3f} {gap.reward[-1]:>7.3f} "

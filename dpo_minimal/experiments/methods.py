@@ -11,7 +11,7 @@ import copy
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
 
@@ -33,6 +33,8 @@ from .fit import float64_table
 from .worlds import World
 
 Objective = Callable[[Tensor, Tensor, Rankings], Tensor]  # (logps, ref_logps, rankings) -> loss
+GPT_RATE = 4e-3  # Adam's, for the GPT's weights
+TABLE_RATE = 0.05  # Adam's, in nats of reward a step; DPO's logits move by 1 / beta times as much
 LOOKS = 20  # measurements along a path
 CLOSED_FORMS = ("best of N", "best of N, learned reward", "reward model + closed form")  # no training
 
@@ -66,6 +68,7 @@ class Run(NamedTuple):
         steps_at: (L,) steps done at each of them.
         optimum: (X, Y) where it must end, or None where that is not known or does not exist.
         steps, seconds: gradient steps, 0 for a closed form; time in training alone.
+        ends: what to print where there is no optimum: "-" not known, "none" none exists.
     """
 
     family: str
@@ -75,6 +78,7 @@ class Run(NamedTuple):
     optimum: Tensor | None
     steps: int
     seconds: float
+    ends: str = "-"
 
     @property
     def distance(self) -> float:
@@ -104,20 +108,22 @@ class PairMethod(NamedTuple):
 
 
 def dpo(beta: float) -> PairMethod:
-    return _of(losses.dpo_loss, "DPO", f"β {beta:g}", tilted(beta), 0.05 / beta, beta=beta)
+    return _of(losses.dpo_loss, "DPO", f"β {beta:g}", tilted(beta), TABLE_RATE / beta, beta=beta)
 
 
 def cdpo(beta: float, noise: float) -> PairMethod:
     optimum = tilted(beta, lambda rankings: _mixed(rankings, 1 - noise, noise))
     setting = f"β {beta:g}, ε {noise:g}"
-    return _of(losses.cdpo_loss, "cDPO", setting, optimum, 0.05 / beta, beta=beta, label_smoothing=noise)
+    return _of(
+        losses.cdpo_loss, "cDPO", setting, optimum, TABLE_RATE / beta, beta=beta, label_smoothing=noise
+    )
 
 
 def robust(beta: float, noise: float) -> PairMethod:
     mix = partial(_mixed, right=(1 - noise) / (1 - 2 * noise), wrong=-noise / (1 - 2 * noise))
     setting = f"β {beta:g}, ε {noise:g}"
     return _of(
-        losses.robust_dpo_loss, "robust DPO", setting, tilted(beta, mix), 0.05 / beta, beta=beta,
+        losses.robust_dpo_loss, "robust DPO", setting, tilted(beta, mix), TABLE_RATE / beta, beta=beta,
         flip_probability=noise,
     )  # fmt: skip
 
@@ -162,7 +168,7 @@ def plackett_luce(beta: float) -> PairMethod:
     def objective(_: World) -> Objective:
         return lambda *arguments: plackett_luce_objective(*arguments, beta=beta)[0]
 
-    return PairMethod("Plackett-Luce DPO", f"β {beta:g}", objective, tilted(beta), 0.05 / beta)
+    return PairMethod("Plackett-Luce DPO", f"β {beta:g}", objective, tilted(beta), TABLE_RATE / beta)
 
 
 def kto(beta: float) -> PairMethod:
@@ -175,7 +181,7 @@ def kto(beta: float) -> PairMethod:
 
         return loss
 
-    return PairMethod("KTO", f"β {beta:g}", objective, _unknown, 0.05 / beta)
+    return PairMethod("KTO", f"β {beta:g}", objective, _unknown, TABLE_RATE / beta)
 
 
 def _of(loss, family: str, setting: str, optimum, rate: float, **options: float) -> PairMethod:
@@ -230,29 +236,32 @@ def train_on_pairs(world: World, method: PairMethod, rankings: Rankings, *, step
     batch = batch._replace(weight=batch.weight.to(dtype))
     objective = method.objective(world)
     rate = method.rate if table else GPT_RATE
-    optimizer, schedule = adam(policy, rate, steps)
+    optimizer, schedule = adam(policy.parameters(), rate, steps)
     stream = train(
         lambda batch: (objective(policy(), reference, batch), {}), optimizer, itertools.repeat(batch, steps),
         scheduler=schedule,
     )  # fmt: skip
     try:
         optimum = method.optimum(world, rankings)
-    except InputError:  # none is known: mostly because some completion never lost, or never won
-        optimum = None
+    except InputError:  # mostly because some completion never lost, or never won
+        found = follow(method.family, method.setting, policy, stream, steps, None)
+        return found._replace(ends="none")
     return follow(method.family, method.setting, policy, stream, steps, optimum)
 
 
-GPT_RATE = 4e-3  # Adam's, for the GPT's weights
-
-
-def adam(policy: nn.Module, rate: float, steps: int):
+def adam(parameters: Iterable[Tensor], rate: float, steps: int):
     """The optimizer of all methods and its schedule: a short warm-up, then linearly to zero."""
     # Gradients of a small beta are small; Adam's floor must lie below them.
-    optimizer = torch.optim.Adam(policy.parameters(), lr=rate, betas=(0.9, 0.95), eps=1e-12, fused=True)
+    optimizer = torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.95), eps=1e-12, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / (0.04 * steps)) * (1 - step / steps)
     )
     return optimizer, schedule
+
+
+def looks(steps: int) -> set[int]:
+    """The steps after which a training is looked at: densely at first, the last one included."""
+    return {round(steps * (k / LOOKS) ** 2) for k in range(1, LOOKS + 1)} | {steps}
 
 
 def follow(
@@ -262,7 +271,7 @@ def follow(
 
     Args: stream: yields once a step (of `each` gradient steps); steps: how often; optimum: see `Run`.
     """
-    marks = {round(steps * (k / LOOKS) ** 2) for k in range(1, LOOKS + 1)} | {steps}
+    marks = looks(steps)
     tables, steps_at, seconds = [float64_table(policy)], [0], 0.0
     started = time.perf_counter()
     for step, _ in enumerate(stream, 1):
@@ -294,7 +303,7 @@ def climb(
     policy = world.policy()
     dtype = next(policy.parameters()).dtype
     iterations = effort.iterations
-    optimizer, schedule = adam(policy, 0.1 if world.name == "table" else GPT_RATE, iterations)
+    optimizer, schedule = adam(policy.parameters(), 0.1 if world.name == "table" else GPT_RATE, iterations)
     controller = AdaptiveKL(beta, target)
     stream = ppo(
         policy, world.ref_logps.to(dtype), rewards.to(dtype), optimizer, controller, iterations=iterations,
@@ -337,7 +346,7 @@ def gpt_reward_model(world: World, shown: Rankings, held_out: Rankings, *, steps
     lengths = world.completions.lengths.tolist()
     answers = [ids[:length] for ids, length in zip(world.completions.ids.tolist(), lengths)] * X
     batch = shared_prompt_batch(prompts, [[ids] for ids in answers])
-    optimizer, schedule = adam(model, GPT_RATE, steps)
+    optimizer, schedule = adam(model.parameters(), GPT_RATE, steps)
     shown = shown.normalised_by_prompt()
     weight = shown.weight.to(torch.float32)
     best, lowest = world.rewards.new_zeros(X, Y), math.inf

@@ -4,6 +4,7 @@ The gap to pi* in nats, KL(pi || pi*): what a policy falls short of in the objec
 the number N of comparisons grows. Four things can keep a policy away from pi*:
 
   finite data   the labels of N comparisons leave rewards uncertain; theory gives tr(Sigma I^+) / (2 beta^2 N)
+                these laws are for many pairs; before, what is known beforehand helps: a prior on rewards
   coverage      completions that no comparison ever showed keep the reference's odds, whatever their reward
   optimisation  training has not arrived
   capacity      the policy's weights cannot express pi*
@@ -39,7 +40,7 @@ POPULATION = math.inf
 REPLICATES, CLIMBED, GPT_SEEDS = 20, 2, 2  # data sets a size: of the table, with PPO, of the GPT
 HELD_OUT = 0.1  # of the comparisons, to stop by
 NARROW = 8  # width of the GPT that cannot express pi*
-STEPS, RATE, LOOK = 600, 0.05, 5  # of the reward model: Adam's steps, its rate in nats, steps between looks
+STEPS = 1200  # of the reward model: as many as DPO's on a table
 
 
 class Point(NamedTuple):
@@ -69,27 +70,34 @@ def split(rankings: Rankings, generator: np.random.Generator) -> tuple[Rankings,
     return rankings._replace(weight=rankings.weight - held), rankings._replace(weight=held)
 
 
-def fit_rewards(wins: Tensor, held_out: Tensor, *, steps: int = STEPS, rate: float = RATE) -> Tensor:
+def fit_rewards(wins: Tensor, held_out: Tensor, *, steps: int = STEPS, prior: float | None = None) -> Tensor:
     """Bradley-Terry rewards by Adam from zero, stopped where held-out comparisons are predicted best.
 
-    The same steps on DPO's loss, with the rate divided by beta, give the policy that is their closed form, at
-    every step [D11.7]. Data sets are independent, and fitted at once.
+    The same steps, looks and schedule as `methods.dpo` has on a table, whose rate is this one over beta: its
+    policy is the closed form of these rewards at every step [D11.7]. Data sets are independent, and fitted at
+    once.
 
-    Args: wins, held_out (R, X, Y, Y): how often the row's completion beat the column's; without held-out
-        comparisons, all steps are taken.
+    Args:
+        wins, held_out: (R, X, Y, Y): how often the row's completion beat the column's; without held-out
+            comparisons, all steps are taken.
+        prior: the deviation of rewards known beforehand: s^2 / (2 prior^2) is added for each reward s, which
+            then needs no stopping.
     Returns: (R, X, Y) rewards.
     """
     scores = nn.Parameter(wins.new_zeros(wins.shape[:-1]))
-    games = wins.sum((-3, -2, -1), keepdim=True).clamp(min=1)
-    optimizer = torch.optim.Adam([scores], lr=rate, betas=(0.9, 0.95), eps=1e-12)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    best, lowest = scores.detach().clone(), wins.new_full(wins.shape[:1], math.inf)
+    games = wins.sum((-3, -2, -1)).clamp(min=1)
+    optimizer, schedule = methods.adam([scores], methods.TABLE_RATE, steps)
+    best, lowest = scores.detach().clone(), _losses(scores.detach(), held_out)
+    marks = methods.looks(steps)
     for step in range(1, steps + 1):
         optimizer.zero_grad()
-        _losses(scores, wins / games).sum().backward()
+        total = _losses(scores, wins)
+        if prior is not None:
+            total = total + scores.square().sum((-2, -1)) / (2 * prior**2)
+        (total / games).sum().backward()
         optimizer.step()
         schedule.step()
-        if step % LOOK == 0 or step == steps:
+        if step in marks:
             with torch.no_grad():
                 found = _losses(scores, held_out)
                 better = found <= lowest  # equal where nothing is held out: the last
@@ -113,6 +121,14 @@ def learned_rewards(world: World, shown: Rankings, held_out: Rankings | None) ->
     held = torch.zeros_like(wins) if held_out is None else win_counts(held_out, X, Y).unsqueeze(0)
     rewards = fit_rewards(wins, held)[0]
     return rewards - (world.ref_logps.exp() * rewards).sum(-1, keepdim=True)
+
+
+def with_prior(world: World, sets: list[Rankings], *, beta: float) -> Tensor:
+    """(R, X, Y) policies of the likeliest rewards given each data set and the law that rewards were drawn
+    from: what data can tell somebody who knows as much as can be known beforehand."""
+    wins = torch.stack([win_counts(each, *world.rewards.shape) for each in sets])
+    rewards = fit_rewards(wins, torch.zeros_like(wins), prior=world.reward_scale)
+    return optimal_logps(world.ref_logps.expand_as(rewards), rewards, beta=beta)
 
 
 def covered(world: World, rankings: Rankings, *, beta: float) -> Tensor:
@@ -163,12 +179,15 @@ def _table(world: World, population: Rankings, optimal: Tensor, args: argparse.N
         sets = [population if size == POPULATION else draw(population, size, generator) for _ in range(count)]
         parts = [split(each, generator) if size != POPULATION else (each, each) for each in sets]
         shown, held = (torch.stack([win_counts(p[k], X, Y) for p in parts]) for k in (0, 1))
-        rewards = fit_rewards(shown, held, steps=STEPS if size != POPULATION else 3 * STEPS)
+        rewards = fit_rewards(shown, held, steps=STEPS)
         for k in range(count):
             trained = optimal_logps(world.ref_logps, rewards[k], beta=args.beta)
             points.append(Point("table", "DPO", size, _gap(trained, optimal)))
             oracle = covered(world, sets[k], beta=args.beta)
             points.append(Point("table", "coverage", size, _gap(oracle, optimal)))
+        if size != POPULATION:
+            known = with_prior(world, sets, beta=args.beta)
+            points += [Point("table", "prior", size, _gap(policy, optimal)) for policy in known]
         for k in range(min(count, 1 if args.quick else CLIMBED)):
             found = methods.climb(
                 world, rewards[k], "PPO", beta=args.beta, target=None, effort=effort, seed=args.seed + k
@@ -201,6 +220,10 @@ def _gpt(world: World, population: Rankings, optimal: Tensor, args: argparse.Nam
         found = methods.train_on_pairs(world, method, parts[0], steps=effort.steps)
         policy = found.path[best_look(world, found, parts[1], beta=args.beta)]
         points.append(Point("gpt", "DPO", size, _gap(policy, optimal)))
+        if size != POPULATION:
+            points.append(
+                Point("gpt", "prior", size, _gap(with_prior(world, [data], beta=args.beta)[0], optimal))
+            )
         points.append(Point("gpt", "coverage", size, _gap(covered(world, data, beta=args.beta), optimal)))
         found = methods.train_on_pairs(narrow, method, narrow_parts[0], steps=effort.steps)
         policy = found.path[best_look(narrow, found, narrow_parts[1], beta=args.beta)]
@@ -257,8 +280,9 @@ def summary(points: list[Point], laws: dict[str, float], beta: float) -> list[st
         for size in table["DPO"]:
             cells = []
             for name in names:
-                spread = table[name][size]
-                cells.append(f"{f'{spread.median:.2g} ({spread.mean:.2g})':>{max(len(name), 18)}}")
+                spread = table[name].get(size)
+                text = "-" if spread is None else f"{spread.median:.2g} ({spread.mean:.2g})"
+                cells.append(f"{text:>{max(len(name), 18)}}")
             label = "exact" if size == POPULATION else f"{int(size):,}"
             lines.append(f"  {label:>10} {law / size:>9.2g} " + " ".join(cells))
         gap = spreads(points, world, "PPO-GT")[POPULATION].median

@@ -32,6 +32,7 @@ class World(NamedTuple):
         name: "table" or "gpt".
         ref_logps, rewards: (X, Y) float64.
         lengths: (X, Y) tokens of each completion.
+        reward_scale: deviation of the normal law that rewards were drawn from.
         policy: makes a new policy that starts at the reference.
         reference, prompts, completions: the GPT's; None for a table.
     """
@@ -40,6 +41,7 @@ class World(NamedTuple):
     ref_logps: Tensor
     rewards: Tensor
     lengths: Tensor
+    reward_scale: float
     policy: Callable[[], nn.Module]
     reference: GPT | None = None
     prompts: Tensor | None = None
@@ -53,7 +55,9 @@ def table_world(seed: int) -> World:
         generator=torch.Generator().manual_seed(seed),
     )  # fmt: skip
     lengths = torch.ones_like(world.rewards)
-    return World("table", world.ref_logps, world.rewards, lengths, lambda: TabularPolicy(world.ref_logps))
+    return World(
+        "table", world.ref_logps, world.rewards, lengths, 1.0, lambda: TabularPolicy(world.ref_logps)
+    )
 
 
 def gpt_world(seed: int, *, quick: bool, width: int | None = None) -> World:
@@ -71,5 +75,6 @@ def gpt_world(seed: int, *, quick: bool, width: int | None = None) -> World:
 
     lengths = completions.lengths.double().expand(rewards.shape)
     return World(
-        "gpt", float64_table(policy()), rewards, lengths, policy, reference, prompts, completions
+        "gpt", float64_table(policy()), rewards, lengths, GPT_REWARD_SCALE, policy, reference, prompts,
+        completions,
     )  # fmt: skip
