@@ -348,22 +348,39 @@ def completion_logps(model: GPT, prompts: Tensor, completions: Completions | Pre
         InputError: shapes do not fit, or a completion reaches beyond the model's context.
     """
     tree = completions if isinstance(completions, PrefixTree) else prefix_tree(completions)
+    ids, lengths = tree.completions
+    logits = widen(model.project(tree_states(model, prompts, tree)))
+    node_logps = logits.log_softmax(-1).flatten(1)  # (X, N * V)
+    token_logps = node_logps[:, tree.context * logits.shape[-1] + ids]  # (X, Y, T)
+    scored = torch.arange(ids.shape[1], device=prompts.device) < lengths.unsqueeze(-1)
+    return token_logps.masked_fill(~scored, 0).sum(-1)
+
+
+def tree_states(model: GPT, prompts: Tensor, tree: PrefixTree) -> Tensor:
+    """Hidden states of every prefix after every prompt, (X, N, C), the first that of the prompt's end [D9.2].
+
+    Args, Raises: as `completion_logps`.
+    """
     if prompts.dim() != 2 or prompts.numel() == 0:
         raise InputError(f"prompts must have shape (X, P) and not be empty, got {tuple(prompts.shape)}.")
     X, P = prompts.shape
-    ids, lengths = tree.completions
     device = prompts.device
     nodes = torch.cat([prompts, tree.tokens.expand(X, -1)], -1)  # (X, P + N - 1)
     positions = torch.cat([torch.arange(P, device=device), P - 1 + tree.depth])
     mask = F.pad(tree.ancestors[1:, 1:], (P, 0, P, 0))
     mask[:, :P] = True
     mask[:P, :P] = torch.ones(P, P, dtype=torch.bool, device=device).tril()
-    hidden = model.hidden(nodes, positions, mask)[:, P - 1 :]  # (X, N, C): the root is the prompt's end
-    logits = widen(model.project(hidden))
-    node_logps = logits.log_softmax(-1).flatten(1)  # (X, N * V)
-    token_logps = node_logps[:, tree.context * logits.shape[-1] + ids]  # (X, Y, T)
-    scored = torch.arange(ids.shape[1], device=device) < lengths.unsqueeze(-1)
-    return token_logps.masked_fill(~scored, 0).sum(-1)
+    return model.hidden(nodes, positions, mask)[:, P - 1 :]
+
+
+def whole_completions(completions: Completions) -> tuple[PrefixTree, Tensor]:
+    """The tree in which completions themselves are prefixes too, and the node of each: (Y,) [D9.2].
+
+    What reads a completion to its end, such as a reward model, needs its last token's state.
+    """
+    ids, lengths = completions
+    tree = prefix_tree(Completions(F.pad(ids, (0, 1)), lengths + 1))  # as if one more token were to come
+    return tree, tree.context[torch.arange(len(ids), device=ids.device), lengths]
 
 
 class EnumeratedPolicy(nn.Module):

@@ -10,7 +10,7 @@ from test_policy import SMALL, gradients, loud
 from dpo_minimal import reward_model
 from dpo_minimal.batches import Example
 from dpo_minimal.model import GPT, GPTConfig
-from dpo_minimal.policy import shared_prompt_batch
+from dpo_minimal.policy import enumerate_completions, shared_prompt_batch, tree_states, whole_completions
 from dpo_minimal.reward_model import (
     RewardModel,
     fit_reward_model,
@@ -37,6 +37,20 @@ def loud_model(seed: int = 0) -> RewardModel:
 def plain(model: RewardModel, prompt: list[int], completion: list[int]) -> torch.Tensor:
     """The reward of one completion, alone in its batch and without padding."""
     return model.head(model.body.hidden(torch.tensor([prompt + completion]))[0, -1])[0]
+
+
+def test_a_tree_reads_each_completion_to_its_end():
+    """The state of a completion's last token in the tree of all completions is that of its own sequence."""
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(vocab_size=4, block_size=6, n_layer=2, n_head=2, n_embd=8)).double()
+    completions = enumerate_completions(vocab_size=4, max_length=3, eos=3)
+    prompts = torch.tensor([[0, 1], [2, 2]])
+    tree, ends = whole_completions(completions)
+    states = tree_states(gpt, prompts, tree)[:, ends]
+    for x, prompt in enumerate(prompts):
+        for y, (ids, length) in enumerate(zip(*completions)):
+            alone = gpt.hidden(torch.cat([prompt, ids[:length]])[None])[0, -1]
+            assert (states[x, y] - alone).abs().max() <= 1e-12  # float64, another order of sums
 
 
 # -------------------------------------------------------------------------------------------- the network

@@ -64,7 +64,7 @@ TARGETS = (1.0, 3.0, 6.0, 9.0, 12.0)  # nats: the paper's and a nearer one
 BEST_OF = (1, 4, 16, 64, 128)
 NOISE = 0.1  # that cDPO and robust DPO expect where labels have none: what a wrong guess costs
 FT_SEEDS = 3
-ROAD = 2  # times the usual effort for each of the roads
+ROAD = 3  # times the usual effort for each of the roads
 MOST_PAIRS = 10_000_000  # what memory allows; by then the exact preferences are as good
 
 

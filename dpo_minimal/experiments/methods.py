@@ -24,7 +24,7 @@ from ..bandit import kto_on_table, loss_on_table, plackett_luce_objective
 from ..baselines import AdaptiveKL, ppo, preferred_ft_logps, unlikelihood_logps
 from ..closed_form import best_of_n_logps, kl_divergence, optimal_logps
 from ..finite_data import ipo_estimate, maximum_likelihood
-from ..policy import shared_prompt_batch
+from ..policy import tree_states, whole_completions
 from ..preferences import Rankings, tally
 from ..reward_model import RewardModel
 from ..train import train
@@ -341,25 +341,25 @@ def gpt_reward_model(world: World, shown: Rankings, held_out: Rankings, *, steps
     """
     torch.manual_seed(seed)
     model = RewardModel(copy.deepcopy(world.reference))
-    X, Y = world.rewards.shape
-    prompts = [row for row in world.prompts.tolist() for _ in range(Y)]
-    lengths = world.completions.lengths.tolist()
-    answers = [ids[:length] for ids, length in zip(world.completions.ids.tolist(), lengths)] * X
-    batch = shared_prompt_batch(prompts, [[ids] for ids in answers])
+    tree, ends = whole_completions(world.completions)
     optimizer, schedule = adam(model.parameters(), GPT_RATE, steps)
     shown = shown.normalised_by_prompt()
     weight = shown.weight.to(torch.float32)
-    best, lowest = world.rewards.new_zeros(X, Y), math.inf
+    best, lowest = torch.zeros_like(world.rewards), math.inf
+    marks = looks(steps)
+
+    def rewards_now() -> Tensor:
+        return model.head(tree_states(model.body, world.prompts, tree)[:, ends]).squeeze(-1)
 
     def objective(comparisons: Rankings) -> tuple[Tensor, dict]:
-        ranked = comparisons.gather(model(batch).view(X, Y))
+        ranked = comparisons.gather(rewards_now())
         return weight @ losses.bradley_terry_loss(ranked[:, 0], ranked[:, 1]), {}
 
     stream = train(objective, optimizer, itertools.repeat(shown, steps), scheduler=schedule)
     for step, _ in enumerate(stream, 1):
-        if step % max(1, steps // 20) == 0 or step == steps:
+        if step in marks:
             with torch.no_grad():
-                rewards = model(batch).view(X, Y).double()
+                rewards = rewards_now().double()
             margins = held_out.gather(rewards)
             found = -(held_out.weight @ F.logsigmoid(margins[:, 0] - margins[:, 1])).item()
             if found <= lowest:

@@ -228,7 +228,7 @@ def _gpt(world: World, population: Rankings, optimal: Tensor, args: argparse.Nam
         found = methods.train_on_pairs(narrow, method, narrow_parts[0], steps=effort.steps)
         policy = found.path[best_look(narrow, found, narrow_parts[1], beta=args.beta)]
         points.append(Point("gpt", "DPO, narrow GPT", size, _gap(policy, narrow_optimal)))
-        rewards = methods.gpt_reward_model(world, *parts, steps=effort.steps // 2, seed=args.seed + k)
+        rewards = methods.gpt_reward_model(world, *parts, steps=effort.steps, seed=args.seed + k)
         closed = optimal_logps(world.ref_logps, rewards, beta=args.beta)
         points.append(Point("gpt", "reward model + closed form", size, _gap(closed, optimal)))
         found = methods.climb(
