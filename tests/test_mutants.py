@@ -199,7 +199,7 @@ MUTANTS = [
     ),
     Mutant(
         "tree positions off by one",
-        policy.completion_logps,
+        policy.tree_states,
         "P - 1 + tree.depth",
         "P - 2 + tree.depth",
         test_policy.test_tree_sequence_and_loop_agree,
