@@ -119,8 +119,9 @@ def run(args: argparse.Namespace) -> Path:
     worlds = _worlds(args)
     if args.pairs:
         return pairs.run(worlds, args, folder)
-    roads = [line for world in worlds for line in _roads(world, args)]
-    print("\n" + "\n".join(roads), flush=True)
+    print("Every way to the same optimum first, then every method below the frontier.\n", flush=True)
+    for world in worlds:
+        print("\n".join(_roads(world, args)), flush=True)
     found = []
     for world in worlds:
         jobs = _jobs(world, _comparisons(world, args, seed=args.seed), args)
@@ -128,9 +129,9 @@ def run(args: argparse.Namespace) -> Path:
         runs = [each for job in bar for each in job()]
         gaps = [frontier_gap(each.path, world.ref_logps, world.rewards) for each in runs]
         found.append(Explored(world, runs, gaps))
-    print("\n" + "\n".join(line for each in found for line in results_table(each)))
+        print("\n".join(results_table(found[-1])), flush=True)
     _write(folder, found, args)
-    print(f"\nWrote {folder}/frontier.png, result.npz, metrics.jsonl and config.json.")
+    print(f"Wrote {folder}/frontier.png, result.npz, metrics.jsonl and config.json.")
     return folder
 
 
