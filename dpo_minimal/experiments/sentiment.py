@@ -22,8 +22,8 @@ drawn by --label-noise bradley-terry contradict each other, as people's do: wher
 circle, it has one.
 
 A run folder holds sentiment.png (reward and divergence), win_rates.png (over temperatures, training, best of
-N, and on prompts of another kind), table.csv, metrics.jsonl, samples.txt, config.json, the pairs, and a file
-for each training.
+N, and on prompts of another kind), table.csv, win_rates.csv, metrics.jsonl, samples.txt, config.json, the
+pairs, and a file for each training.
 """
 
 from __future__ import annotations
@@ -123,8 +123,8 @@ def run(args: argparse.Namespace) -> Path:
             what=what,
         )  # fmt: skip
     print(
-        f"\nWrote {folder}/sentiment.png, win_rates.png, table.csv, result.json, metrics.jsonl, samples.txt "
-        "and config.json.", flush=True,
+        f"\nWrote {folder}/sentiment.png, win_rates.png, table.csv, win_rates.csv, result.json, metrics.jsonl, "
+        "samples.txt and config.json.", flush=True,
     )  # fmt: skip
     return folder
 

@@ -18,7 +18,7 @@ from ..runs import write_atomically, write_json, write_records
 from .sentiment_data import K, Plan
 from .sentiment_methods import REWARD_EPOCHS, Run, budget_of
 from .sentiment_results import NATS, Group, Interval, Results, crossed_interval, reward_within, win_interval
-from .sentiment_runs import SHOWN
+from .sentiment_runs import OTHER_TEMPERATURES, SHOWN, TEMPERATURES
 from .sentiment_world import World, read_rows
 from .text_report import prompt_line, text_lines
 
@@ -60,6 +60,23 @@ def _character(group: Group) -> dict[str, float]:
         name: group.last[name].mean().item()
         for name in ("lengths", "ended", "repeated", "reference_token_logps")
     }
+
+
+def win_rate_rows(results: Results) -> list[dict[str, Any]]:
+    """Win rates over temperatures, on held-out prompts and on those of another kind: rows of win_rates.csv."""
+    rows = []
+    for group in results.groups:
+        if "temperature_rewards" not in group.last:
+            continue
+        for prompts, key, opponents, temperatures in (
+            ("held out", "temperature_rewards", results.opponents, TEMPERATURES),
+            ("other", "other_rewards", results.other_opponents, OTHER_TEMPERATURES),
+        ):
+            for place, temperature in enumerate(temperatures):
+                win = win_interval(group.last[key][:, place], opponents)
+                row = {"method": group.method, "setting": group.setting, "prompts": prompts}
+                rows.append(row | {"temperature": temperature} | _spread("win_rate", win))
+    return rows
 
 
 def table_text(rows: Sequence[dict[str, Any]]) -> str:
@@ -222,7 +239,7 @@ def _short(label: str) -> str:
 def write_report(
     folder: Path, results: Results, runs: Sequence[Run], plan: Plan, world: World, *, noise: str, what: str
 ) -> None:
-    """Print everything, and write table.csv, result.json, metrics.jsonl, samples.txt and the two figures."""
+    """Print everything, and write table.csv, win_rates.csv, result.json, metrics.jsonl, samples.txt, figures."""
     from ..sentiment_plots import frontier_figure, paths_table, win_rate_figure  # matplotlib: slow to import
 
     rows, drawn = table_rows(results, runs, plan), read_rows(folder)
@@ -233,6 +250,7 @@ def write_report(
     print(sample_text(results, world, PRINTED, every=False))
     write_json(folder / "result.json", rows)
     _write_csv(folder / "table.csv", rows)
+    _write_csv(folder / "win_rates.csv", win_rate_rows(results))
     write_records(folder / "metrics.jsonl", paths_table(results))
     text = sample_text(results, world, SHOWN, every=True).strip() + "\n"
     write_atomically(folder / "samples.txt", lambda path: path.write_text(text, encoding="utf-8"))
