@@ -123,8 +123,8 @@ def run(args: argparse.Namespace) -> Path:
             what=what,
         )  # fmt: skip
     print(
-        f"\nWrote {folder}/sentiment.png, win_rates.png, table.csv, win_rates.csv, result.json, metrics.jsonl, "
-        "samples.txt and config.json.", flush=True,
+        f"\nWrote {folder}/sentiment.png, win_rates.png, table.csv, win_rates.csv, result.json, "
+        "metrics.jsonl, samples.txt and config.json.", flush=True,
     )  # fmt: skip
     return folder
 

@@ -63,7 +63,7 @@ def _character(group: Group) -> dict[str, float]:
 
 
 def win_rate_rows(results: Results) -> list[dict[str, Any]]:
-    """Win rates over temperatures, on held-out prompts and on those of another kind: rows of win_rates.csv."""
+    """Win rates over temperatures, on held-out prompts and on those of another kind: for win_rates.csv."""
     rows = []
     for group in results.groups:
         if "temperature_rewards" not in group.last:
@@ -239,7 +239,7 @@ def _short(label: str) -> str:
 def write_report(
     folder: Path, results: Results, runs: Sequence[Run], plan: Plan, world: World, *, noise: str, what: str
 ) -> None:
-    """Print everything, and write table.csv, win_rates.csv, result.json, metrics.jsonl, samples.txt, figures."""
+    """Print everything, and write the tables, metrics.jsonl, samples.txt and the two figures."""
     from ..sentiment_plots import frontier_figure, paths_table, win_rate_figure  # matplotlib: slow to import
 
     rows, drawn = table_rows(results, runs, plan), read_rows(folder)
