@@ -13,8 +13,8 @@ from .closed_form import reward_kl_frontier
 from .plots import BLUE, GREEN, GREY, ORANGE, PINK, STYLE, save_figure
 
 if TYPE_CHECKING:
-    from .experiments.frontier import Explored
-    from .experiments.pairs import Point
+    from .experiments.gaps import Point
+    from .experiments.methods import Explored
 
 RED, SKY = "#D55E00", "#56B4E9"  # the rest of Okabe and Ito's palette
 LOOKS = {  # family: colour, marker
@@ -104,7 +104,7 @@ def pairs_figure(points: list[Point], laws: dict[str, float], beta: float, path:
 
 
 def _pairs_panel(axis, points: list[Point], world: str, law: float) -> None:
-    from .experiments.pairs import POPULATION, spreads
+    from .experiments.gaps import POPULATION, spreads
 
     floor = 1e-6 if world == "table" else 1e-4  # what is less is drawn there or left out
     finite = [n for n in spreads(points, world, "DPO") if n != POPULATION]

@@ -343,7 +343,8 @@ def test_the_command_lists_every_method_and_none_above_the_frontier(brief, tmp_p
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert min(record["gap/reward"] for record in records) >= -1e-9
     assert min(record["gap/nats"] for record in records) >= -1e-9
-    arrays = np.load(out / "result.npz")
+    with np.load(out / "result.npz") as file:
+        arrays = dict(file)
     last = [record for record in records if record["number"] == 5][-1]
     table = torch.from_numpy(arrays["table_05_logps"])
     gap = frontier_gap(
@@ -421,7 +422,8 @@ def test_the_law_is_that_of_pairs_shared_by_all_prompts(brief, tmp_path, capsys)
     w, count = small_world(), 20_000
     args = argparse.Namespace(beta=BETA, quick=True, seed=0)
     pairs.run([w], args, tmp_path)
-    law = np.load(tmp_path / "result.npz")["table_law"].item()
+    with np.load(tmp_path / "result.npz") as file:
+        law = file["table_law"].item()
     population = expected_pairs(w.rewards, reference_pairs(w.ref_logps))
     optimal = optimal_logps(w.ref_logps, w.rewards, beta=BETA)
     generator, gaps = np.random.default_rng(0), []

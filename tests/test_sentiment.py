@@ -380,7 +380,11 @@ def make(folder: Path, *, resume: bool) -> None:
 
 
 def arrays_of(folder: Path) -> dict[str, dict[str, np.ndarray]]:
-    return {path.name: dict(np.load(path)) for path in sorted((folder / "methods").glob("*.npz"))}
+    found = {}
+    for path in sorted((folder / "methods").glob("*.npz")):
+        with np.load(path) as file:
+            found[path.name] = dict(file)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -450,7 +454,8 @@ def test_an_interrupted_run_goes_on_to_the_same_result(finished, monkeypatch):
 def test_training_moves_the_policy_and_the_reference_stays(finished):
     """SFT's log-ratios are 0 up to rounding; every trained policy's are not."""
     for run in RUNS:
-        table = np.load(path_of(finished, run))["log_ratios"]
+        with np.load(path_of(finished, run)) as file:
+            table = file["log_ratios"]
         if run.kind == "none":
             assert np.abs(table).max() < 1e-4  # float32, the same computation twice
         else:

@@ -33,7 +33,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -42,7 +41,7 @@ from tqdm import tqdm
 
 from ..baselines import natural_gradient_step
 from ..certificates import certify
-from ..closed_form import FrontierGap, frontier_gap, kl_divergence, optimal_logps
+from ..closed_form import frontier_gap, kl_divergence, optimal_logps
 from ..finite_data import maximum_likelihood
 from ..preferences import (
     Rankings,
@@ -55,7 +54,7 @@ from ..preferences import (
 from ..runs import new_run_folder, refuse_used_folder, versions, write_arrays, write_json, write_records
 from ..validation import InputError, check_count, check_flip_probability, check_positive, check_seed
 from . import methods, pairs
-from .methods import Run
+from .methods import Explored, Run
 from .worlds import World, gpt_world, table_world
 
 BETAS = (0.05, 0.1, 1.0, 5.0)  # the paper's, Fig. 2
@@ -66,14 +65,6 @@ NOISE = 0.1  # that cDPO and robust DPO expect where labels have none: what a wr
 FT_SEEDS = 3
 ROAD = 3  # times the usual effort for each of the roads
 MOST_PAIRS = 10_000_000  # what memory allows; by then the exact preferences are as good
-
-
-class Explored(NamedTuple):
-    """A world, what was run on it, and where each run stands along its path."""
-
-    world: World
-    runs: list[Run]
-    gaps: list[FrontierGap]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .. import losses
 from ..bandit import kto_on_table, loss_on_table, plackett_luce_objective
 from ..baselines import AdaptiveKL, ppo, preferred_ft_logps, unlikelihood_logps
-from ..closed_form import best_of_n_logps, kl_divergence, optimal_logps
+from ..closed_form import FrontierGap, best_of_n_logps, kl_divergence, optimal_logps
 from ..finite_data import ipo_estimate, maximum_likelihood
 from ..policy import tree_states, whole_completions
 from ..preferences import Rankings, tally
@@ -86,6 +86,14 @@ class Run(NamedTuple):
         if self.optimum is None:
             return math.nan
         return kl_divergence(self.path[-1], self.optimum).mean().item()
+
+
+class Explored(NamedTuple):
+    """A world, what was run on it, and where each run stands along its path."""
+
+    world: World
+    runs: list[Run]
+    gaps: list[FrontierGap]
 
 
 # ---------------------------------------------------------------------------------- losses of comparisons

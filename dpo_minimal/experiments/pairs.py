@@ -16,9 +16,7 @@ same steps. PPO with the true reward meets neither: it asks the reward for every
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,25 +30,16 @@ from ..preferences import Rankings, expected_pairs, reference_pairs, win_counts
 from ..runs import write_arrays, write_records
 from ..sampling_laws import kl_law
 from . import methods
+from .gaps import POPULATION, Point, spreads
 from .worlds import World, gpt_world
 
 SIZES = (100, 300, 1_000, 3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000)
 GPT_SIZES = (100, 1_000, 10_000, 100_000, 1_000_000)
-POPULATION = math.inf
 REPLICATES, CLIMBED, GPT_SEEDS = 20, 2, 2  # data sets a size: of the table, with PPO, of the GPT
 HELD_OUT = 0.1  # of the comparisons, to stop by
 NARROW = 8  # width of the GPT that cannot express pi*
 STEPS = 1200  # of the reward model: as many as DPO's on a table
 PRIOR_STEPS = 400  # with a prior nothing runs away, and Adam is there sooner
-
-
-class Point(NamedTuple):
-    """One measurement: gap in nats of one method, for N pairs and one data set."""
-
-    world: str
-    method: str
-    pairs: float
-    gap: float
 
 
 # ------------------------------------------------------------------------------------------- comparisons
@@ -247,24 +236,6 @@ def best_look(world: World, found: methods.Run, held_out: Rankings, *, beta: flo
     margins = [beta * held_out.gather(table - world.ref_logps) for table in found.path]
     losses = [-(held_out.weight @ F.logsigmoid(each[:, 0] - each[:, 1])).item() for each in margins]
     return int(np.argmin(losses))
-
-
-class Spread(NamedTuple):
-    """Of the gaps of one method at one number of pairs: quartiles, and the mean, which the law is about."""
-
-    low: float
-    median: float
-    high: float
-    mean: float
-
-
-def spreads(points: list[Point], world: str, method: str) -> dict[float, Spread]:
-    """For each number of pairs, increasing. A few unlucky data sets may carry a mean, hence the median."""
-    gaps: dict[float, list[float]] = {}
-    for point in points:
-        if (point.world, point.method) == (world, method):
-            gaps.setdefault(point.pairs, []).append(point.gap)
-    return {n: Spread(*np.quantile(gaps[n], (0.25, 0.5, 0.75)), np.mean(gaps[n])) for n in sorted(gaps)}
 
 
 def summary(points: list[Point], laws: dict[str, float], beta: float) -> list[str]:
