@@ -84,7 +84,7 @@ def _loss_panel(axis, records: list[Record], start: float | None) -> None:
         label = "policy = reference" + (" (ln 2)" if math.isclose(start, math.log(2)) else f" ({start:.3g})")
         axis.axhline(start, color=GREY, linestyle=":", label=label)
         axis.legend()
-    _label_steps(axis, "Loss", "loss (nats per row)")
+    _label_steps(axis, "Loss", "loss per row")
 
 
 def _ratio_panel(axis, records: list[Record], *, of_reference: bool) -> None:
