@@ -209,8 +209,8 @@ def ppo(
         baseline: "learned": each prompt's running mean of penalised rewards, i.e. a value function of the
             prompt; "soft": beta log Z of the given rewards, which only a table knows.
     Yields:
-        A record an iteration, of the policy before it: step, reward (of `rewards`, exact),
-        kl/policy_reference (exact), kl/coefficient.
+        A record an iteration, after its gradient steps, of the policy before them: step, reward (of
+        `rewards`, exact), kl/policy_reference (exact), kl/coefficient.
     Raises:
         InputError: an option out of range.
     """
@@ -239,7 +239,6 @@ def ppo(
                 value = value + VALUE_RATE * (penalised.mean(-1) - value)
             kl = kl_divergence(exact, ref_logps.double()).mean().item()
             reward = (exact.exp() * rewards).sum(-1).mean().item()
-        yield {"step": step, "reward": reward, "kl/policy_reference": kl, "kl/coefficient": beta}
         for _ in range(epochs):
             optimizer.zero_grad(set_to_none=True)
             loss = clipped_surrogate(policy().gather(-1, drawn), old_logps, advantages, clip=clip).mean()
@@ -248,6 +247,7 @@ def ppo(
         if scheduler is not None:
             scheduler.step()
         controller.update(kl)
+        yield {"step": step, "reward": reward, "kl/policy_reference": kl, "kl/coefficient": beta}
 
 
 VALUE_RATE = 0.3  # of the running mean: forgets the policy of ten rounds ago

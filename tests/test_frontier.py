@@ -24,7 +24,7 @@ from dpo_minimal import (
 from dpo_minimal.__main__ import main
 from dpo_minimal.bandit import TabularPolicy, kto_on_table, loss_on_table
 from dpo_minimal.closed_form import frontier_gap
-from dpo_minimal.experiments import frontier, methods, pairs
+from dpo_minimal.experiments import frontier, methods, pair_methods, pairs
 from dpo_minimal.experiments.worlds import World, gpt_world, table_world
 from dpo_minimal.finite_data import ipo_estimate
 from dpo_minimal.losses import (
@@ -80,7 +80,7 @@ def test_losses_are_given_what_they_need():
     assert torch.equal(found.losses[:, 0], kto_loss(policy[0], reference[0], good, z0, **options).losses)
     assert torch.equal(found.losses[:, 1], kto_loss(policy[1], reference[1], ~good, z0, **options).losses)
     both = kto_on_table(logps, w.ref_logps, data, beta=BETA, desirable_weight=1.0, undesirable_weight=1.0)
-    mean = methods.kto(BETA).objective(w)(logps, w.ref_logps, data)
+    mean = pair_methods.kto(BETA).objective(w)(logps, w.ref_logps, data)
     assert abs(mean - data.weight @ both.losses.sum(-1) / 2) <= 1e-15
 
 
@@ -88,9 +88,10 @@ def test_losses_are_given_what_they_need():
 
 
 ENDS = {
-    "DPO": methods.dpo(BETA), "cDPO": methods.cdpo(BETA, NOISE), "robust DPO": methods.robust(BETA, NOISE),
-    "IPO": methods.ipo(BETA), "Unlikelihood": methods.unlikelihood(0.05),
-    "Preferred-FT": methods.preferred_ft(), "rankings": methods.plackett_luce(BETA),
+    "DPO": pair_methods.dpo(BETA), "cDPO": pair_methods.cdpo(BETA, NOISE),
+    "robust DPO": pair_methods.robust(BETA, NOISE), "IPO": pair_methods.ipo(BETA),
+    "Unlikelihood": pair_methods.unlikelihood(0.05), "Preferred-FT": pair_methods.preferred_ft(),
+    "rankings": pair_methods.plackett_luce(BETA),
 }  # fmt: skip
 
 
@@ -117,7 +118,7 @@ def test_without_flips_robust_dpo_has_no_end():
     """[D12.3] A pair that is flipped less often than it is told: no optimum, and so no distance."""
     w = small_world()
     sure = expected_pairs(6 * w.rewards, uniform(w))
-    run = methods.train_on_pairs(w, methods.robust(BETA, 0.2), sure, steps=5)
+    run = methods.train_on_pairs(w, pair_methods.robust(BETA, 0.2), sure, steps=5)
     assert run.optimum is None and math.isnan(run.distance)
 
 
@@ -126,7 +127,7 @@ def test_sampled_pairs_end_at_the_estimate_and_near_the_truth():
     says, at a false-alarm rate of 1e-6 [D11.4]."""
     w = small_world()
     data = sample_pairs(w.rewards, 5000, slate=uniform(w), generator=torch.Generator().manual_seed(0))
-    run = methods.train_on_pairs(w, methods.dpo(BETA), data, steps=600)
+    run = methods.train_on_pairs(w, pair_methods.dpo(BETA), data, steps=600)
     assert run.distance <= 1e-8
     optimal = optimal_logps(w.ref_logps, w.rewards, beta=BETA)
     law = finite_data_law(optimal, w.ref_logps, data, beta=BETA)
@@ -198,7 +199,7 @@ def test_the_reward_model_is_dpo_in_other_words():
     wins = [win_counts(part, *w.rewards.shape)[None] for part in (shown, held_out)]
     rewards = pairs.fit_rewards(*wins, steps=100)[0]
     for beta in (0.1, 2.0):
-        run = methods.train_on_pairs(w, methods.dpo(beta), shown, steps=100)
+        run = methods.train_on_pairs(w, pair_methods.dpo(beta), shown, steps=100)
         stopped = run.path[pairs.best_look(w, run, held_out, beta=beta)]
         assert (stopped - optimal_logps(w.ref_logps, rewards, beta=beta)).abs().max() <= 1e-5 / beta
 
@@ -530,7 +531,7 @@ MUTANTS = {
         test_losses_are_given_what_they_need,
     ),
     "mixture reversed": (
-        methods._mixed,
+        pair_methods._mixed,
         "[right * rankings.weight, wrong * rankings.weight]",
         "[wrong * rankings.weight, right * rankings.weight]",
         lambda: test_training_ends_at_the_formula("cDPO"),

@@ -53,7 +53,7 @@ from ..preferences import (
 )
 from ..runs import new_run_folder, refuse_used_folder, versions, write_arrays, write_json, write_records
 from ..validation import InputError, check_count, check_flip_probability, check_positive, check_seed
-from . import methods, pairs
+from . import methods, pair_methods, pairs
 from .methods import Explored, Run
 from .worlds import World, gpt_world, table_world
 
@@ -196,8 +196,8 @@ def _roads(world: World, args: argparse.Namespace) -> list[str]:
         lines.append(f"  {name:<38} {kl:>11.1e} {worst:>10.1e} {proved:>8} {steps:>6} {seconds:>5.1f}")
 
     for name, method, data in (
-        ("DPO", methods.dpo(beta), population),
-        ("DPO on rankings of 3", methods.plackett_luce(beta), rankings),
+        ("DPO", pair_methods.dpo(beta), population),
+        ("DPO on rankings of 3", pair_methods.plackett_luce(beta), rankings),
     ):
         found = methods.train_on_pairs(world, method, data, steps=ROAD * effort.steps)
         line(name, found.path[-1], found.steps, found.seconds, data)
@@ -237,15 +237,16 @@ def _jobs(world: World, rankings: Rankings, args: argparse.Namespace) -> list[Ca
         partial(_dpo, world, b, shown, held_out, effort.steps) for b in BETAS
     ]  # fmt: skip
     others = [
-        *(methods.ipo(b) for b in (0.1, 1.0)),
-        methods.cdpo(beta, noise), methods.robust(beta, noise),
-        methods.kto(beta), methods.orpo(1.0), methods.simpo(2.0, 0.5), methods.unweighted(beta),
-        *(methods.unlikelihood(a) for a in ALPHAS),
+        *(pair_methods.ipo(b) for b in (0.1, 1.0)),
+        pair_methods.cdpo(beta, noise), pair_methods.robust(beta, noise),
+        pair_methods.kto(beta), pair_methods.orpo(1.0), pair_methods.simpo(2.0, 0.5),
+        pair_methods.unweighted(beta),
+        *(pair_methods.unlikelihood(a) for a in ALPHAS),
     ]  # fmt: skip
     jobs += [partial(_one, methods.train_on_pairs, world, each, shown, steps=effort.steps) for each in others]
     for k in range(1 if args.population else FT_SEEDS):
         data = _comparisons(world, args, seed=args.seed + k)
-        method = methods.preferred_ft()
+        method = pair_methods.preferred_ft()
         if not args.population:
             method = method._replace(setting=f"seed {k}")
         jobs.append(partial(_one, methods.train_on_pairs, world, method, data, steps=effort.steps))
@@ -271,7 +272,7 @@ def _one(function: Callable[..., Run], *arguments, **options) -> list[Run]:
 
 def _dpo(world: World, beta: float, shown: Rankings, held_out: Rankings | None, steps: int) -> list[Run]:
     """DPO to the end, and the policy on its way that predicts held-out comparisons best."""
-    found = methods.train_on_pairs(world, methods.dpo(beta), shown, steps=steps)
+    found = methods.train_on_pairs(world, pair_methods.dpo(beta), shown, steps=steps)
     if held_out is None:
         return [found]
     look = pairs.best_look(world, found, held_out, beta=beta) + 1

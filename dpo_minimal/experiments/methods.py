@@ -1,8 +1,7 @@
-"""Every method of the frontier: its objective on a table of log pi, and where it must end if that is known.
+"""Every method of the frontier, run on a world: its path from the reference to its end.
 
-A method is trained by gradient steps on comparisons, or climbs rewards by PPO, or is a closed form. What a
-method must end at is computed from the same comparisons by another way: Newton's method, a linear system, or
-a formula.
+A method is trained by gradient steps on comparisons (its loss is one of pair_methods.py), or climbs rewards
+by PPO, or is a closed form.
 """
 
 from __future__ import annotations
@@ -11,8 +10,7 @@ import copy
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -20,21 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import losses
-from ..bandit import kto_on_table, loss_on_table, plackett_luce_objective
-from ..baselines import AdaptiveKL, ppo, preferred_ft_logps, unlikelihood_logps
+from ..baselines import AdaptiveKL, ppo
 from ..closed_form import FrontierGap, best_of_n_logps, kl_divergence, optimal_logps
-from ..finite_data import ipo_estimate, maximum_likelihood
 from ..policy import tree_states, whole_completions
-from ..preferences import Rankings, tally
+from ..preferences import Rankings
 from ..reward_model import RewardModel
 from ..train import train
 from ..validation import InputError
 from .fit import float64_table
+from .pair_methods import PairMethod
 from .worlds import World
 
-Objective = Callable[[Tensor, Tensor, Rankings], Tensor]  # (logps, ref_logps, rankings) -> loss
 GPT_RATE = 4e-3  # Adam's, for the GPT's weights
-TABLE_RATE = 0.05  # Adam's, in nats of reward a step; DPO's logits move by 1 / beta times as much
 LOOKS = 20  # measurements along a path
 CLOSED_FORMS = ("best of N", "best of N, learned reward", "reward model + closed form")  # no training
 
@@ -96,143 +91,7 @@ class Explored(NamedTuple):
     gaps: list[FrontierGap]
 
 
-# ---------------------------------------------------------------------------------- losses of comparisons
-
-
-class PairMethod(NamedTuple):
-    """A loss of comparisons.
-
-    Fields:
-        objective: the mean loss of the comparisons, by their weights.
-        optimum: (world, rankings) -> (X, Y) log pi, or None; raises InputError where none exists.
-        rate: Adam's rate for a table, in nats of log pi a step: as far as the optimum is, so is the walk.
-    """
-
-    family: str
-    setting: str
-    objective: Callable[[World], Objective]
-    optimum: Callable[[World, Rankings], Tensor | None]
-    rate: float
-
-
-def dpo(beta: float) -> PairMethod:
-    return _of(losses.dpo_loss, "DPO", f"β {beta:g}", tilted(beta), TABLE_RATE / beta, beta=beta)
-
-
-def cdpo(beta: float, noise: float) -> PairMethod:
-    optimum = tilted(beta, lambda rankings: _mixed(rankings, 1 - noise, noise))
-    setting = f"β {beta:g}, ε {noise:g}"
-    return _of(
-        losses.cdpo_loss, "cDPO", setting, optimum, TABLE_RATE / beta, beta=beta, label_smoothing=noise
-    )
-
-
-def robust(beta: float, noise: float) -> PairMethod:
-    mix = partial(_mixed, right=(1 - noise) / (1 - 2 * noise), wrong=-noise / (1 - 2 * noise))
-    setting = f"β {beta:g}, ε {noise:g}"
-    return _of(
-        losses.robust_dpo_loss, "robust DPO", setting, tilted(beta, mix), TABLE_RATE / beta, beta=beta,
-        flip_probability=noise,
-    )  # fmt: skip
-
-
-def ipo(beta: float) -> PairMethod:
-    def optimum(world: World, rankings: Rankings) -> Tensor:
-        estimate = ipo_estimate(rankings, world.ref_logps > -math.inf, beta=beta)
-        return (world.ref_logps + estimate).log_softmax(-1)
-
-    return _of(losses.ipo_loss, "IPO", f"β {beta:g}", optimum, 0.02 / beta, beta=beta)
-
-
-def unweighted(beta: float) -> PairMethod:
-    return _of(losses.unweighted_dpo_loss, "DPO without weight", "", _unknown, 0.05, beta=beta)
-
-
-def simpo(beta: float, gamma: float) -> PairMethod:
-    return _of(losses.simpo_loss, "SimPO", f"β {beta:g}, γ {gamma:g}", _unknown, 0.05, beta=beta, gamma=gamma)
-
-
-def orpo(lam: float) -> PairMethod:
-    return _of(losses.orpo_loss, "ORPO", f"λ {lam:g}", _unknown, 0.05, lam=lam)
-
-
-def unlikelihood(alpha: float) -> PairMethod:
-    def optimum(world: World, rankings: Rankings) -> Tensor:
-        return unlikelihood_logps(rankings, world.ref_logps > -math.inf, alpha=alpha)
-
-    return _of(losses.unlikelihood_loss, "Unlikelihood", f"α {alpha:g}", optimum, 0.05, alpha=alpha)
-
-
-def preferred_ft() -> PairMethod:
-    def optimum(world: World, rankings: Rankings) -> Tensor:
-        return preferred_ft_logps(rankings, world.ref_logps > -math.inf)
-
-    return _of(losses.unlikelihood_loss, "Preferred-FT", "", optimum, 0.05, alpha=0.0)
-
-
-def plackett_luce(beta: float) -> PairMethod:
-    """DPO on rankings; the comparisons are rankings of any K."""
-
-    def objective(_: World) -> Objective:
-        return lambda *arguments: plackett_luce_objective(*arguments, beta=beta)[0]
-
-    return PairMethod("Plackett-Luce DPO", f"β {beta:g}", objective, tilted(beta), TABLE_RATE / beta)
-
-
-def kto(beta: float) -> PairMethod:
-    def objective(_: World) -> Objective:
-        def loss(logps: Tensor, ref_logps: Tensor, rankings: Rankings) -> Tensor:
-            out = kto_on_table(
-                logps, ref_logps, rankings, beta=beta, desirable_weight=1.0, undesirable_weight=1.0
-            )
-            return rankings.weight @ out.losses.mean(-1)
-
-        return loss
-
-    return PairMethod("KTO", f"β {beta:g}", objective, _unknown, TABLE_RATE / beta)
-
-
-def _of(loss, family: str, setting: str, optimum, rate: float, **options: float) -> PairMethod:
-    def objective(world: World) -> Objective:
-        def mean(logps: Tensor, ref_logps: Tensor, rankings: Rankings) -> Tensor:
-            lengths = world.lengths.to(logps.dtype)
-            out = loss_on_table(loss, logps, ref_logps, rankings, lengths=lengths, **options)
-            return rankings.weight @ out.losses
-
-        return mean
-
-    return PairMethod(family, setting, objective, optimum, rate)
-
-
-def tilted(beta: float, change: Callable[[Rankings], Rankings] = lambda rankings: rankings):
-    """The closed form of the rewards that the comparisons, so changed, are likeliest under."""
-
-    def optimum(world: World, rankings: Rankings) -> Tensor:
-        estimate = maximum_likelihood(change(rankings), world.ref_logps > -math.inf)
-        return optimal_logps(world.ref_logps, estimate, beta=beta)
-
-    return optimum
-
-
-def _unknown(world: World, rankings: Rankings) -> None:
-    """No closed form is known, or the loss has no optimum."""
-
-
-def _mixed(rankings: Rankings, right: float, wrong: float) -> Rankings:
-    """`right` times the comparisons plus `wrong` times the same ones reversed [D12.2, D12.3].
-
-    Raises InputError where a weight would be negative: then it is no likelihood that could be maximised,
-    and often the loss falls without limit.
-    """
-    mixed = tally(
-        rankings.prompt.repeat(2),
-        torch.cat([rankings.order, rankings.order.flip(-1)]),
-        torch.cat([right * rankings.weight, wrong * rankings.weight]),
-    )
-    if (mixed.weight < 0).any():
-        raise InputError("robust DPO may have no optimum: a pair was flipped less often than its ε says.")
-    kept = mixed.weight > 0
-    return Rankings(*(field[kept] for field in mixed))
+# ------------------------------------------------------------------------------------- by comparisons
 
 
 def train_on_pairs(world: World, method: PairMethod, rankings: Rankings, *, steps: int) -> Run:
@@ -319,15 +178,8 @@ def climb(
         generator=torch.Generator().manual_seed(seed),
     )  # fmt: skip
     setting = f"β {beta:g}" if target is None else f"target KL {target:g}"
-    run = follow(family, setting, policy, _after(stream), iterations, None, effort.epochs)
+    run = follow(family, setting, policy, stream, iterations, None, effort.epochs)
     return run._replace(optimum=optimal_logps(world.ref_logps, rewards, beta=controller.coefficient))
-
-
-def _after(stream):
-    """Yield after each iteration's gradient steps, where `ppo` yields before them."""
-    next(stream)
-    yield from stream
-    yield None
 
 
 def best_of_n(world: World, rewards: Tensor, family: str, n: int) -> Run:

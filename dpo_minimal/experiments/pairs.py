@@ -29,7 +29,7 @@ from ..closed_form import kl_divergence, optimal_logps
 from ..preferences import Rankings, expected_pairs, reference_pairs, win_counts
 from ..runs import write_arrays, write_records
 from ..sampling_laws import kl_law
-from . import methods
+from . import methods, pair_methods
 from .gaps import POPULATION, Point, spreads
 from .worlds import World, gpt_world
 
@@ -63,9 +63,8 @@ def split(rankings: Rankings, generator: np.random.Generator) -> tuple[Rankings,
 def fit_rewards(wins: Tensor, held_out: Tensor, *, steps: int = STEPS, prior: float | None = None) -> Tensor:
     """Bradley-Terry rewards by Adam from zero, stopped where held-out comparisons are predicted best.
 
-    The same steps, looks and schedule as `methods.dpo` has on a table, whose rate is this one over beta: its
-    policy is the closed form of these rewards at every step [D11.7]. Data sets are independent, and fitted at
-    once.
+    The same steps, looks and schedule as DPO has on a table, whose rate is this one over beta: its policy is
+    the closed form of these rewards at every step [D11.7]. Data sets are independent, and fitted at once.
 
     Args:
         wins, held_out: (R, X, Y, Y): how often the row's completion beat the column's; without held-out
@@ -76,7 +75,7 @@ def fit_rewards(wins: Tensor, held_out: Tensor, *, steps: int = STEPS, prior: fl
     """
     scores = nn.Parameter(wins.new_zeros(wins.shape[:-1]))
     games = wins.sum((-3, -2, -1)).clamp(min=1)
-    optimizer, schedule = methods.adam([scores], methods.TABLE_RATE, steps)
+    optimizer, schedule = methods.adam([scores], pair_methods.TABLE_RATE, steps)
     best, lowest = scores.detach().clone(), _losses(scores.detach(), held_out)
     marks = methods.looks(steps)
     for step in range(1, steps + 1):
@@ -194,7 +193,7 @@ def _gpt(world: World, population: Rankings, optimal: Tensor, args: argparse.Nam
     narrow = gpt_world(args.seed, quick=args.quick, width=NARROW)
     narrow_population = expected_pairs(narrow.rewards, reference_pairs(narrow.ref_logps))
     narrow_optimal = optimal_logps(narrow.ref_logps, narrow.rewards, beta=args.beta)
-    method = methods.dpo(args.beta)
+    method = pair_methods.dpo(args.beta)
     points = []
     jobs = [(size, k) for size in (*GPT_SIZES, POPULATION) for k in range(1 if args.quick else GPT_SEEDS)]
     for size, k in tqdm(jobs, desc="gpt", unit="data set", leave=False, disable=None):
