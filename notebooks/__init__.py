@@ -1,0 +1,1 @@
+"""The course: nine notebooks, their exercises and what checks them."""

@@ -1,0 +1,221 @@
+"""From one source to two notebooks: `python -m notebooks.build`.
+
+A source is a text file in jupytext's percent format. Two things in it are ours:
+- lines between `### BEGIN SOLUTION` and `### END SOLUTION` stand in the solved notebook only; the student
+  finds `raise NotImplementedError` there;
+- a cell tagged `answer` stands in the solved notebook only.
+Tags such as [D3.4] become links into derivations.md, and headings become slides.
+
+The student's notebook has no outputs. The solved one is executed, and its outputs are kept. What a source
+has not changed is left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from nbformat import NotebookNode
+
+from dpo_minimal.runs import write_atomically
+
+FOLDER = Path(__file__).parent
+DERIVATIONS = FOLDER.parent / "derivations.md"
+SOLUTION = re.compile(r"^( *)### BEGIN SOLUTION\n(.*?)^ *### END SOLUTION(?:\n|\Z)", re.MULTILINE | re.DOTALL)
+HERE, THERE = 'sys.path.insert(0, "..")', 'sys.path.insert(0, "../..")'  # solutions lie one folder deeper
+SECONDS = 600  # no cell takes longer, unless something hangs
+
+
+def sources() -> list[Path]:
+    """The sources of all notebooks, in the order of the course."""
+    return sorted((FOLDER / "source").glob("[0-9]*.py"))
+
+
+def student_path(source: Path) -> Path:
+    """Where the student's notebook stands."""
+    return FOLDER / f"{source.stem}.ipynb"
+
+
+def solved_path(source: Path) -> Path:
+    """Where the solved notebook stands."""
+    return FOLDER / "solutions" / f"{source.stem}.ipynb"
+
+
+# ----------------------------------------------------------------------------- from text to notebooks
+
+
+def student_notebook(source: Path) -> NotebookNode:
+    """The notebook with stubs, without outputs."""
+    return _notebook(source, solved=False)
+
+
+def solved_notebook(source: Path) -> NotebookNode:
+    """The notebook with solutions, not executed yet."""
+    return _notebook(source, solved=True)
+
+
+def _notebook(source: Path, *, solved: bool) -> NotebookNode:
+    written = jupytext.reads(source.read_text(encoding="utf-8"), fmt="py:percent")
+    cells = [
+        _cell(cell, f"{source.stem}-{place}", solved=solved)
+        for place, cell in enumerate(written.cells)
+        if solved or "answer" not in cell.metadata.get("tags", [])
+    ]
+    metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+        "course": {"chapter": source.stem.split("_")[0].lstrip("0")},
+    }
+    return nbformat.v4.new_notebook(cells=cells, metadata=metadata)
+
+
+def _cell(cell: NotebookNode, name: str, *, solved: bool) -> NotebookNode:
+    text = cell.source
+    tags = list(cell.metadata.get("tags", []))
+    metadata = {"tags": tags} if tags else {}
+    metadata["slideshow"] = {"slide_type": _slide_type(cell, tags)}
+    if cell.cell_type == "markdown":
+        text = link_tags(text, "../../derivations.md" if solved else "../derivations.md")
+        return nbformat.v4.new_markdown_cell(text, metadata=metadata, id=name)
+    text = solution(text) if solved else stub(text)
+    return nbformat.v4.new_code_cell(
+        text.replace(HERE, THERE) if solved else text, metadata=metadata, id=name
+    )
+
+
+def stub(code: str) -> str:
+    """The code with every solution replaced by `raise NotImplementedError`."""
+    return SOLUTION.sub(lambda match: f"{match[1]}raise NotImplementedError  # your code\n", code).rstrip(
+        "\n"
+    )
+
+
+def solution(code: str) -> str:
+    """The code with its solutions, without the markers."""
+    return SOLUTION.sub(lambda match: match[2], code).rstrip("\n")
+
+
+def link_tags(text: str, document: str) -> str:
+    """[D3.4] becomes a link to its section. Raises ValueError for a tag that derivations.md lacks."""
+    anchors = _anchors()
+
+    def link(match: re.Match) -> str:
+        if match[1] not in anchors:
+            raise ValueError(f"derivations.md has no section {match[1]}.")
+        return f"[{match[1]}]({document}#{anchors[match[1]]})"
+
+    return re.sub(r"\[(D\d+\.\d+)\](?!\()", link, text)
+
+
+def _anchors() -> dict[str, str]:
+    headings = re.findall(r"^### ((D\d+\.\d+) .*)$", DERIVATIONS.read_text(encoding="utf-8"), re.MULTILINE)
+    return {tag: re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line, tag in headings}
+
+
+def _slide_type(cell: NotebookNode, tags: list[str]) -> str:
+    """Headings begin a slide; code stands on a slide below it; set-up and answers are not shown."""
+    if "setup" in tags or "answer" in tags:
+        return "skip"
+    if cell.cell_type == "code":
+        return "subslide"
+    if cell.source.startswith(("# ", "## ")):
+        return "slide"
+    return "subslide" if cell.source.startswith("### ") else "fragment"
+
+
+# ------------------------------------------------------------------------------------- files and runs
+
+
+def same_cells(left: NotebookNode, right: NotebookNode) -> bool:
+    """The same cells and metadata, outputs aside."""
+    return _without_outputs(left) == _without_outputs(right)
+
+
+def _without_outputs(notebook: NotebookNode) -> object:
+    cells = [(cell.id, cell.cell_type, cell.source, cell.metadata) for cell in notebook.cells]
+    return cells, notebook.metadata
+
+
+def is_stale(path: Path, wanted: NotebookNode) -> bool:
+    """Whether the file is missing or differs from its source."""
+    return not path.exists() or not same_cells(nbformat.read(path, as_version=4), wanted)
+
+
+def write(notebook: NotebookNode, path: Path) -> None:
+    """Write a notebook, whole or not at all."""
+    text = nbformat.writes(notebook, version=nbformat.NO_CONVERT, indent=1) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def execute(notebook: NotebookNode, folder: Path) -> float:
+    """Run all cells in place, with the folder as working directory; return the seconds it took.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: a cell raised.
+    """
+    start = time.perf_counter()
+    static = os.environ | {"COURSE_STATIC": "1"}  # what is written must not depend on ipywidgets
+    resources = {"metadata": {"path": str(folder)}}
+    client = NotebookClient(notebook, timeout=SECONDS, resources=resources, record_timing=False)
+    language = dict(notebook.metadata["language_info"])
+    client.execute(env=static)
+    notebook.metadata["language_info"] = language  # not the version of whoever ran it
+    return time.perf_counter() - start
+
+
+def build(source: Path) -> str:
+    """Bring both notebooks of a source up to date; return what was done, for people."""
+    done = []
+    student, solved = student_notebook(source), solved_notebook(source)
+    if is_stale(student_path(source), student):
+        write(student, student_path(source))
+        done.append("student's written")
+    if is_stale(solved_path(source), solved):
+        seconds = execute(solved, solved_path(source).parent)
+        write(solved, solved_path(source))
+        done.append(f"solved executed in {seconds:.0f} s")
+    return ", ".join(done) or "up to date"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m notebooks.build", description=__doc__.split("\n")[0])
+    parser.add_argument("numbers", nargs="*", help="notebooks to build, such as 3 5; all, unless given")
+    parser.add_argument("--check", action="store_true", help="build nothing; fail if a notebook is stale")
+    parser.add_argument("--force", action="store_true", help="execute again what is up to date")
+    options = parser.parse_args(arguments)
+    if options.check and options.force:
+        parser.error("--check builds nothing, so --force has nothing to do.")
+    known = {source.stem.split("_")[0].lstrip("0"): source for source in sources()}
+    if unknown := set(options.numbers) - set(known):
+        parser.error(f"no notebook {', '.join(sorted(unknown))}; there are {', '.join(known)}.")
+    stale = 0
+    for number, source in known.items():
+        if options.numbers and number not in options.numbers:
+            continue
+        if options.check:
+            late = is_stale(student_path(source), student_notebook(source))
+            late |= is_stale(solved_path(source), solved_notebook(source))
+            stale += late
+            print(f"{source.stem}: {'stale; run python -m notebooks.build' if late else 'up to date'}")
+            continue
+        if options.force:
+            solved_path(source).unlink(missing_ok=True)
+        try:
+            print(f"{source.stem}: {build(source)}", flush=True)
+        except CellExecutionError as error:
+            print(f"{source.stem}: a cell failed, nothing was written.\n{error}", file=sys.stderr)
+            stale += 1
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,117 @@
+"""What an exercise is, and how its inputs are drawn.
+
+Inputs are Hypothesis strategies, so a counterexample is shrunk to the smallest one before a student sees
+it. Hence numbers are tenths and betas stand in an order of preference: what shrinks should be pleasant to
+read, and to check on paper.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from hypothesis import Phase, find, settings
+from hypothesis import strategies as st
+from hypothesis.errors import NoSuchExample
+from torch import Tensor
+
+Given = dict[str, Any]  # the arguments of one call, by name
+
+
+class Exercise(NamedTuple):
+    """One exercise of the course.
+
+    Fields:
+        number: "3.1" is the first of notebook 3.
+        function: the name that its answer has in the notebook.
+        inputs: a strategy of dictionaries: the arguments of one call, in the order of the parameters.
+        expected: from the same arguments to what must come out: by brute force, an identity or autograd,
+            never by the formula that is asked for written a second time.
+        source: what `expected` does, in a few words that complete "expected, by ...".
+        mistakes: from what to tell a student to the function that a student with that mistake writes.
+        within: largest error allowed, relative to one plus the size of what is expected. The default is a
+            few million roundings of float64, which no right answer needs and no mistake stays below.
+        complaint: for questions with many right answers: from (answer, **arguments) to what is wrong with
+            it, or None. It replaces the comparison with `expected`, which then is one right answer.
+        central: one of the course's main results, for which five mistakes at least are known.
+    """
+
+    number: str
+    function: str
+    inputs: st.SearchStrategy[Given]
+    expected: Callable[..., Any]
+    source: str
+    mistakes: dict[str, Callable[..., Any]]
+    within: float = 1e-9
+    complaint: Callable[..., str | None] | None = None
+    central: bool = False
+
+
+# ---------------------------------------------------------------------------------------------- numbers
+
+
+def tenths(low: float = -5, high: float = 5) -> st.SearchStrategy[float]:
+    """Numbers with one decimal between low and high; they shrink towards 0, or the end nearest to it."""
+    return st.integers(round(10 * low), round(10 * high)).map(lambda n: n / 10)
+
+
+def vector(size: int, low: float = -5, high: float = 5) -> st.SearchStrategy[Tensor]:
+    """(size,) tenths, float64."""
+    rows = st.lists(tenths(low, high), min_size=size, max_size=size)
+    return rows.map(lambda row: torch.tensor(row, dtype=torch.float64))
+
+
+def table(rows: int, columns: int, low: float = -5, high: float = 5) -> st.SearchStrategy[Tensor]:
+    """(rows, columns) tenths, float64."""
+    return vector(rows * columns, low, high).map(lambda flat: flat.view(rows, columns))
+
+
+def log_distribution(*shape: int) -> st.SearchStrategy[Tensor]:
+    """Log-probabilities that sum to one along the last axis; they shrink to the uniform ones."""
+    size = torch.Size(shape).numel()
+    parts = st.lists(st.integers(1, 20), min_size=size, max_size=size)
+    return parts.map(
+        lambda flat: (lambda t: (t / t.sum(-1, keepdim=True)).log())(
+            torch.tensor(flat, dtype=torch.float64).view(shape)
+        )
+    )
+
+
+def betas() -> st.SearchStrategy[float]:
+    """Strengths of the KL penalty; 1 first, for where it hides nothing it is easiest to follow."""
+    return st.sampled_from([1.0, 2.0, 0.5, 0.1, 3.0, 0.2, 5.0])
+
+
+# ------------------------------------------------------------------------------------------ the search
+
+
+def smallest(
+    strategy: st.SearchStrategy[Given], fails: Callable[[Given], bool], tries: int = 100
+) -> Given | None:
+    """The smallest input that fails, found and shrunk by Hypothesis; None where `tries` draws do not fail.
+
+    The same function gets the same draws every time: a check is no lottery.
+    """
+    search = settings(max_examples=tries, derandomize=False, database=None, deadline=None)
+    try:
+        return find(strategy, fails, settings=search, random=random.Random(0))
+    except NoSuchExample:
+        return None
+
+
+@functools.cache
+def samples(strategy: st.SearchStrategy[Given], count: int = 30) -> list[Given]:
+    """The first `count` different draws of a strategy, always the same ones."""
+    drawn: list[Given] = []
+
+    def keep(given: Given) -> bool:
+        drawn.append(given)
+        return len(drawn) >= 3 * count
+
+    draw = settings(max_examples=10 * count, database=None, deadline=None, phases=[Phase.generate])
+    find(strategy, keep, settings=draw, random=random.Random(1))
+    different = {repr(given): given for given in drawn}
+    return list(different.values())[-count:]  # the first draws are the simplest, and say least

@@ -1,0 +1,74 @@
+"""How the course's figures look: large enough for a projector, in colours that everyone can tell apart."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+from collections.abc import Callable, Sequence
+
+import matplotlib
+import matplotlib.pyplot as plt
+from IPython.display import Image, display
+
+# Okabe and Ito's palette: distinct under every common colour blindness, and in grey.
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK = (
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000",
+)  # fmt: skip
+REFERENCE, OPTIMUM = BLACK, BLUE  # one meaning, one colour, in all notebooks
+
+STYLE = {
+    "figure.figsize": (9, 4.5),
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 90,
+    "font.size": 15,
+    "axes.titlesize": 16,
+    "legend.fontsize": 13,
+    "legend.frameon": False,
+    "lines.linewidth": 2.5,
+    "lines.markersize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.prop_cycle": matplotlib.cycler(color=[BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK]),
+}
+
+
+def use_style() -> None:
+    """Set the course's style for all figures that follow."""
+    matplotlib.rcParams.update(STYLE)
+
+
+def show(figure: plt.Figure, description: str) -> None:
+    """Display a figure with a description for those who cannot see it.
+
+    Raises:
+        ValueError: an axis has no label, or the description is missing.
+    """
+    if not description.strip():
+        raise ValueError("describe the figure in a sentence, for those who cannot see it.")
+    for axes in figure.axes:
+        unlabelled = not (axes.get_xlabel() or figure.get_supxlabel()) or not (
+            axes.get_ylabel() or figure.get_supylabel() or axes.get_subplotspec().colspan.start > 0
+        )
+        if axes.axison and unlabelled:
+            raise ValueError("every axis of a figure needs a label, with its unit.")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    plt.close(figure)
+    display(Image(picture.getvalue(), alt=description, metadata={"alt": description}))
+
+
+def slide(draw: Callable[[float], plt.Figure], values: Sequence[float], name: str, description: str) -> None:
+    """A slider over `values`, if ipywidgets is installed and someone is there to move it.
+
+    The static picture of the same thing is the notebook's own business: this one is an extra.
+    """
+    if importlib.util.find_spec("ipywidgets") is None or os.environ.get("COURSE_STATIC"):
+        print(f"With ipywidgets installed, a slider for {name} stands here.")
+        return
+    from ipywidgets import SelectionSlider, interact
+
+    slider = SelectionSlider(options=list(values), value=values[len(values) // 2], description=name)
+    interact(lambda value: show(draw(value), description), value=slider)

@@ -1,0 +1,219 @@
+# %% [markdown]
+# # 3 · Direct Preference Optimization
+#
+# **Before this:** notebooks 1 and 2, or what they show: Bradley–Terry, and π\* = π_ref · exp(r/β) / Z ·
+# **Read:** 20 minutes · **Solve:** 25 minutes · **Difficulty:** ●●○ · **Derivations:** [D4.1], [D4.2], [D4.3], [D4.4]
+#
+# **The claim.** A policy that is optimal for *some* reward carries that reward inside it. So we need not fit a reward model and then search for its best policy: we can write the reward model's loss for the policy itself, and minimise that. Nothing is approximated on the way.
+
+# %% tags=["setup"]
+import sys
+
+sys.path.insert(0, "..")  # the folder of the repository
+
+import torch
+import torch.nn.functional as F
+from matplotlib import pyplot as plt
+
+import dpo_minimal as dpo
+from dpo_minimal.bandit import dpo_objective, safe_learning_rate
+from notebooks import figures
+from notebooks.checks import check
+
+figures.use_style()
+
+# %% [markdown]
+# ## A reward, hidden in a policy
+#
+# Take the optimum of notebook 2, $\pi_r=\pi_{\rm ref}\,e^{r/\beta}/Z$, and solve it for the reward (Eq. 5, [D4.1]):
+#
+# $$r(x,y)=\beta\log\frac{\pi_r(y|x)}{\pi_{\rm ref}(y|x)}+\beta\log Z(x).$$
+#
+# The last term needs a sum over everything a model could say. It is also the same for all completions of a prompt.
+#
+# **Predict before you run.** Below, each completion has a true reward (black), and we print from the optimal policy only $\beta\log\frac{\pi}{\pi_{\rm ref}}$ (blue). How do the two sets of bars differ?
+
+# %%
+ref_logps = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
+rewards = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
+beta = 0.5
+optimal = dpo.optimal_logps(ref_logps, rewards, beta=beta)
+implicit = beta * (optimal - ref_logps)
+print("reward          ", rewards)
+print("β log(π*/π_ref) ", implicit.round(decimals=4))
+print("their difference", (rewards - implicit).round(decimals=4))
+print("β log Z         ", dpo.soft_value(ref_logps, rewards, beta=beta).round(decimals=4))
+
+# %%
+figure, axes = plt.subplots()
+places = torch.arange(3)
+axes.bar(places - 0.2, rewards, 0.4, color=figures.BLACK, label="true reward r")
+axes.bar(places + 0.2, implicit, 0.4, color=figures.BLUE, label="β log(π*/π_ref)")
+axes.set(
+    xticks=places, xticklabels=["y₁", "y₂", "y₃"], xlabel="completion", ylabel="reward (nats of log-odds)"
+)
+axes.legend()
+figures.show(
+    figure, "Bars of the true and the implicit reward of three completions: the same steps, shifted."
+)
+
+# %% [markdown] tags=["answer"]
+# **What happened.** The blue bars are the black ones, all lower by the same $\beta\log Z$. Every *difference* of rewards is there, and differences are all that a comparison depends on (notebook 1).
+
+# %% [markdown]
+# ## What people choose, from a policy alone
+#
+# Bradley–Terry asks for a difference of two rewards of one prompt. In it $\beta\log Z(x)$ cancels (Eq. 6, [D4.2]):
+#
+# $$p(y_1\succ y_2)=\sigma\Big(\beta\log\frac{\pi(y_1)}{\pi_{\rm ref}(y_1)}-\beta\log\frac{\pi(y_2)}{\pi_{\rm ref}(y_2)}\Big).$$
+#
+# Put it into the log-likelihood of what people chose, and you have the DPO loss (Eq. 7, [D4.3]): for a pair with chosen $y_w$ and rejected $y_l$
+#
+# $$\ell_{\rm DPO}=-\log\sigma(u),\qquad u=\beta\log\frac{\pi_\theta(y_w)}{\pi_{\rm ref}(y_w)}-\beta\log\frac{\pi_\theta(y_l)}{\pi_{\rm ref}(y_l)}.$$
+#
+# $u$ is the *margin*: by how much the policy's implicit reward puts the chosen completion above the rejected one.
+
+# %% [markdown]
+# ### Exercise 3.1: the loss
+#
+# *10 minutes · central.* Log-probabilities of $B$ pairs come in as four tensors of shape $(B,)$. Return the $B$ losses; whoever calls it takes the mean.
+
+
+# %% tags=["exercise"]
+def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
+    """(B,) log-probabilities -> (B,) losses, in nats (Eq. 7)."""
+    ### BEGIN SOLUTION
+    margin = beta * ((policy_chosen - ref_chosen) - (policy_rejected - ref_rejected))
+    return -F.logsigmoid(margin)
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+check("3.1", dpo_loss)
+
+# %% [markdown] tags=["answer"]
+# `F.logsigmoid` and not `torch.sigmoid(...).log()`: at a margin of −800 the second is log 0.
+
+# %% [markdown]
+# ### Exercise 3.2: the preferences that a policy implies
+#
+# *5 minutes.* Return the matrix whose entry $[i,j]$ is the probability that $y_i$ is preferred to $y_j$, by Eq. 6.
+
+
+# %% tags=["exercise"]
+def implied_preferences(logps, ref_logps, beta):
+    """(Y,) log-probabilities of one prompt -> (Y, Y) probabilities (Eq. 6)."""
+    ### BEGIN SOLUTION
+    reward = beta * (logps - ref_logps)
+    return torch.sigmoid(reward[:, None] - reward[None, :])
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+check("3.2", implied_preferences)
+
+# %% [markdown]
+# ## Training finds π\*
+#
+# Now forget the rewards. All that is left of them are people's choices: here all pairs with their exact probabilities, so that no luck of sampling blurs the picture. We minimise the DPO loss of a table of logits by gradient descent, starting at the reference.
+#
+# **Predict before you run.** Where does the loss start, whatever β and the rewards are? Does it go to zero?
+
+# %%
+exists = torch.ones(1, 3, dtype=torch.bool)
+pairs = dpo.expected_pairs(rewards[None], dpo.all_sets(exists))  # every outcome, with its probability
+theta = ref_logps.clone().requires_grad_()
+chosen, rejected = pairs.order.T
+losses, path = [], []
+for _ in range(120):
+    logps = theta.log_softmax(-1)
+    four = logps[chosen], logps[rejected], ref_logps[chosen], ref_logps[rejected]
+    loss = pairs.weight @ dpo.dpo_loss(*four, beta=beta).losses
+    (gradient,) = torch.autograd.grad(loss, theta)
+    losses.append(loss.item())
+    path.append(logps.detach().exp())
+    theta.data -= 2 / beta**2 * gradient  # never too long a step [D5.2]
+
+# %%
+figure, (left, right) = plt.subplots(1, 2)
+left.plot(losses, color=figures.BLUE)
+left.axhline(torch.tensor(2.0).log(), color=figures.BLACK, linestyle=":")
+left.text(60, 0.685, "log 2", va="top")
+left.set(xlabel="gradient step", ylabel="loss (nats)")
+for y, colour in enumerate([figures.BLUE, figures.ORANGE, figures.GREEN]):
+    right.plot([p[y] for p in path], color=colour)
+    right.axhline(optimal[y].exp(), color=colour, linestyle=":")
+    right.text(122, path[-1][y], f"y{'₁₂₃'[y]}", color=colour, va="center")
+right.set(xlabel="gradient step", ylabel="π(y), dotted: π*", ylim=(0, 1))
+figures.show(
+    figure, "The loss falls from log 2 to a floor above zero; the three probabilities reach the dotted π*."
+)
+print(f"largest error of a log-probability: {(path[-1].log() - optimal).abs().max():.1e}")
+
+# %% [markdown] tags=["answer"]
+# **What happened.** The margin is zero at the reference, so the loss starts at $-\log\sigma(0)=\log2$. It ends at the *entropy* of people's choices: they contradict themselves, and no policy can predict better than the coin they toss ([D4.4]). Only labels without noise would let it go to zero, and then no finite policy is best.
+
+# %% [markdown]
+# ### Exercise 3.3: one step
+#
+# *10 minutes.* Write one step of gradient descent on the loss of a single pair, for a table: $\pi=\mathrm{softmax}(\theta)$. You may differentiate by hand (notebook 4 does) or let autograd do it. Return the new $\theta$; leave the old one as it was.
+
+
+# %% tags=["exercise"]
+def dpo_step(theta, ref_logps, chosen, rejected, beta, learning_rate):
+    """(Y,) logits, two completion numbers -> (Y,) logits after one step."""
+    ### BEGIN SOLUTION
+    theta = theta.clone().requires_grad_()
+    logratios = theta.log_softmax(-1) - ref_logps
+    loss = -F.logsigmoid(beta * (logratios[chosen] - logratios[rejected]))
+    (gradient,) = torch.autograd.grad(loss, theta)
+    return (theta - learning_rate * gradient).detach()
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+check("3.3", dpo_step)
+
+# %% [markdown]
+# ## It does not matter which pairs you show
+#
+# The closed form does not know which pairs people were asked about, so neither may the answer ([D4.4]). Below only neighbours on a ring are compared, and some of them thirty times as often as others.
+#
+# **Predict before you run.** Which of these changes: the path of training, its speed, its end?
+
+
+# %%
+def distances(slate, world, steps=600):
+    """KL(π || π*) along the path of training on the pairs of a slate."""
+    policy, pairs = dpo.TabularPolicy(world.ref_logps), dpo.expected_pairs(world.rewards, slate)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=safe_learning_rate(pairs, beta=beta))
+    target = dpo.optimal_logps(world.ref_logps, world.rewards, beta=beta)
+
+    def objective(pairs):
+        logps = policy()
+        loss, _ = dpo_objective(logps, world.ref_logps, pairs, beta=beta)
+        return loss, {"kl": dpo.kl_divergence(logps, target).mean()}
+
+    return [record["kl"] for record in dpo.train(objective, optimizer, [pairs] * steps)]
+
+
+# %%
+generator = torch.Generator().manual_seed(0)
+world = dpo.random_bandit(1, 6, generator=generator)
+ring = dpo.random_cycles(world.exists, cycles=1, generator=generator)
+uneven = ring._replace(weight=ring.weight * torch.tensor([1, 30, 1, 30, 1, 30.0]))
+slates = {"all pairs": dpo.all_sets(world.exists), "a ring": ring, "a ring, unevenly": uneven}
+figure, axes = plt.subplots()
+for name, slate in slates.items():
+    axes.semilogy(distances(slate, world), label=name)
+axes.set(xlabel="gradient step", ylabel="KL(π‖π*) (nats)", ylim=(1e-12, 10))
+axes.legend()
+figures.show(figure, "Three straight lines fall on a logarithmic axis, at different rates, towards zero.")
+
+# %% [markdown] tags=["answer"]
+# **What happened.** The path and the speed change, the end does not: whatever pairs connect all completions determine all differences of rewards, and so the policy. Uneven pairs only take longer.
+
+# %% [markdown]
+# ## An open question
+#
+# Everything here held for a table, which can be any policy at all. A GPT-2 of a few million weights can't. Its loss still has a minimum; is it the policy closest to π\*? In what sense of "close", and does it still not matter which pairs are shown? ([D13.3] has the beginning of an answer.)
