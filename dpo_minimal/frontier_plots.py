@@ -43,11 +43,15 @@ def frontier_figure(found: list[Explored], drawn: str, path: Path) -> None:
         figure, axes = plt.subplots(
             1, len(found), figsize=(11 * len(found), 10), layout="constrained", squeeze=False
         )
-        figure.suptitle(f"Nobody crosses the frontier: {drawn}, KL and reward exact", fontsize=20)
+        # One panel's width holds less: half of a title, three columns of a legend.
+        between, columns = (" ", 4) if len(found) > 1 else ("\n", 3)
+        figure.suptitle(f"Nobody crosses the frontier:{between}{drawn}, KL and reward exact", fontsize=20)
         for axis, explored in zip(axes[0], found):
             _world_panel(axis, explored)
         handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=15, markerscale=1.2)
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=columns, fontsize=15, markerscale=1.2
+        )
         save_figure(figure, path)
 
 
@@ -83,7 +87,7 @@ PAIRS_LOOKS = {  # method: colour, marker, line, label
     "DPO, narrow GPT": (SKY, "s", "-", "DPO, a GPT too narrow for π*"),
     "reward model + closed form": (ORANGE, "x", "-", "reward model + closed form"),
     "PPO": (PINK, "^", "-", "PPO, learned reward"),
-    "prior": (GREEN, "", "-.", "likeliest rewards, given pairs and prior"),
+    "prior": (RED, "", "-.", "likeliest rewards, given pairs and prior"),
     "coverage": (GREY, "", ":", "true rewards, but only of what was compared"),
 }
 
@@ -94,8 +98,10 @@ def pairs_figure(points: list[Point], laws: dict[str, float], beta: float, path:
         figure, axes = plt.subplots(
             1, len(laws), figsize=(11 * len(laws), 9), layout="constrained", squeeze=False
         )
+        between = " " if len(laws) > 1 else "\n"
         figure.suptitle(
-            f"How many pairs is a reward function worth? (β = {beta:g}; medians, quartiles over data sets)",
+            f"How many pairs is a reward function worth?{between}"
+            f"(β = {beta:g}; medians, quartiles over data sets)",
             fontsize=20,
         )
         for axis, (world, law) in zip(axes[0], laws.items()):
@@ -116,6 +122,9 @@ def _pairs_panel(axis, points: list[Point], world: str, law: float) -> None:
         colour, marker, line, label = PAIRS_LOOKS[name]
         if world == "table" and name == "DPO":
             label = "DPO = reward model + closed form, at each step"
+        if world == "table" and name == "PPO":  # on few data sets, whose medians would not be DPO's
+            _climbed(axis, points, end)
+            continue
         found = spreads(points, world, name)
         inside = [(n, spread) for n, spread in found.items() if n != POPULATION and spread.median > floor]
         below = [spread.median - max(spread.low, floor) for _, spread in inside]
@@ -125,9 +134,7 @@ def _pairs_panel(axis, points: list[Point], world: str, law: float) -> None:
             color=colour, marker=marker or None, linestyle=line, capsize=4, markersize=9, label=label,
         )  # fmt: skip
         if marker and POPULATION in found:
-            axis.scatter(
-                [end], [max(found[POPULATION].median, floor)], color=colour, marker=marker, s=110, zorder=3
-            )
+            _exact(axis, end, found[POPULATION].median, floor, color=colour, marker=marker)
     gap = spreads(points, world, "PPO-GT")[POPULATION].median
     axis.axhline(max(gap, floor), color=GREEN, label=f"PPO, true reward: {gap:.1g} nats")
     ticks = [10.0**k for k in range(2, round(math.log10(finite[-1])) + 1)]
@@ -137,4 +144,28 @@ def _pairs_panel(axis, points: list[Point], world: str, law: float) -> None:
     axis.minorticks_off()
     axis.set_ylabel(r"gap: KL$(\pi\,\|\,\pi^*)$, nats, mean over prompts")
     axis.set_title("A table of logits" if world == "table" else "A GPT-2, all completions enumerated")
-    axis.legend(loc="upper right" if world == "table" else "lower left")
+    axis.legend(loc="upper right")
+
+
+def _climbed(axis, points: list[Point], end: float) -> None:
+    """PPO on the table's data sets, a point each: too few for quartiles."""
+    from .experiments.gaps import POPULATION
+
+    colour, marker, _, label = PAIRS_LOOKS["PPO"]
+    seen = [
+        (end if point.pairs == POPULATION else point.pairs, point.gap)
+        for point in points if (point.world, point.method) == ("table", "PPO")
+    ]  # fmt: skip
+    style = {"color": colour, "marker": marker, "linestyle": "none", "markersize": 9}
+    axis.errorbar(*zip(*seen), **style, label=f"{label}: single data sets")
+
+
+def _exact(axis, end: float, gap: float, floor: float, *, color: str, marker: str) -> None:
+    """The gap with exact probabilities; what lies below the axis points down, with its value beside it."""
+    below = gap < floor
+    axis.scatter([end], [max(gap, floor)], color=color, marker="v" if below else marker, s=110, zorder=3)
+    if below:
+        axis.annotate(
+            f"{gap:.2g}", (end, floor), xytext=(-12, 0), textcoords="offset points", ha="right", va="center",
+            color=color,
+        )  # fmt: skip

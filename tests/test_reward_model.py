@@ -233,6 +233,14 @@ def test_what_makes_no_sense_is_refused(call, named):
 
 
 MUTANTS = {
+    "completions end a token early": (
+        whole_completions, "device=ids.device), lengths]", "device=ids.device), lengths - 1]",
+        test_a_tree_reads_each_completion_to_its_end,
+    ),
+    "no token is to come": (
+        whole_completions, "lengths + 1", "lengths",
+        test_a_tree_reads_each_completion_to_its_end,
+    ),
     "read at the prompt's last token": (
         RewardModel.forward, "tokens.place[last]", "tokens.predictor[last]",
         test_rewards_are_those_of_separate_sequences,
