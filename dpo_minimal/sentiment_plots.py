@@ -7,17 +7,15 @@ from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 
 from .plots import BLUE, GREEN, GREY, ORANGE, PINK, STYLE, save_figure
 
 if TYPE_CHECKING:
     from .experiments.sentiment_results import Group, Interval, Results
 
-RED, SKY = "#D55E00", "#56B4E9"  # of the same palette
-COLOURS = {
+RED, SKY = "#D55E00", "#56B4E9"  # of the same palette; red is best of N
+COLOURS = {  # other methods are grey
     "DPO": BLUE, "PPO": ORANGE, "PPO-GT": GREEN, "Unlikelihood": PINK, "Preferred-FT": SKY, "SFT": "black",
-    "Best of N": RED, "Best of N-GT": RED,
 }  # fmt: skip
 MARKERS = {"DPO": "o", "PPO": "s", "PPO-GT": "D", "Unlikelihood": "v", "Preferred-FT": "P", "SFT": "*",
            "IPO": "<", "cDPO": ">", "KTO": "^", "ORPO": "X", "SimPO": "p"}  # fmt: skip
@@ -86,7 +84,10 @@ def _frontier_lines(axis, results: Results) -> None:
 
 
 def _path(axis, results: Results, group: Group, named: set[str]) -> None:
-    """One setting's way from the SFT model; at its end a marker and an interval of the reward."""
+    """One setting's way from the SFT model; at its end a marker and an interval of the reward.
+
+    A sampled divergence may be below 0, where the scale ends.
+    """
     from .experiments.sentiment_results import crossed_interval
 
     colour, central = COLOURS.get(group.method, GREY), group.method in COLOURS
@@ -105,11 +106,12 @@ def _right_edge(axis, results: Results) -> float:
     ends = [(group.path[-1][0], group) for group in results.groups]
     right = 1.15 * max(kl for kl, group in ends if group.method != "Unlikelihood")
     beyond = [
-        f"{group.label} ends at {kl:.0f} nats, {group.path[-1][1]:.2f}" for kl, group in ends if kl > right
-    ]
+        rf"{group.label} ends at {kl:.0f} nats, {group.path[-1][1]:.2f} $\rightarrow$"
+        for kl, group in ends if kl > right
+    ]  # fmt: skip
     if beyond:
         place = {"transform": axis.transAxes, "ha": "right", "va": "bottom"}
-        axis.text(0.99, 0.02, "\n".join(beyond) + r" $\rightarrow$", color=COLOURS["Unlikelihood"], **place)
+        axis.text(0.99, 0.02, "\n".join(beyond), color=COLOURS["Unlikelihood"], **place)
     return right
 
 
@@ -163,6 +165,7 @@ def _full(results: Results) -> list[Group]:
 
 
 def _bars(axis, places, intervals: list[Interval], **style) -> None:
+    """Win rates in per cent, with their intervals."""
     middle = [100 * interval.value for interval in intervals]
     below = [100 * max(0.0, interval.value - interval.low) for interval in intervals]
     above = [100 * max(0.0, interval.high - interval.value) for interval in intervals]
@@ -184,7 +187,7 @@ def _temperature_panel(axis, results: Results) -> None:
     for place, group in enumerate(_full(results)):
         table = group.last["temperature_rewards"]  # (S, M, P)
         rates = [win_interval(table[:, k], results.opponents) for k in range(len(TEMPERATURES))]
-        shift = 0.008 * (place - 2.5)  # so that bars stay apart
+        shift = 0.008 * (place - 2.5)  # so that the bars of six settings stay apart
         _bars(axis, [t + shift for t in TEMPERATURES], rates, **_style_of(group))
     axis.set_xlabel("sampling temperature (opponent: 1)")
     axis.set_xticks(TEMPERATURES)
@@ -221,7 +224,8 @@ def _best_of_panel(axis, results: Results) -> None:
     axis.set(xscale="log", xlabel="N")
     axis.set_xticks(counts, [str(n) for n in counts])
     axis.minorticks_off()
-    axis.set_ylim(40, 103)
+    lowest = min(entry.win.low for entry in (*results.true_best, *results.learned_best))
+    axis.set_ylim(min(40, 100 * lowest), 103)
     axis.legend(loc="lower right")
 
 
@@ -259,19 +263,3 @@ def _other_panel(axis, results: Results) -> None:
     axis.legend(
         loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=4, columnspacing=0.8, handletextpad=0.2
     )
-
-
-def paths_table(results: Results) -> list[dict[str, float | str]]:
-    """What the frontier figure draws, as records of metrics.jsonl: a row for each setting, seed and look."""
-    rows: list[dict[str, float | str]] = []
-    for group in results.groups:
-        for seed, (rewards, log_ratios) in enumerate(zip(group.rewards, group.log_ratios)):
-            for step, r, kl in zip(group.steps, rewards, log_ratios):
-                wins = (1 + torch.sign(r - results.opponents)) / 2
-                rows.append(
-                    {"method": group.method, "setting": group.setting, "seed": seed, "step": step,
-                     "reward": r.mean().item(), "reward_error": (r.std() / len(r) ** 0.5).item(),
-                     "kl": kl.mean().item(), "kl_error": (kl.std() / len(kl) ** 0.5).item(),
-                     "win_rate": wins.mean().item()}
-                )  # fmt: skip
-    return rows

@@ -79,6 +79,22 @@ def win_rate_rows(results: Results) -> list[dict[str, Any]]:
     return rows
 
 
+def path_rows(results: Results) -> list[dict[str, Any]]:
+    """What the figures draw of trainings, for metrics.jsonl: a row for each setting, seed and look."""
+    rows = []
+    for group in results.groups:
+        for seed, (rewards, log_ratios) in enumerate(zip(group.rewards, group.log_ratios)):
+            for step, r, kl in zip(group.steps, rewards, log_ratios):
+                wins = (1 + torch.sign(r - results.opponents)) / 2
+                rows.append(
+                    {"method": group.method, "setting": group.setting, "seed": seed, "step": step,
+                     "reward": r.mean().item(), "reward_error": (r.std() / len(r) ** 0.5).item(),
+                     "kl": kl.mean().item(), "kl_error": (kl.std() / len(kl) ** 0.5).item(),
+                     "win_rate": wins.mean().item()}
+                )  # fmt: skip
+    return rows
+
+
 def table_text(rows: Sequence[dict[str, Any]]) -> str:
     """The printed table."""
     early, late = (f"reward_within_{nats:g}_nats" for nats in NATS)
@@ -240,7 +256,7 @@ def write_report(
     folder: Path, results: Results, runs: Sequence[Run], plan: Plan, world: World, *, noise: str, what: str
 ) -> None:
     """Print everything, and write the tables, metrics.jsonl, samples.txt and the two figures."""
-    from ..sentiment_plots import frontier_figure, paths_table, win_rate_figure  # matplotlib: slow to import
+    from ..sentiment_plots import frontier_figure, win_rate_figure  # matplotlib: slow to import
 
     rows, drawn = table_rows(results, runs, plan), read_rows(folder)
     print("\n" + table_text(rows))
@@ -251,7 +267,7 @@ def write_report(
     write_json(folder / "result.json", rows)
     _write_csv(folder / "table.csv", rows)
     _write_csv(folder / "win_rates.csv", win_rate_rows(results))
-    write_records(folder / "metrics.jsonl", paths_table(results))
+    write_records(folder / "metrics.jsonl", path_rows(results))
     text = sample_text(results, world, SHOWN, every=True).strip() + "\n"
     write_atomically(folder / "samples.txt", lambda path: path.write_text(text, encoding="utf-8"))
     frontier_figure(results, folder / "sentiment.png", what=what)
