@@ -49,6 +49,11 @@ class Exercise(NamedTuple):
     complaint: Callable[..., str | None] | None = None
     central: bool = False
 
+    @property
+    def points(self) -> int:
+        """What a right answer is worth."""
+        return 2 if self.central else 1
+
 
 # ---------------------------------------------------------------------------------------------- numbers
 

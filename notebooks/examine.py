@@ -1,0 +1,127 @@
+"""One submitted notebook, examined in a process of its own; `grade.py` starts it and watches the clock.
+
+    python -m notebooks.examine NOTEBOOK REPORT [SKIPPED ...]
+
+The submission's cells are executed one by one, whatever they raise; then every exercise of the notebook is
+judged. What the course itself wrote (demonstrations, checks) is not run: only the set-up, the exercises and
+what the student added. REPORT gets one JSON line when an item begins and one when an exercise is judged, so
+whoever reads it knows what was going on when this process died. Items named SKIPPED are left out.
+
+But: this is no sandbox. It survives accidents, not malice; grade strangers' code in a container.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+from . import build
+from .checks import judge
+from .exercises import CHAPTERS, of_chapter
+
+MEMORY = 8 << 30  # bytes of data a submission may hold, where the system can limit that
+FILES = 100 << 20  # bytes of any file it may write
+
+
+def examine(path: Path, report: Path, skipped: set[str]) -> None:
+    """Execute and judge one notebook; what is found goes to the report, line by line."""
+    with report.open("a", encoding="utf-8", buffering=1) as lines:
+
+        def tell(**record: Any) -> None:
+            lines.write(json.dumps(record) + "\n")
+
+        tell(begin="reading")
+        notebook = nbformat.read(path, as_version=4)
+        chapter = chapter_of(path, notebook)
+        namespace: dict[str, Any] = {"__name__": "__main__"}
+        for place, code in enumerate(cells_to_run(notebook, chapter), start=1):
+            item = f"cell {place}"
+            if item not in skipped:
+                tell(begin=item)
+                if error := _run(code, item, namespace):
+                    tell(item=item, error=error)
+        for number, exercise in of_chapter(chapter).items():
+            if number not in skipped:
+                tell(begin=number)
+                tell(item=number, **_judged(number, namespace.get(exercise.function)))
+        tell(begin="end")
+
+
+def chapter_of(path: Path, notebook: nbformat.NotebookNode) -> str:
+    """Which notebook of the course this is: by its metadata, or by the number its file name begins with.
+
+    Raises:
+        ValueError: by neither.
+    """
+    number = re.match(r"0*(\d+)", path.stem)
+    chapter = str(notebook.metadata.get("course", {}).get("chapter", number and number[1]))
+    if chapter not in CHAPTERS:
+        raise ValueError(
+            "this is none of the course's notebooks: the file's name should begin with its number"
+        )
+    return chapter
+
+
+def cells_to_run(notebook: nbformat.NotebookNode, chapter: str) -> list[str]:
+    """The code of a submission but for the course's own demonstrations and checks."""
+    (source,) = build.FOLDER.glob(f"source/0{chapter}_*.py")
+    given = {
+        cell.source.strip()
+        for version in (build.student_notebook(source), build.solved_notebook(source))
+        for cell in version.cells
+        if cell.cell_type == "code" and not {"setup", "exercise"} & set(cell.metadata.get("tags", []))
+    }
+    return [
+        cell.source
+        for cell in notebook.cells
+        if cell.cell_type == "code" and cell.source.strip() and cell.source.strip() not in given
+    ]
+
+
+def _run(code: str, name: str, namespace: dict[str, Any]) -> str | None:
+    """Execute one cell; the error it raised, or None."""
+    python = "\n".join(line for line in code.split("\n") if not line.lstrip().startswith(("%", "!")))
+    try:
+        exec(compile(python, f"<{name}>", "exec"), namespace)
+    except BaseException as error:  # exit() too
+        return f"{type(error).__name__}: {error}"[:200]
+    return None
+
+
+def _judged(number: str, function: Any) -> dict[str, Any]:
+    if function is None:
+        return {"status": "missing", "mistake": None}
+    try:
+        verdict = judge(number, function)
+    except BaseException as error:
+        return {"status": "wrong", "mistake": f"{type(error).__name__}: {error}"[:200]}
+    return {"status": verdict.status, "mistake": verdict.mistake}
+
+
+def _limit_resources() -> None:
+    """Bounds that the system enforces, where it has them."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return
+    for kind, bound in ((resource.RLIMIT_DATA, MEMORY), (resource.RLIMIT_FSIZE, FILES)):
+        hard = resource.getrlimit(kind)[1]
+        resource.setrlimit(kind, (bound if hard == resource.RLIM_INFINITY else min(bound, hard), hard))
+
+
+if __name__ == "__main__":
+    notebook, report, *skipped = sys.argv[1:]
+    sys.argv[1:] = []
+    _limit_resources()
+    try:
+        examine(Path(notebook), Path(report), set(skipped))
+    except BaseException as error:
+        with Path(report).open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps({"failed": f"{type(error).__name__}: {error}"[:200]}) + "\n")
+    os._exit(0)  # whatever threads the submission left running

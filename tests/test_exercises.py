@@ -1,0 +1,173 @@
+"""The course's checks: right answers pass, known mistakes are refused by name, dull ones are refused too."""
+
+import functools
+import time
+
+import pytest
+import torch
+
+from notebooks import build
+from notebooks.checks import agrees, check, complain, copy, find_exercise, judge, recognise, show
+from notebooks.exercises import CHAPTERS, all_exercises
+from notebooks.exercises.base import samples
+
+EXERCISES = all_exercises()
+MISTAKES = [(number, name) for number, exercise in EXERCISES.items() for name in exercise.mistakes]
+
+
+@functools.cache
+def solutions(chapter):
+    """The solved exercise functions of one notebook, by name."""
+    (source,) = build.FOLDER.glob(f"source/0{chapter}_*.py")
+    namespace = {}
+    for cell in build.solved_notebook(source).cells:
+        if {"setup", "exercise"} & set(cell.metadata.get("tags", [])):
+            exec(cell.source, namespace)
+    return namespace
+
+
+def solution(number):
+    return solutions(number.partition(".")[0])[EXERCISES[number].function]
+
+
+def refused(exercise, function):
+    """Whether some draw shows that the function is wrong, without shrinking it."""
+    return any(complain(exercise, function, given) is not None for given in samples(exercise.inputs))
+
+
+def test_the_course_is_complete():
+    """Twenty exercises at least, some in all nine notebooks; the five central ones know five mistakes."""
+    assert len(EXERCISES) >= 20
+    assert {number.partition(".")[0] for number in EXERCISES} == set(CHAPTERS)
+    central = {
+        exercise.function: len(exercise.mistakes) for exercise in EXERCISES.values() if exercise.central
+    }
+    names = {"optimal_logps", "dpo_loss", "gradient_weights", "plackett_luce_logprob", "sequence_logps"}
+    assert set(central) == names
+    assert min(central.values()) >= 5
+    assert all(exercise.mistakes for exercise in EXERCISES.values())
+
+
+@pytest.mark.parametrize("number", EXERCISES)
+def test_a_check_accepts_its_solution_within_five_seconds(number):
+    start = time.process_time()
+    verdict = judge(number, solution(number))
+    assert verdict.status == "right", verdict.message
+    # Five are allowed; of processor time, because other tests run beside this one.
+    assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize(("number", "name"), MISTAKES, ids=[f"{n}-{i}" for i, (n, _) in enumerate(MISTAKES)])
+def test_every_known_mistake_is_refused_by_its_name(number, name):
+    exercise = EXERCISES[number]
+    assert refused(exercise, exercise.mistakes[name])
+    assert recognise(exercise, exercise.mistakes[name]) == name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "name"), MISTAKES, ids=[f"{n}-{i}" for i, (n, _) in enumerate(MISTAKES)])
+def test_the_whole_check_names_every_known_mistake(number, name):
+    """As above, through Hypothesis's search and its shrinking, as a student sees it."""
+    verdict = judge(number, EXERCISES[number].mistakes[name])
+    assert verdict.status == "wrong"
+    assert verdict.mistake == name
+    assert f"looks like      {name}" in verdict.message
+    assert "smallest input" in verdict.message
+
+
+@pytest.mark.parametrize("number", EXERCISES)
+def test_a_check_refuses_constant_functions(number):
+    exercise = EXERCISES[number]
+    answers = [exercise.expected(**copy(given)) for given in samples(exercise.inputs)[:10]]
+    for constant in [*answers, 0.0, 1.0]:
+        assert refused(exercise, lambda *_, constant=constant: constant)
+
+
+@pytest.mark.parametrize("number", EXERCISES)
+def test_a_check_refuses_functions_that_ignore_an_argument(number):
+    """Each argument in turn is replaced: by zeros, by ones, by its own last entry, or by another draw."""
+    exercise, right = EXERCISES[number], solution(number)
+    for place, name in enumerate(samples(exercise.inputs)[0]):
+        seen = [given[name] for given in samples(exercise.inputs)]
+        for substitute in substitutes(seen):
+
+            def ignoring(*arguments, place=place, substitute=substitute):
+                changed = list(arguments)
+                changed[place] = substitute(changed[place])
+                return right(*changed)
+
+            assert refused(exercise, ignoring), f"{number} does not look at {name}"
+
+
+def substitutes(seen):
+    """Ways not to look at an argument whose values are `seen`."""
+    if isinstance(seen[0], torch.Tensor):
+        yield torch.zeros_like
+        yield torch.ones_like
+        if seen[0].dtype.is_floating_point:
+            yield lambda value: value.mean().expand_as(value).clone() if value.numel() > 1 else value * 0
+        return
+    for other in {repr(value): value for value in seen}.values():
+        yield lambda _, other=other: other
+        return
+
+
+def test_a_stub_is_not_solved_yet(capsys):
+    def stub(*_):
+        raise NotImplementedError
+
+    check("3.1", stub)
+    assert capsys.readouterr().out == "3.1 dpo_loss: not solved yet.\n"
+
+
+def test_a_counterexample_is_the_smallest(capsys):
+    """Without beta on the reference: one pair, everything zero but one tenth, and a beta that shows it."""
+
+    def loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
+        margin = beta * (policy_chosen - policy_rejected) - (ref_chosen - ref_rejected)
+        return -torch.nn.functional.logsigmoid(margin)
+
+    check("3.1", loss)
+    told = capsys.readouterr().out
+    assert told.count("[0]") == 3 and told.count("[-0.1]") == 1 and "beta = 2" in told
+    assert "β is missing on the reference" in told
+
+
+def refusal(answer):
+    verdict = judge("3.1", answer)
+    assert verdict.status == "wrong"
+    return verdict.message
+
+
+def test_every_kind_of_failure_is_told():
+    assert "takes 1 positional argument" in refusal(lambda logps: logps)
+    assert "returns nothing" in refusal(lambda *_: None)
+    assert "should be (1,), yours is ()" in refusal(lambda *_: torch.tensor(0.0))
+    assert "changed its own input" in refusal(lambda chosen, *_: chosen.add_(1))
+    assert "differently each time" in refusal(lambda chosen, *_: chosen + torch.rand(len(chosen)))
+    assert "give the check the function itself" in refusal(torch.zeros(3))
+    assert "SystemExit" in refusal(lambda *_: exit())
+    assert "nan" in refusal(lambda chosen, *_: chosen * torch.nan)
+
+
+def test_unknown_exercises_are_refused():
+    with pytest.raises(ValueError, match=r"no exercise '3.9'; this notebook has 3.1, 3.2"):
+        find_exercise("3.9")
+    with pytest.raises(ValueError, match=r"no exercise '12\.1'"):
+        find_exercise("12.1")
+
+
+def test_agreement():
+    one = torch.ones(1, dtype=torch.float64)
+    assert agrees(one * (1 + 1e-10), one, 1e-9) and not agrees(one * (1 + 1e-8), one, 1e-9)
+    assert agrees(one / 0, one / 0, 1e-9) and not agrees(one / 0, -one / 0, 1e-9)
+    assert not agrees(one * torch.nan, one, 1e-9)
+    assert agrees((1.0, one), (one.squeeze(), one), 1e-9) and not agrees((1.0,), (1.0, 2.0), 1e-9)
+    assert agrees("a", "a", 1e-9) and not agrees("a", "b", 1e-9) and not agrees("a", one, 1e-9)
+    assert agrees(one.numpy(), one, 1e-9)
+
+
+def test_numbers_are_shown_as_a_student_would_write_them():
+    assert show(torch.tensor([[0.0, -1.5], [1 / 3, 2.0]])) == "[[0, -1.5], [0.33333, 2]]"
+    assert show((1.0, True, "a")) == "[1, True, 'a']"
+    assert show(-torch.inf) == "-inf"

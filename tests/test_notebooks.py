@@ -1,0 +1,238 @@
+"""The course's notebooks: what is written matches its source, keeps to the pattern, and runs."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from notebooks import build
+
+SOURCES = build.sources()
+NAMES = [source.stem for source in SOURCES]
+by_notebook = pytest.mark.parametrize("source", SOURCES, ids=NAMES)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def tagged(notebook, tag):
+    return [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
+
+
+def prose(notebook):
+    return "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+
+
+# ------------------------------------------------------------------------------- from source to notebooks
+
+
+def test_solutions_become_stubs():
+    code = "def f(x):\n    ### BEGIN SOLUTION\n    y = x\n    return y\n    ### END SOLUTION\n"
+    assert build.stub(code) == "def f(x):\n    raise NotImplementedError  # your code"
+    assert build.solution(code) == "def f(x):\n    y = x\n    return y"
+
+
+def test_tags_become_links():
+    linked = build.link_tags("by [D3.4] and [D3.4](x)", "d.md")
+    assert linked == "by [D3.4](d.md#d34-the-optimum) and [D3.4](x)"
+    with pytest.raises(ValueError, match=r"no section D9\.9"):
+        build.link_tags("[D9.9]", "d.md")
+
+
+def test_nine_notebooks():
+    assert [name.split("_")[0] for name in NAMES] == [f"0{n}" for n in range(1, 10)]
+
+
+@by_notebook
+def test_no_copy_is_stale(source):
+    """`python -m notebooks.build` has been run since the source was changed."""
+    told = "run `python -m notebooks.build`"
+    assert not build.is_stale(build.student_path(source), build.student_notebook(source)), told
+    assert not build.is_stale(build.solved_path(source), build.solved_notebook(source)), told
+
+
+def test_a_stale_copy_is_noticed(tmp_path):
+    notebook = build.student_notebook(SOURCES[0])
+    path = tmp_path / "notebook.ipynb"
+    assert build.is_stale(path, notebook)
+    build.write(notebook, path)
+    assert not build.is_stale(path, notebook)
+    for change in (
+        lambda copy: copy.cells[-1].update(source="other"),
+        lambda copy: copy.cells.pop(),
+        lambda copy: copy.cells[1].metadata.update(tags=[]),
+    ):
+        copy = nbformat.read(path, as_version=4)
+        change(copy)
+        build.write(copy, tmp_path / "changed.ipynb")
+        assert build.is_stale(tmp_path / "changed.ipynb", notebook)
+
+
+def test_the_command_refuses_what_it_does_not_know(capsys):
+    for arguments, told in ((["12"], "no notebook 12"), (["--check", "--force"], "--check builds nothing")):
+        with pytest.raises(SystemExit) as stop:
+            build.main(arguments)
+        assert stop.value.code == 2
+        assert told in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------- the pattern
+
+
+@by_notebook
+def test_the_header(source):
+    """Claim, prerequisites, minutes, difficulty, and sections of derivations.md; 20 to 60 minutes in all."""
+    header = build.student_notebook(source).cells[0].source
+    assert re.match(rf"# {int(source.stem[:2])} · ", header)
+    for part in ("**Before this:**", "**Difficulty:**", "**Derivations:** [D", "**The claim.**"):
+        assert part in header
+    read, solve = (int(re.search(rf"\*\*{word}:\*\* (\d+) minutes", header)[1]) for word in ("Read", "Solve"))
+    assert 20 <= read + solve <= 60
+    assert len(re.search(r"[●○]+", header)[0]) == 3
+
+
+@by_notebook
+def test_a_figure_by_the_third_code_cell(source):
+    cells = code_cells(nbformat.read(build.solved_path(source), as_version=4))
+    pictures = [any("image/png" in output.get("data", {}) for output in cell.outputs) for cell in cells]
+    assert any(pictures[:3])
+    assert sum(pictures) >= 3
+
+
+@by_notebook
+def test_every_figure_is_described(source):
+    """For those who cannot see it: nbconvert turns this into the picture's alt text."""
+    for cell in code_cells(nbformat.read(build.solved_path(source), as_version=4)):
+        for output in cell.outputs:
+            if "image/png" in output.get("data", {}):
+                assert len(output.metadata["alt"]) > 20
+
+
+@by_notebook
+def test_cells_are_short(source):
+    """At most twelve lines of code, not counting blank lines, comments and docstrings."""
+    for cell in code_cells(build.solved_notebook(source)):
+        if "setup" not in cell.metadata.get("tags", []):
+            assert lines_of_code(cell.source) <= 12, cell.source
+
+
+def lines_of_code(code):
+    tree = ast.parse(code)
+    documented = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.Module))]
+    skipped = set()
+    for node in documented:
+        if ast.get_docstring(node) is not None:
+            skipped |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    lines = enumerate(code.split("\n"), start=1)
+    return sum(
+        1 for n, line in lines if n not in skipped and line.strip() and not line.lstrip().startswith("#")
+    )
+
+
+def test_lines_of_code_are_counted():
+    assert lines_of_code('def f():\n    """Two\n    lines."""\n    # why\n\n    return 1  # here\n') == 2
+
+
+@by_notebook
+def test_the_pattern(source):
+    """Equations with tags, a prediction for every answer, exercises with their check, one open question."""
+    student, solved = build.student_notebook(source), build.solved_notebook(source)
+    text = prose(student)
+    assert text.count("$$") >= 2 and "derivations.md#d" in text
+    assert text.count("**Predict before you run.**") >= 2
+    assert len(re.findall(r"^## An open question$", text, re.MULTILINE)) == 1
+    exercises, checks = tagged(student, "exercise"), tagged(student, "check")
+    headings = re.findall(r"^### Exercise (\d\.\d): ", text, re.MULTILINE)
+    assert headings == [re.search(r'check\("(\d\.\d)"', cell.source)[1] for cell in checks]
+    assert len(headings) == len(exercises) >= 3
+    assert all("raise NotImplementedError" in cell.source for cell in exercises)
+    assert not tagged(student, "answer") and tagged(solved, "answer")
+    assert not re.search(r"!\[|<img", text), "equations and figures are not pasted pictures"
+
+
+@by_notebook
+def test_students_do_not_find_the_solutions(source):
+    """No line of a solution is left in the student's notebook, nor any output."""
+    student, solved = build.student_notebook(source), build.solved_notebook(source)
+    for stub, answer in zip(tagged(student, "exercise"), tagged(solved, "exercise")):
+        kept = [line for line in answer.source.split("\n") if line in stub.source.split("\n")]
+        assert all(line.lstrip().startswith(("def ", '"""', "")) for line in kept)
+        assert "SOLUTION" not in stub.source + answer.source
+        assert "return" not in stub.source
+    assert all(not cell.outputs and cell.execution_count is None for cell in code_cells(student))
+
+
+@by_notebook
+def test_solved_notebooks_were_executed_in_order_and_without_error(source):
+    cells = code_cells(nbformat.read(build.solved_path(source), as_version=4))
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    for cell in cells:
+        assert all(output.output_type != "error" for output in cell.outputs)
+        assert not any(output.get("name") == "stderr" for output in cell.outputs)
+        if "check" in cell.metadata.get("tags", []):
+            assert ": right." in cell.outputs[0].text
+
+
+@by_notebook
+def test_slides_begin_at_headings(source):
+    for cell in build.student_notebook(source).cells:
+        kind = cell.metadata["slideshow"]["slide_type"]
+        if cell.source.startswith(("# ", "## ")) and cell.cell_type == "markdown":
+            assert kind == "slide"
+        assert kind in ("slide", "subslide", "fragment", "skip")
+
+
+# ----------------------------------------------------------------------------------- slow: they are executed
+
+
+@pytest.mark.slow
+def test_solved_notebooks_run_in_time_and_say_the_same_again():
+    """At most 90 s each and six minutes together, on two cores; every number in their text comes back."""
+    seconds = {}
+    for source in SOURCES:
+        kept, fresh = nbformat.read(build.solved_path(source), as_version=4), build.solved_notebook(source)
+        seconds[source.stem] = build.execute(fresh, build.solved_path(source).parent)
+        for before, after in zip(code_cells(kept), code_cells(fresh)):
+            assert_same_text(text_of(before), text_of(after))
+    assert max(seconds.values()) <= 90 and sum(seconds.values()) <= 360, seconds
+
+
+def text_of(cell):
+    return "".join(output.text for output in cell.outputs if output.output_type == "stream")
+
+
+def assert_same_text(before, after):
+    """The same words, and numbers within 2 %, for other processors round otherwise; what is below 1e-3 is
+    rounding, optimisation error or a p-value, and may differ tenfold."""
+    number = r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?"
+    assert re.sub(number, "#", before) == re.sub(number, "#", after)
+    for left, right in zip(re.findall(number, before), re.findall(number, after)):
+        left, right = float(left), float(right)
+        allowed = 0.02 * abs(left) if abs(left) >= 1e-3 else 10 * abs(left) + 1e-12
+        assert abs(left - right) <= allowed, f"{left} has become {right}\n{before}\n{after}"
+
+
+@pytest.mark.slow
+@by_notebook
+def test_student_notebooks_run_to_the_end(source):
+    """With every exercise a stub: checks say so, and nothing else depends on them."""
+    notebook = build.student_notebook(source)
+    build.execute(notebook, build.FOLDER)
+    for cell in tagged(notebook, "check"):
+        assert cell.outputs[0].text.endswith("not solved yet.\n")
+
+
+@pytest.mark.slow
+def test_notebooks_can_be_presented(tmp_path):
+    """nbconvert makes slides of a solved notebook, one for each heading at least."""
+    notebook = build.solved_path(SOURCES[2])
+    command = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "slides", "--output-dir", str(tmp_path)]
+    subprocess.run([*command, str(notebook)], check=True, capture_output=True)
+    (page,) = Path(tmp_path).glob("*.slides.html")
+    headings = [c for c in build.solved_notebook(SOURCES[2]).cells if c.source.startswith(("# ", "## "))]
+    assert page.read_text(encoding="utf-8").count("<section") >= len(headings)
