@@ -7,7 +7,7 @@ A source is a text file in jupytext's percent format. Two things in it are ours:
 Tags such as [D3.4] become links into derivations.md, and headings become slides.
 
 The student's notebook has no outputs. The solved one is executed, and its outputs are kept. What a source
-has not changed is left alone.
+has not changed is left alone. The tables of notebooks/README.md are read off the sources too.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 
 from dpo_minimal.runs import write_atomically
+
+from . import syllabus
 
 FOLDER = Path(__file__).parent
 DERIVATIONS = FOLDER.parent / "derivations.md"
@@ -214,7 +216,21 @@ def main(arguments: list[str] | None = None) -> int:
         except CellExecutionError as error:
             print(f"{source.stem}: a cell failed, nothing was written.\n{error}", file=sys.stderr)
             stale += 1
+    stale += not _readme_up_to_date(write_it=not options.check)
     return 1 if stale else 0
+
+
+def _readme_up_to_date(*, write_it: bool) -> bool:
+    """Whether README.md's tables are those of the sources; writing makes them so."""
+    readme = syllabus.README.read_text(encoding="utf-8")
+    wanted = syllabus.filled_in(readme, sources())
+    if readme != wanted:
+        if not write_it:
+            print("README.md: stale; run python -m notebooks.build")
+            return False
+        write_atomically(syllabus.README, lambda temporary: temporary.write_text(wanted, encoding="utf-8"))
+        print("README.md: its tables written")
+    return True
 
 
 if __name__ == "__main__":
