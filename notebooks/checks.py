@@ -132,7 +132,8 @@ def agrees(answer: Any, expected: Any, within: float) -> bool:
     if left is None or right is None or left.shape != right.shape:
         return False
     same = (left == right) | (left.isnan() & right.isnan())  # infinities; a mistake's NaN is recognised
-    return bool((same | ((left - right).abs() <= within * (1 + right.abs()))).all())
+    close = right.isfinite() & ((left - right).abs() <= within * (1 + right.abs()))
+    return bool((same | close).all())
 
 
 def _tensor(value: Any) -> Tensor | None:
