@@ -12,6 +12,7 @@ But: this is no sandbox. It survives accidents, not malice; grade strangers' cod
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -104,6 +105,13 @@ def _judged(number: str, function: Any) -> dict[str, Any]:
     return {"status": verdict.status, "mistake": verdict.mistake}
 
 
+class _Nowhere(io.TextIOBase):
+    """Where a submission's prints go: a gigabyte of them is as quick as none."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
 def _limit_resources() -> None:
     """Bounds that the system enforces, where it has them."""
     try:
@@ -118,6 +126,7 @@ def _limit_resources() -> None:
 if __name__ == "__main__":
     notebook, report, *skipped = sys.argv[1:]
     sys.argv[1:] = []
+    sys.stdout = sys.stderr = _Nowhere()
     _limit_resources()
     try:
         examine(Path(notebook), Path(report), set(skipped))
