@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import io
 import os
@@ -9,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import matplotlib
 import matplotlib.pyplot as plt
-from IPython.display import Image, display
+from IPython.display import display
 
 # Okabe and Ito's palette: distinct under every common colour blindness, and in grey.
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK = (
@@ -57,7 +58,8 @@ def show(figure: plt.Figure, description: str) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     plt.close(figure)
-    display(Image(picture.getvalue(), alt=description, metadata={"alt": description}))
+    bundle = {"image/png": base64.b64encode(picture.getvalue()).decode(), "text/plain": description}
+    display(bundle, metadata={"image/png": {"alt": description}}, raw=True)
 
 
 def slide(draw: Callable[[float], plt.Figure], values: Sequence[float], name: str, description: str) -> None:

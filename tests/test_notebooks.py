@@ -106,11 +106,12 @@ def test_a_figure_by_the_third_code_cell(source):
 
 @by_notebook
 def test_every_figure_is_described(source):
-    """For those who cannot see it: nbconvert turns this into the picture's alt text."""
+    """For those who cannot see it: as alternative text, and instead of the picture where none is shown."""
     for cell in code_cells(nbformat.read(build.solved_path(source), as_version=4)):
         for output in cell.outputs:
             if "image/png" in output.get("data", {}):
-                assert len(output.metadata["alt"]) > 20
+                assert len(output.data["text/plain"]) > 20
+                assert output.metadata["image/png"]["alt"] == output.data["text/plain"]
 
 
 @by_notebook
@@ -156,12 +157,23 @@ def test_the_pattern(source):
 
 
 @by_notebook
+def test_no_cell_needs_or_hides_a_students_answer(source):
+    """A notebook runs with nothing solved; and a plot's variable must not take the place of a function."""
+    solved = build.solved_notebook(source)
+    answers = {re.match(r"def (\w+)", cell.source)[1] for cell in tagged(solved, "exercise")}
+    for cell in code_cells(solved):
+        if not {"exercise", "check"} & set(cell.metadata.get("tags", [])):
+            names = {node.id for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Name)}
+            assert not names & answers, cell.source
+
+
+@by_notebook
 def test_students_do_not_find_the_solutions(source):
     """No line of a solution is left in the student's notebook, nor any output."""
     student, solved = build.student_notebook(source), build.solved_notebook(source)
     for stub, answer in zip(tagged(student, "exercise"), tagged(solved, "exercise")):
         kept = [line for line in answer.source.split("\n") if line in stub.source.split("\n")]
-        assert all(line.lstrip().startswith(("def ", '"""', "")) for line in kept)
+        assert all(line.lstrip().startswith(("def ", '"""')) or not line.strip() for line in kept)
         assert "SOLUTION" not in stub.source + answer.source
         assert "return" not in stub.source
     assert all(not cell.outputs and cell.execution_count is None for cell in code_cells(student))
@@ -236,3 +248,35 @@ def test_notebooks_can_be_presented(tmp_path):
     (page,) = Path(tmp_path).glob("*.slides.html")
     headings = [c for c in build.solved_notebook(SOURCES[2]).cells if c.source.startswith(("# ", "## "))]
     assert page.read_text(encoding="utf-8").count("<section") >= len(headings)
+
+
+# ------------------------------------------------------------------------------------------------ figures
+
+
+def test_figures_without_labels_or_description_are_refused(monkeypatch):
+    import matplotlib.pyplot as plt
+
+    from notebooks import figures
+
+    shown = []
+    monkeypatch.setattr(figures, "display", lambda bundle, **_: shown.append(bundle))
+    figure, axes = plt.subplots()
+    with pytest.raises(ValueError, match="needs a label"):
+        figures.show(figure, "a line")
+    axes.set(xlabel="step")
+    with pytest.raises(ValueError, match="needs a label"):
+        figures.show(figure, "a line")
+    axes.set(ylabel="loss (nats)")
+    with pytest.raises(ValueError, match="describe the figure"):
+        figures.show(figure, " ")
+    figures.show(figure, "a line")
+    assert shown[0]["text/plain"] == "a line" and shown[0]["image/png"].startswith("iVBOR")
+
+
+def test_the_slider_is_an_extra(monkeypatch, capsys):
+    """Without ipywidgets, or where outputs are kept, it says what would stand there, and draws nothing."""
+    from notebooks import figures
+
+    monkeypatch.setenv("COURSE_STATIC", "1")
+    figures.slide(lambda value: pytest.fail("drawn"), [1.0, 2.0], "β", "bars")
+    assert capsys.readouterr().out == "With ipywidgets installed, a slider for β stands here.\n"

@@ -145,9 +145,7 @@ for y, colour in enumerate([figures.BLUE, figures.ORANGE, figures.GREEN]):
     right.axhline(optimal[y].exp(), color=colour, linestyle=":")
     right.text(122, path[-1][y], f"y{'₁₂₃'[y]}", color=colour, va="center")
 right.set(xlabel="gradient step", ylabel="π(y), dotted: π*", ylim=(0, 1))
-figures.show(
-    figure, "The loss falls from log 2 to a floor above zero; the three probabilities reach the dotted π*."
-)
+figures.show(figure, "The loss falls from log 2 to a floor above zero; probabilities reach the dotted π*.")
 print(f"largest error of a log-probability: {(path[-1].log() - optimal).abs().max():.1e}")
 
 # %% [markdown] tags=["answer"]
