@@ -56,17 +56,21 @@ def judge(number: str, function: Callable[..., Any]) -> Verdict:
     except NotImplementedError:
         return Verdict("not solved yet", f"{name}: not solved yet.")
     except HypothesisException:
-        return Verdict(
-            "wrong", f"{name}: not right yet.\n  It answers the same question differently each time."
-        )
+        return _undecided(name)
     if counterexample is None:
         return Verdict("right", f"{name}: right. Compared with {exercise.source}.")
     complaint = complain(exercise, function, counterexample)
+    if complaint is None or complain(exercise, function, counterexample) != complaint:
+        return _undecided(name)
     mistake = recognise(exercise, function)
     lines = [f"{name}: not right yet.", *_rows("smallest input", _show_given(counterexample)), *complaint]
     if mistake is not None:
         lines += _rows("looks like", [mistake])
     return Verdict("wrong", "\n".join(lines), mistake)
+
+
+def _undecided(name: str) -> Verdict:
+    return Verdict("wrong", f"{name}: not right yet.\n  It answers the same question differently each time.")
 
 
 def find_exercise(number: str) -> Exercise:
@@ -140,7 +144,7 @@ def _tensor(value: Any) -> Tensor | None:
     if isinstance(value, (str, dict)) or value is None:
         return None
     try:
-        return torch.as_tensor(value).detach().to(torch.float64)
+        return torch.as_tensor(value, dtype=torch.float64).detach()  # not float32, as for plain floats
     except (TypeError, ValueError, RuntimeError):
         return None
 
