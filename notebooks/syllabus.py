@@ -50,7 +50,11 @@ def equations_table(sources: list[Path]) -> str:
     index = DERIVATIONS.read_text(encoding="utf-8").split("## Index")[1].split("\n## ")[0]
     rows = ["| in the paper | result | notebooks |", "|---|---|---|"]
     texts = {str(n): source.read_text(encoding="utf-8") for n, source in enumerate(sources, start=1)}
-    for tag, title, paper in re.findall(r"^\| \[(D[\d.]+)\] (.*?) \| ([^|]+?) \|", index, re.MULTILINE):
+    for line in re.findall(r"^\| \[D.*", index, re.MULTILINE):
+        result, paper = (column.strip() for column in line.split("|")[1:3])
+        tag, title = re.match(r"\[(D[\d.]+)\] (.*)", result).groups()
+        if not paper:
+            continue
         where = [number for number, text in texts.items() if f"[{tag}]" in text]
         if where:
             anchor = re.sub(r"[^\w\- ]", "", f"{tag} {title}".lower()).replace(" ", "-")

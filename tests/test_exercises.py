@@ -4,6 +4,7 @@ import functools
 import time
 
 import pytest
+import student_answers
 import torch
 
 from notebooks import build
@@ -73,6 +74,21 @@ def test_the_whole_check_names_every_known_mistake(number, name):
     assert verdict.mistake == name
     assert f"looks like      {name}" in verdict.message
     assert "smallest input" in verdict.message
+
+
+@pytest.mark.parametrize(("number", "answer"), student_answers.RIGHT)
+def test_right_answers_of_students_pass(number, answer):
+    """Loops and other formulas are as good as the solution."""
+    verdict = judge(number, answer)
+    assert verdict.status == "right", verdict.message
+
+
+@pytest.mark.parametrize(("number", "answer", "name"), student_answers.WRONG)
+def test_mistakes_of_students_are_named(number, answer, name):
+    """The five central exercises know at least five mistakes each, however they are written."""
+    verdict = judge(number, answer)
+    assert verdict.status == "wrong"
+    assert verdict.mistake is not None and name in verdict.mistake, verdict.message
 
 
 @pytest.mark.parametrize("number", EXERCISES)
@@ -165,6 +181,8 @@ def test_agreement():
     assert agrees((1.0, one), (one.squeeze(), one), 1e-9) and not agrees((1.0,), (1.0, 2.0), 1e-9)
     assert agrees("a", "a", 1e-9) and not agrees("a", "b", 1e-9) and not agrees("a", one, 1e-9)
     assert agrees(one.numpy(), one, 1e-9)
+    assert agrees([1 / 3], one / 3, 1e-9), "Python's numbers have the digits of float64"
+    assert not agrees(one, one / 0, 1e-9)
 
 
 def test_numbers_are_shown_as_a_student_would_write_them():

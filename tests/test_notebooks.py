@@ -280,3 +280,49 @@ def test_the_slider_is_an_extra(monkeypatch, capsys):
     monkeypatch.setenv("COURSE_STATIC", "1")
     figures.slide(lambda value: pytest.fail("drawn"), [1.0, 2.0], "β", "bars")
     assert capsys.readouterr().out == "With ipywidgets installed, a slider for β stands here.\n"
+
+
+# ----------------------------------------------------------------------------------------------- notebook 9
+
+
+def test_the_exhibits_on_show_are_those_that_are_tested():
+    """Notebook 9 shows the very code that its checks examine."""
+
+    def exhibits(code):
+        functions = [node for node in ast.parse(code).body if isinstance(node, ast.FunctionDef)]
+        return {
+            f.name: ast.dump(ast.Module(_bare(f), [])) for f in functions if f.name.startswith("exhibit_")
+        }
+
+    def _bare(function):
+        return function.body[1:] if ast.get_docstring(function) is not None else function.body
+
+    notebook = build.student_notebook(SOURCES[8])
+    shown = exhibits("\n\n".join(cell.source for cell in code_cells(notebook)))
+    tested = exhibits((build.FOLDER / "exercises" / "what_goes_wrong.py").read_text(encoding="utf-8"))
+    assert len(shown) == 6
+    assert shown == tested
+
+
+def test_the_readmes_tables_are_those_of_the_sources():
+    """The syllabus, and which equation is where."""
+    readme = build.syllabus.README.read_text(encoding="utf-8")
+    assert readme == build.syllabus.filled_in(readme, SOURCES), "run `python -m notebooks.build`"
+    table = build.syllabus.equations_table(SOURCES)
+    for equation in (1, 2, 3, 4, 5, 6, 7, 8, 10, 18, 19, 20, 21):
+        assert re.search(rf"^\| [^|]*\b{equation}\b", table, re.MULTILINE), f"no notebook has Eq. {equation}"
+
+
+def test_the_readme_shows_what_a_check_says():
+    """Both READMEs quote a refusal; it is the real one."""
+    import torch
+
+    from notebooks.checks import judge
+
+    def loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
+        margin = beta * (policy_chosen - policy_rejected) - (ref_chosen - ref_rejected)
+        return -torch.nn.functional.logsigmoid(margin)
+
+    message = judge("3.1", loss).message
+    for readme in (build.FOLDER / "README.md", build.FOLDER.parent / "README.md"):
+        assert message in readme.read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dpo_minimal import dpo_loss
 
-from .base import Exercise, betas, log_distribution, tenths, vector
+from .base import Exercise, betas, log_distribution, table, tenths, vector
 
 # -------------------------------------------------------------------------------------- 3.1 dpo_loss
 
@@ -206,4 +206,55 @@ STEP = Exercise(
     },
 )
 
-EXERCISES = [LOSS, PREFERENCES, STEP]
+# ------------------------------------------------------------------------- 3.4 the member with Z = 1
+
+
+@st.composite
+def rewards_and_reference(draw):
+    """Rewards and reference of X prompts, and beta."""
+    X, Y = draw(st.integers(1, 3)), draw(st.integers(2, 4))
+    return {"rewards": draw(table(X, Y)), "ref_logps": draw(log_distribution(X, Y)), "beta": draw(betas())}
+
+
+def reward_of_the_optimum(rewards, ref_logps, beta) -> Tensor:
+    """beta log(pi* / pi_ref) with pi* by its definition, completion by completion."""
+    rows = []
+    for reward, ref in zip(rewards.tolist(), ref_logps.tolist()):
+        strengths = [math.exp(p + r / beta) for p, r in zip(ref, reward)]
+        optimum = [strength / sum(strengths) for strength in strengths]
+        rows.append([beta * (math.log(p) - q) for p, q in zip(optimum, ref)])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def _log_Z(rewards, ref_logps, beta):
+    return (ref_logps + rewards / beta).logsumexp(-1, keepdim=True)
+
+
+CANONICAL = Exercise(
+    number="3.4",
+    function="canonical_reward",
+    inputs=rewards_and_reference(),
+    expected=reward_of_the_optimum,
+    source="the implicit reward of π*, which is the reward's equivalent with Z = 1",
+    mistakes={
+        "log Z is subtracted: β log Z is in units of reward": lambda r, ref, beta: r - _log_Z(r, ref, beta),
+        "the sign is reversed: subtract β log Z": lambda r, ref, beta: r + beta * _log_Z(r, ref, beta),
+        "the reference is missing in Z": lambda r, ref, beta: (
+            r - beta * (r / beta).logsumexp(-1, keepdim=True)
+        ),
+        "β multiplies the reward in Z, which has e^(r/β)": (
+            lambda r, ref, beta: r - beta * (ref + r * beta).logsumexp(-1, keepdim=True)
+        ),
+        "one Z for all prompts: each prompt has its own": (
+            lambda r, ref, beta: r - beta * (ref + r / beta).flatten().logsumexp(-1)
+        ),
+        "the mean under the reference is subtracted: that makes E_ref[r] zero, not Z one": (
+            lambda r, ref, beta: r - (ref.exp() * r).sum(-1, keepdim=True)
+        ),
+        "this is β log Z; the reward less it is asked for": (
+            lambda r, ref, beta: beta * _log_Z(r, ref, beta).squeeze(-1)
+        ),
+    },
+)
+
+EXERCISES = [LOSS, PREFERENCES, STEP, CANONICAL]

@@ -250,7 +250,7 @@ figures.show(figure, "A rising, ever flatter curve of optima for all β; every r
 # %% [markdown]
 # ## What the optimum is worth
 #
-# The greatest value of $J$ is called the *soft value* ([D7.1]):
+# The greatest value of $J$ is called the *soft value* ([D7.1]). It is what the paper subtracts from the reward in Eq. 10 ([D7.2]):
 #
 # $$\max_\pi J(\pi)=\beta\log Z(x)=\beta\log\sum_y\pi_{\rm ref}(y|x)\,e^{r(x,y)/\beta}.$$
 #

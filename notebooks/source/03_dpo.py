@@ -2,7 +2,7 @@
 # # 3 · Direct Preference Optimization
 #
 # **Before this:** notebooks 1 and 2, or what they show: Bradley–Terry, and π\* = π_ref · exp(r/β) / Z ·
-# **Read:** 20 minutes · **Solve:** 25 minutes · **Difficulty:** ●●○ · **Derivations:** [D4.1], [D4.2], [D4.3], [D4.4]
+# **Read:** 25 minutes · **Solve:** 30 minutes · **Difficulty:** ●●○ · **Derivations:** [D4.1], [D4.2], [D4.3], [D4.4], [D6.2], [D6.3], [D6.4], [D6.5]
 #
 # **The claim.** A policy that is optimal for *some* reward carries that reward inside it. So we need not fit a reward model and then search for its best policy: we can write the reward model's loss for the policy itself, and minimise that. Nothing is approximated on the way.
 
@@ -120,10 +120,9 @@ check("3.2", implied_preferences)
 # **Predict before you run.** Where does the loss start, whatever β and the rewards are? Does it go to zero?
 
 # %%
-exists = torch.ones(1, 3, dtype=torch.bool)
-pairs = dpo.expected_pairs(rewards[None], dpo.all_sets(exists))  # every outcome, with its probability
-theta = ref_logps.clone().requires_grad_()
-chosen, rejected = pairs.order.T
+shown = dpo.all_sets(torch.ones(1, 3, dtype=torch.bool))
+pairs = dpo.expected_pairs(rewards[None], shown)  # every outcome, with its probability
+theta, (chosen, rejected) = ref_logps.clone().requires_grad_(), pairs.order.T
 losses, path = [], []
 for _ in range(120):
     logps = theta.log_softmax(-1)
@@ -145,7 +144,7 @@ for y, colour in enumerate([figures.BLUE, figures.ORANGE, figures.GREEN]):
     right.axhline(optimal[y].exp(), color=colour, linestyle=":")
     right.text(122, path[-1][y], f"y{'₁₂₃'[y]}", color=colour, va="center")
 right.set(xlabel="gradient step", ylabel="π(y), dotted: π*", ylim=(0, 1))
-figures.show(figure, "The loss falls from log 2 to a floor above zero; probabilities reach the dotted π*.")
+figures.show(figure, "The loss falls from log 2 to a floor above zero; three lines reach the dotted π*.")
 print(f"largest error of a log-probability: {(path[-1].log() - optimal).abs().max():.1e}")
 
 # %% [markdown] tags=["answer"]
@@ -210,6 +209,51 @@ figures.show(figure, "Three straight lines fall on a logarithmic axis, at differ
 
 # %% [markdown] tags=["answer"]
 # **What happened.** The path and the speed change, the end does not: whatever pairs connect all completions determine all differences of rewards, and so the policy. Uneven pairs only take longer.
+
+# %% [markdown]
+# ## One reward of each kind
+#
+# Rewards that differ by a constant for each prompt make the same preferences (Lemma 1 of the paper, [D6.2]) and have the same optimal policy (Lemma 2, [D6.3]). So no amount of data tells them apart, and we may take whichever we like. The implicit reward takes one for us: of all $r+c$ it is the one with $Z=1$ (Eq. 8 and 9, [D6.4]):
+#
+# $$f(r)=r-\beta\log Z,\qquad\sum_y\pi_{\rm ref}(y|x)\,e^{f(r)(x,y)/\beta}=1.$$
+#
+# That sum is no condition on the policy. It says that $\pi_{\rm ref}\,e^{f(r)/\beta}$ is a policy already, with nothing left to normalise. So every reward has an equivalent one of the form $\beta\log\frac{\pi}{\pi_{\rm ref}}$, if the reference gives every completion some probability (Theorem 1, [D6.5]): writing rewards that way loses nothing.
+#
+# **Predict before you run.** Below are three equivalent rewards. Where does $f$ send each of them?
+
+# %%
+kinds = {"r": rewards, "r + 1": rewards + 1, "r - 2": rewards - 2}
+figure, axes = plt.subplots()
+for (name, kind), style in zip(kinds.items(), ["o-", "s--", "^:"]):
+    projected = dpo.canonical_reward(kind, ref_logps, beta=beta)
+    axes.plot(kind, style, color=figures.BLACK)
+    axes.text(2.06, kind[2], name, va="center")
+    axes.plot(projected, style, color=figures.BLUE)
+    print(f"f({name})".ljust(9), projected.round(decimals=4).tolist())
+axes.text(2.06, projected[2], "f of each", color=figures.BLUE, va="center")
+axes.set(xticks=range(3), xticklabels=["y₁", "y₂", "y₃"], xlabel="completion", ylabel="reward (nats)")
+figures.show(figure, "Three parallel black lines, and the blue one where f sends all three.")
+
+# %% [markdown] tags=["answer"]
+# **What happened.** All to the same place: adding $c$ to the reward adds $c$ to $\beta\log Z$, and the two cancel.
+
+# %% [markdown]
+# ### Exercise 3.4: the reward with Z = 1
+#
+# *5 minutes.* Return $f(r)$ for each of $X$ prompts, by Eq. 8.
+
+
+# %% tags=["exercise"]
+def canonical_reward(rewards, ref_logps, beta):
+    """(X, Y) rewards, (X, Y) log-probabilities of the reference -> (X, Y) rewards with Z = 1 (Eq. 8)."""
+    ### BEGIN SOLUTION
+    log_Z = (ref_logps + rewards / beta).logsumexp(-1, keepdim=True)
+    return rewards - beta * log_Z
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+check("3.4", canonical_reward)
 
 # %% [markdown]
 # ## An open question

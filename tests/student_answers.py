@@ -1,0 +1,238 @@
+"""Answers as students write them to the five central exercises: right ones, and the mistakes of many.
+
+They are written without a look at the checks' own mistakes: with loops, in another order, by another formula.
+Each wrong one stands beside a part of the name that the check must find for it.
+"""
+
+import math
+
+import torch
+
+# ------------------------------------------------------------------------------- 2.3 the optimum
+
+
+def optimum_by_loops(ref_logps, rewards, beta):
+    table = torch.empty_like(ref_logps)
+    for x in range(len(ref_logps)):
+        strengths = [math.exp(p) * math.exp(r / beta) for p, r in zip(ref_logps[x], rewards[x])]
+        for y, strength in enumerate(strengths):
+            table[x, y] = math.log(strength / sum(strengths))
+    return table
+
+
+def optimum_with_beta_upside_down(ref_logps, rewards, beta):
+    p = ref_logps.exp() * (rewards * beta).exp()
+    return (p / p.sum(-1, keepdim=True)).log()
+
+
+def optimum_without_reference(ref_logps, rewards, beta):
+    p = (rewards / beta).exp()
+    return (p / p.sum(-1, keepdim=True)).log()
+
+
+def optimum_not_normalised(ref_logps, rewards, beta):
+    return (ref_logps.exp() * (rewards / beta).exp()).log()
+
+
+def optimum_as_probabilities(ref_logps, rewards, beta):
+    p = ref_logps.exp() * (rewards / beta).exp()
+    return p / p.sum(-1, keepdim=True)
+
+
+def optimum_of_one_big_table(ref_logps, rewards, beta):
+    p = ref_logps.exp() * (rewards / beta).exp()
+    return (p / p.sum()).log()
+
+
+def optimum_tilted_backwards(ref_logps, rewards, beta):
+    return torch.log_softmax(ref_logps - rewards / beta, dim=1)
+
+
+# ------------------------------------------------------------------------------- 3.1 the DPO loss
+
+
+def loss_by_softplus(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
+    return torch.nn.functional.softplus(beta * (policy_rejected - policy_chosen + ref_chosen - ref_rejected))
+
+
+def loss_with_beta_on_the_policy_only(pc, pr, rc, rr, beta):
+    return -torch.log(torch.sigmoid(beta * pc - beta * pr - rc + rr))
+
+
+def loss_scaled(pc, pr, rc, rr, beta):
+    return -beta * torch.log(torch.sigmoid(pc - rc - pr + rr))
+
+
+def loss_without_reference(pc, pr, rc, rr, beta):
+    return torch.log(1 + torch.exp(-beta * (pc - pr)))
+
+
+def loss_of_the_wrong_winner(pc, pr, rc, rr, beta):
+    return torch.log(1 + torch.exp(beta * (pc - rc) - beta * (pr - rr)))
+
+
+def loss_without_log(pc, pr, rc, rr, beta):
+    return -1 / (1 + torch.exp(-beta * (pc - rc - pr + rr)))
+
+
+def loss_averaged(pc, pr, rc, rr, beta):
+    return torch.mean(torch.log(1 + torch.exp(-beta * (pc - rc - pr + rr))))
+
+
+# ------------------------------------------------------------------------------- 4.1 the gradient weight
+
+
+def weight_from_the_loss(pc, pr, rc, rr, beta):
+    return beta * (1 - torch.exp(-loss_by_softplus(pc, pr, rc, rr, beta)))
+
+
+def weight_of_the_confident(pc, pr, rc, rr, beta):
+    return beta / (1 + torch.exp(-beta * ((pc - rc) - (pr - rr))))
+
+
+def weight_without_beta_in_front(pc, pr, rc, rr, beta):
+    return 1 / (1 + torch.exp(beta * ((pc - rc) - (pr - rr))))
+
+
+def weight_without_beta_inside(pc, pr, rc, rr, beta):
+    return beta / (1 + torch.exp((pc - rc) - (pr - rr)))
+
+
+def weight_without_reference(pc, pr, rc, rr, beta):
+    return beta * torch.sigmoid(beta * (pr - pc))
+
+
+def weight_with_its_sign(pc, pr, rc, rr, beta):
+    return -beta * torch.sigmoid(beta * ((pr - rr) - (pc - rc)))
+
+
+def weight_as_the_slope_of_sigma(pc, pr, rc, rr, beta):
+    chance = torch.sigmoid(beta * ((pc - rc) - (pr - rr)))
+    return beta * chance * (1 - chance)
+
+
+# ------------------------------------------------------------------------------- 5.1 Plackett-Luce
+
+
+def ranking_by_loops(ranked_rewards):
+    total = torch.zeros(ranked_rewards.shape[:-1], dtype=torch.float64)
+    for k in range(ranked_rewards.shape[-1]):
+        strengths = ranked_rewards[..., k:].exp()
+        total = total + (strengths[..., 0] / strengths.sum(-1)).log()
+    return total
+
+
+def ranking_with_all_in_every_place(ranked_rewards):
+    return torch.log_softmax(ranked_rewards, -1).sum(-1)
+
+
+def ranking_from_the_wrong_end(ranked_rewards):
+    strengths = ranked_rewards.exp()
+    return (strengths / strengths.cumsum(-1)).log().sum(-1)
+
+
+def ranking_by_pairs(ranked_rewards):
+    K = ranked_rewards.shape[-1]
+    pairs = [(i, j) for i in range(K) for j in range(i + 1, K)]
+    return sum(torch.sigmoid(ranked_rewards[..., i] - ranked_rewards[..., j]).log() for i, j in pairs)
+
+
+def ranking_probability(ranked_rewards):
+    return ranking_by_loops(ranked_rewards).exp()
+
+
+def ranking_loss(ranked_rewards):
+    return -ranking_by_loops(ranked_rewards)
+
+
+def ranking_of_the_winner_only(ranked_rewards):
+    return torch.log(ranked_rewards[..., 0].exp() / ranked_rewards.exp().sum(-1))
+
+
+# ------------------------------------------------------------------------------- 6.2 sequences
+
+
+def sequence_by_loops(logits, ids, prompt_lengths, lengths):
+    rows = []
+    for row in range(len(ids)):
+        total = 0.0
+        for place in range(int(prompt_lengths[row]), int(lengths[row])):
+            chances = logits[row, place - 1].softmax(-1)
+            total += math.log(chances[ids[row, place]])
+        rows.append(total)
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def _sums(logits, ids, begin, end, *, shift=1):
+    chances = torch.log_softmax(logits, -1)
+    rows = [
+        sum((chances[b, t - shift, ids[b, t]] for t in range(int(begin[b]), int(end[b]))), torch.zeros(()))
+        for b in range(len(ids))
+    ]
+    return torch.stack([torch.as_tensor(row, dtype=torch.float64) for row in rows])
+
+
+def sequence_mean(logits, ids, prompt_lengths, lengths):
+    return _sums(logits, ids, prompt_lengths, lengths) / (lengths - prompt_lengths)
+
+
+def sequence_with_its_prompt(logits, ids, prompt_lengths, lengths):
+    return _sums(logits, ids, torch.ones_like(lengths), lengths)
+
+
+def sequence_with_its_padding(logits, ids, prompt_lengths, lengths):
+    return _sums(logits, ids, prompt_lengths, torch.full_like(lengths, ids.shape[1]))
+
+
+def sequence_off_by_one(logits, ids, prompt_lengths, lengths):
+    return _sums(logits, ids, prompt_lengths, lengths, shift=0)
+
+
+def sequence_without_its_end(logits, ids, prompt_lengths, lengths):
+    return _sums(logits, ids, prompt_lengths, lengths - 1)
+
+
+def sequence_without_its_beginning(logits, ids, prompt_lengths, lengths):
+    return _sums(logits, ids, prompt_lengths + 1, lengths)
+
+
+RIGHT = [
+    ("2.3", optimum_by_loops),
+    ("3.1", loss_by_softplus),
+    ("4.1", weight_from_the_loss),
+    ("5.1", ranking_by_loops),
+    ("6.2", sequence_by_loops),
+]
+
+WRONG = [
+    ("2.3", optimum_with_beta_upside_down, "β multiplies the reward"),
+    ("2.3", optimum_without_reference, "the reference is missing"),
+    ("2.3", optimum_not_normalised, "not normalised"),
+    ("2.3", optimum_as_probabilities, "these are probabilities"),
+    ("2.3", optimum_of_one_big_table, "normalised over the whole table"),
+    ("2.3", optimum_tilted_backwards, "tilted away from the reward"),
+    ("3.1", loss_with_beta_on_the_policy_only, "β is missing on the reference"),
+    ("3.1", loss_scaled, "did you scale the loss instead of the margin?"),
+    ("3.1", loss_without_reference, "the reference is missing"),
+    ("3.1", loss_of_the_wrong_winner, "chosen and rejected are exchanged"),
+    ("3.1", loss_without_log, "the logarithm is missing"),
+    ("3.1", loss_averaged, "mean over the batch"),
+    ("4.1", weight_of_the_confident, "σ(+margin) instead of σ(-margin)"),
+    ("4.1", weight_without_beta_in_front, "the β in front is missing"),
+    ("4.1", weight_without_beta_inside, "the β inside σ is missing"),
+    ("4.1", weight_without_reference, "the reference is missing"),
+    ("4.1", weight_with_its_sign, "minus sign"),
+    ("4.1", weight_as_the_slope_of_sigma, "σ(u)σ(-u) is the slope of σ"),
+    ("5.1", ranking_with_all_in_every_place, "all K stand in every denominator"),
+    ("5.1", ranking_from_the_wrong_end, "reads the ranking from its end"),
+    ("5.1", ranking_by_pairs, "Bradley–Terry over all pairs"),
+    ("5.1", ranking_probability, "this is the probability"),
+    ("5.1", ranking_loss, "which is a loss"),
+    ("5.1", ranking_of_the_winner_only, "only the first place"),
+    ("6.2", sequence_mean, "mean over the completion's tokens"),
+    ("6.2", sequence_with_its_prompt, "log-probs of the prompt are included"),
+    ("6.2", sequence_with_its_padding, "padding is included"),
+    ("6.2", sequence_off_by_one, "off by one"),
+    ("6.2", sequence_without_its_end, "the last token is left out"),
+    ("6.2", sequence_without_its_beginning, "the first completion token is left out"),
+]
