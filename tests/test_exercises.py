@@ -2,6 +2,7 @@
 
 import functools
 import time
+import warnings
 
 import pytest
 import student_answers
@@ -137,7 +138,7 @@ def test_a_stub_is_not_solved_yet(capsys):
 
 
 def test_a_counterexample_is_the_smallest(capsys):
-    """Without beta on the reference: one pair, everything zero but one tenth, and a beta that shows it."""
+    """Without beta on the reference: one pair, of which one number differs, and a beta that shows it."""
 
     def loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
         margin = beta * (policy_chosen - policy_rejected) - (ref_chosen - ref_rejected)
@@ -145,7 +146,7 @@ def test_a_counterexample_is_the_smallest(capsys):
 
     check("3.1", loss)
     told = capsys.readouterr().out
-    assert told.count("[0]") == 3 and told.count("[-0.1]") == 1 and "beta = 2" in told
+    assert told.count("[-0.7]") == 3 and told.count("[-0.8]") == 1 and "beta = 2" in told
     assert "β is missing on the reference" in told
 
 
@@ -164,6 +165,47 @@ def test_every_kind_of_failure_is_told():
     assert "give the check the function itself" in refusal(torch.zeros(3))
     assert "SystemExit" in refusal(lambda *_: exit())
     assert "nan" in refusal(lambda chosen, *_: chosen * torch.nan)
+
+
+def test_float32_is_accepted():
+    """`torch.tensor` of Python's numbers has seven digits; that is no mistake, and 1e-4 off is one."""
+
+    def loss(*given, off=0.0):
+        return student_answers.loss_by_softplus(*given).float() + off
+
+    assert judge("3.1", loss).status == "right"
+    assert judge("3.1", functools.partial(loss, off=1e-4)).status == "wrong"
+
+
+@pytest.mark.parametrize(
+    ("number", "answer"),
+    [("2.3", student_answers.optimum_by_loops), ("5.1", student_answers.ranking_by_loops)],
+)
+def test_a_right_answer_that_overflows_is_told_where(number, answer):
+    """Exponentials are right on paper; a long completion has none."""
+    verdict = judge(number, answer)
+    assert verdict.status == "right" and "leave the range of numbers" in verdict.message
+    assert "leave the range of numbers" not in judge(number, solution(number)).message
+
+
+@pytest.mark.parametrize("number", [number for number, exercise in EXERCISES.items() if exercise.strain])
+def test_solutions_do_not_overflow(number):
+    assert judge(number, solution(number)).message.count("\n") == 0
+
+
+def test_a_search_is_silent(capsys):
+    """A student's print appears for the one input that is shown, not for the hundreds that were tried."""
+
+    def loud(policy_chosen, *_):
+        print("here")
+        warnings.warn("there", stacklevel=1)
+        return policy_chosen
+
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        judge("3.1", loud)
+    assert capsys.readouterr().out == "here\n"
+    assert len(warned) == 1
 
 
 def test_unknown_exercises_are_refused():

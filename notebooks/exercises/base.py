@@ -20,6 +20,7 @@ from hypothesis.errors import NoSuchExample
 from torch import Tensor
 
 Given = dict[str, Any]  # the arguments of one call, by name
+SINGLE = 1e-5  # a hundred roundings of float32
 
 
 class Exercise(NamedTuple):
@@ -37,6 +38,8 @@ class Exercise(NamedTuple):
             few million roundings of float64, which no right answer needs and no mistake stays below.
         complaint: for questions with many right answers: from (answer, **arguments) to what is wrong with
             it, or None. It replaces the comparison with `expected`, which then is one right answer.
+        strain: an input at which a right formula overflows if it leaves the logarithms; a right answer is
+            told so if it does.
         central: one of the course's main results, for which five mistakes at least are known.
     """
 
@@ -48,6 +51,7 @@ class Exercise(NamedTuple):
     mistakes: dict[str, Callable[..., Any]]
     within: float = 1e-9
     complaint: Callable[..., str | None] | None = None
+    strain: Given | None = None
     central: bool = False
 
     @property
@@ -68,6 +72,11 @@ def vector(size: int, low: float = -5, high: float = 5) -> st.SearchStrategy[Ten
     """(size,) tenths, float64."""
     rows = st.lists(tenths(low, high), min_size=size, max_size=size)
     return rows.map(lambda row: torch.tensor(row, dtype=torch.float64))
+
+
+def completion_logps(size: int, low: float = -5) -> st.SearchStrategy[Tensor]:
+    """(size,) log-probabilities of completions, each below one half, so that a prompt has room for two."""
+    return vector(size, low, -0.7)
 
 
 def table(rows: int, columns: int, low: float = -5, high: float = 5) -> st.SearchStrategy[Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dpo_minimal import dpo_loss
 
-from .base import Exercise, betas, log_distribution, table, tenths, vector
+from .base import Exercise, betas, completion_logps, log_distribution, table, tenths, vector
 
 # -------------------------------------------------------------------------------------- 3.1 dpo_loss
 
@@ -19,7 +19,7 @@ def four_logps(draw):
     """Log-probabilities of B pairs under policy and reference, and beta."""
     B = draw(st.integers(1, 3))
     names = ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")
-    return {name: draw(vector(B, -5, 0)) for name in names} | {"beta": draw(betas())}
+    return {name: draw(completion_logps(B)) for name in names} | {"beta": draw(betas())}
 
 
 def minus_log_odds_share(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta) -> Tensor:
@@ -38,6 +38,13 @@ LOSS = Exercise(
     inputs=four_logps(),
     expected=minus_log_odds_share,
     source="-log of the winner's share of the strengths (π/π_ref)^β, pair by pair",
+    strain={
+        "policy_chosen": torch.tensor([-900.0], dtype=torch.float64),
+        **dict.fromkeys(
+            ("policy_rejected", "ref_chosen", "ref_rejected"), torch.tensor([-100.0], dtype=torch.float64)
+        ),
+        "beta": 1.0,
+    },
     mistakes={
         "β is missing on the reference: it multiplies the whole difference of log-ratios": (
             lambda pc, pr, rc, rr, beta: -F.logsigmoid(beta * (pc - pr) - (rc - rr))
@@ -202,6 +209,9 @@ STEP = Exercise(
         "the weight is σ(-margin): pairs in the wrong order are pushed hardest": _confident,
         "only the chosen logit moves; the rejected one goes down by as much": _step(1.0, down=0.0),
         "only the rejected logit moves; the chosen one goes up by as much": _step(1.0, up=0.0),
+        "this is the step; the logits after it are asked for": (
+            lambda theta, *rest: _step(1.0)(theta, *rest) - theta
+        ),
         "nothing moves": lambda theta, *_: theta.clone(),
     },
 )
@@ -236,6 +246,11 @@ CANONICAL = Exercise(
     inputs=rewards_and_reference(),
     expected=reward_of_the_optimum,
     source="the implicit reward of π*, which is the reward's equivalent with Z = 1",
+    strain={
+        "rewards": torch.tensor([[800.0, 0.0]], dtype=torch.float64),
+        "ref_logps": torch.tensor([[0.5, 0.5]], dtype=torch.float64).log(),
+        "beta": 1.0,
+    },
     mistakes={
         "log Z is subtracted: β log Z is in units of reward": lambda r, ref, beta: r - _log_Z(r, ref, beta),
         "the sign is reversed: subtract β log Z": lambda r, ref, beta: r + beta * _log_Z(r, ref, beta),
@@ -250,6 +265,16 @@ CANONICAL = Exercise(
         ),
         "the mean under the reference is subtracted: that makes E_ref[r] zero, not Z one": (
             lambda r, ref, beta: r - (ref.exp() * r).sum(-1, keepdim=True)
+        ),
+        "the mean reward is subtracted: that makes the mean zero, not Z one": (
+            lambda r, ref, beta: r - r.mean(-1, keepdim=True)
+        ),
+        "Z without its logarithm": lambda r, ref, beta: r - beta * _log_Z(r, ref, beta).exp(),
+        "this is log π*: leave out log π_ref, and multiply by β": (
+            lambda r, ref, beta: ref + r / beta - _log_Z(r, ref, beta)
+        ),
+        "each prompt's Z has lost its axis: keepdim=True": (
+            lambda r, ref, beta: r - beta * _log_Z(r, ref, beta).squeeze(-1)
         ),
         "this is β log Z; the reward less it is asked for": (
             lambda r, ref, beta: beta * _log_Z(r, ref, beta).squeeze(-1)

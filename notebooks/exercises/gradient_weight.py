@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dpo_minimal import dpo_loss
 
-from .base import Exercise, betas, log_distribution, vector
+from .base import Exercise, betas, completion_logps, log_distribution, vector
 
 # ------------------------------------------------------------------------------- 4.1 gradient_weights
 
@@ -19,7 +19,7 @@ def four_logps(draw):
     """Log-probabilities of B pairs under policy and reference, and beta."""
     B = draw(st.integers(1, 3))
     names = ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")
-    return {name: draw(vector(B, -3, 0)) for name in names} | {"beta": draw(betas())}
+    return {name: draw(completion_logps(B, -3.7)) for name in names} | {"beta": draw(betas())}
 
 
 def minus_slope_of_the_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta) -> Tensor:
@@ -163,6 +163,11 @@ TABULAR = Exercise(
                 len(chosen) * _right(theta, ref, chosen, rejected, beta)
             )
         ),
+        "divided by the number of completions: the loss is the mean over the pairs": (
+            lambda theta, ref, chosen, rejected, beta: (
+                len(chosen) / len(theta) * _right(theta, ref, chosen, rejected, beta)
+            )
+        ),
         "the β in front is missing": (
             lambda theta, ref, chosen, rejected, beta: _right(theta, ref, chosen, rejected, beta) / beta
         ),
@@ -235,6 +240,9 @@ SLOPE = Exercise(
         "the second term lacks β, which stands in front of σ": lambda h, beta: _slope(h, beta, inner=h),
         "this is the slope in h; the question is the one in β": (
             lambda h, beta: -(beta**2) * torch.sigmoid(beta * h) * torch.sigmoid(-beta * h)
+        ),
+        "σ(-βh) twice: the slope of σ(-t) is -σ(t)σ(-t)": (
+            lambda h, beta: torch.sigmoid(-beta * h) * (1 - beta * h * torch.sigmoid(-beta * h))
         ),
         "this is the weight itself, not its slope": lambda h, beta: beta * torch.sigmoid(-beta * h),
     },

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dpo_minimal import dpo_loss
 
-from .base import Exercise, vector
+from .base import Exercise, completion_logps, vector
 
 # ------------------------------------------------------------------------- 7.1 flipped_probability
 
@@ -76,7 +76,7 @@ def pairs_and(draw, **more):
     names = ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")
     beta = draw(st.sampled_from([1.0, 2.0, 0.5, 0.1, 3.0]))
     rest = {name: draw(strategy) for name, strategy in more.items()}
-    return {name: draw(vector(B, -2, 0)) for name in names} | {"beta": beta} | rest
+    return {name: draw(completion_logps(B, -2.7)) for name in names} | {"beta": beta} | rest
 
 
 def _both_labels(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta) -> tuple[Tensor, Tensor]:

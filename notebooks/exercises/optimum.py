@@ -8,6 +8,18 @@ from torch import Tensor
 
 from .base import Exercise, betas, log_distribution, table
 
+# Where exponentials leave the range of float64: a long completion, and rewards of hundreds of nats.
+LONG_COMPLETIONS = {
+    "ref_logps": torch.tensor([[-800.0, 0.0]], dtype=torch.float64),
+    "rewards": torch.zeros(1, 2, dtype=torch.float64),
+    "beta": 1.0,
+}
+LARGE_REWARDS = {
+    "ref_logps": torch.tensor([[0.5, 0.5]], dtype=torch.float64).log(),
+    "rewards": torch.tensor([[800.0, 0.0]], dtype=torch.float64),
+    "beta": 1.0,
+}
+
 # --------------------------------------------------------------------------------- 2.1 the KL divergence
 
 
@@ -181,6 +193,7 @@ OPTIMUM = Exercise(
     inputs=world_and_beta(),
     expected=shares_of_tilted,
     source="the logarithms of the shares of π_ref · e^(r/β), number by number",
+    strain=LONG_COMPLETIONS,
     mistakes={
         "β multiplies the reward: π* has e^(r/β), so that a high price keeps π* at the reference": (
             lambda ref_logps, rewards, beta: (ref_logps + beta * rewards).log_softmax(-1)
@@ -206,6 +219,9 @@ OPTIMUM = Exercise(
         ),
         "π_ref is added where log π_ref belongs: factors multiply, their logarithms add": (
             lambda ref_logps, rewards, beta: (ref_logps.exp() + rewards / beta).log_softmax(-1)
+        ),
+        "each prompt's log Z has lost its axis: keepdim=True": (
+            lambda ref_logps, rewards, beta: (lambda t: t - t.logsumexp(-1))(ref_logps + rewards / beta)
         ),
         "normalised over the prompts: the completions of each prompt sum to one, dim -1": (
             lambda ref_logps, rewards, beta: (ref_logps + rewards / beta).log_softmax(0)
@@ -240,6 +256,7 @@ VALUE = Exercise(
     inputs=world_and_beta(),
     expected=value_at_the_optimum,
     source="the objective of π*: its reward less β times its divergence, completion by completion",
+    strain=LARGE_REWARDS,
     mistakes={
         "this is log Z: multiply by β": (
             lambda ref_logps, rewards, beta: (ref_logps + rewards / beta).logsumexp(-1)

@@ -60,6 +60,7 @@ LOGPROB = Exercise(
     inputs=ranked(),
     expected=one_after_the_other,
     source="one place after the other: the share of the strengths still there, then strike it off",
+    strain={"ranked_rewards": torch.tensor([0.0, 800.0], dtype=torch.float64)},
     mistakes={
         "all K stand in every denominator: those already placed no longer take part": (
             lambda r: (r - r.logsumexp(-1, keepdim=True)).sum(-1)
@@ -71,6 +72,9 @@ LOGPROB = Exercise(
         ),
         "rewards change sign: a high reward makes an early place likely": (
             lambda r: (-r - _left(-r)).sum(-1)
+        ),
+        "the rewards were sorted first: they come in as the completions were ranked": (
+            lambda r: (lambda s: (s - _left(s)).sum(-1))(r.sort(-1, descending=True).values)
         ),
         "this multiplies Bradley–Terry over all pairs, which are not independent": _pairwise,
         "this multiplies Bradley–Terry over neighbours: place k is chosen from all still left": _neighbours,

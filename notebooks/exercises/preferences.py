@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
-from .base import Exercise, vector
+from .base import SINGLE, Exercise, vector
 
 # ------------------------------------------------------------------- 1.1 the probability of a preference
 
@@ -176,6 +176,9 @@ GRADIENT = Exercise(
         "the rewards are not looked at: who beats whom how often depends on them": (
             lambda rewards, wins: _excess(torch.zeros_like(rewards), wins) / wins.sum()
         ),
+        "every comparison is counted twice: wins + wins.T sums to two for each": (
+            lambda rewards, wins: _excess(rewards, wins) / (wins + wins.T).sum()
+        ),
         "rates instead of counts: a pair counts as often as it was compared": (
             lambda rewards, wins: _rate_excess(rewards, wins) / wins.sum()
         ),
@@ -211,6 +214,7 @@ def unexplained(answer, preferences) -> str | None:
         rewards = torch.as_tensor(answer, dtype=torch.float64).detach()
     except (TypeError, ValueError, RuntimeError):
         return f"it should be a tensor of {Y} rewards"
+    within = SINGLE if getattr(answer, "dtype", None) == torch.float32 else 1e-9
     if rewards.shape != (Y,):
         return f"the shape should be {(Y,)}, yours is {tuple(rewards.shape)}"
     if not rewards.isfinite().all():
@@ -219,7 +223,7 @@ def unexplained(answer, preferences) -> str | None:
         for j, wanted in enumerate(row):
             lead = (rewards[i] - rewards[j]).item()
             chance = 1 / (1 + math.exp(-lead)) if abs(lead) < 700 else float(lead > 0)
-            if not abs(chance - wanted) <= 1e-9:
+            if not abs(chance - wanted) <= within:
                 return f"under these rewards preferences[{i}, {j}] is {chance:.5g}, it should be {wanted:.5g}"
     return None
 

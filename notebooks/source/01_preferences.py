@@ -41,7 +41,7 @@ print("σ(r₂ - r₁)           ", torch.sigmoid(rewards[1] - rewards[0]).round
 print("all, row over column:", dpo.preference_matrix(rewards).round(decimals=4), sep="\n")
 
 # %% [markdown]
-# **Predict before you run.** We let people choose 50 times at each of nine differences of rewards. The bars reach one standard error up and down. How many of the nine points do you expect to miss the curve by more than their bar?
+# **Predict before you run.** We let people choose 50 times at each of nine differences of rewards. The bars reach one standard error up and down. A normal variable is further than one standard error from its mean 32 % of the time. So how many of the nine points do you expect to miss the curve by more than their bar?
 
 # %%
 generator, choices = torch.Generator().manual_seed(9), 50
@@ -197,7 +197,7 @@ def fit(data, steps=400):
 
 
 # %%
-exists = torch.ones(1, 5, dtype=torch.bool)
+exists = torch.ones(1, 5, dtype=torch.bool)  # one prompt has all five completions
 generator = torch.Generator().manual_seed(1)
 samples = {
     number: dpo.sample_pairs(five[None], number, slate=dpo.all_sets(exists), generator=generator)
@@ -232,7 +232,7 @@ figures.show(figure, "Five true rewards and two fits with error bars; 1,600 choi
 #
 # Add the same number to all rewards of a prompt. Both rewards of a comparison move, and their difference stays. This is Lemma 1 of the paper ([D6.2]): such rewards are *equivalent*, they make the same preferences. The converse holds too: preferences give back every difference, as log-odds. So people's choices determine a reward up to one constant for each prompt, and we may choose the constant; the fits above have mean zero.
 #
-# **Predict before you run.** Of the three rewards below $r$, one makes other preferences than $r$. Which one?
+# **Predict before you run.** The next cell changes $r$ in three ways. Which of the three no longer makes the preferences of $r$?
 
 # %%
 true = dpo.preference_matrix(rewards)
@@ -298,10 +298,10 @@ unanimous = dpo.tally(torch.zeros(7, dtype=torch.long), torch.tensor([[0, 1]] * 
 try:
     dpo.maximum_likelihood(unanimous, torch.ones(1, 2, dtype=torch.bool))
 except dpo.InputError as error:
-    print(str(error).replace("; ", "\n"))
+    print("refused:", str(error).partition("(")[2].partition(";")[0])
 
 # %% [markdown] tags=["answer"]
-# **What happened.** The dashed line never stops: each time the number of steps doubles, it rises by about as much again, $\log2$ ([D11.6]). Where it stands when training ends says how long we trained, not what people think. The library refuses such data, and names the completions at fault. With the prior the odds stay finite.
+# **What happened.** The dashed line never stops: each time the number of steps doubles, it rises by about as much again, $\log2$ ([D11.6]). Where it stands when training ends says how long we trained, not what people think. The library refuses such data, and names a completion at fault (it counts from 0). With the prior the odds stay finite.
 
 # %% [markdown]
 # ## An open question

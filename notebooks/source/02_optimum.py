@@ -37,10 +37,10 @@ print("KL(π‖π_ref)  ", dpo.kl_divergence(policy.log(), reference.log()).roun
 print("KL(π_ref‖π)  ", dpo.kl_divergence(reference.log(), policy.log()).round(decimals=4))
 
 # %% [markdown]
-# **Predict before you run.** Let $p$ be the probability of the second completion under $\pi$, from 0 to 1. Where are the two divergences zero? Which of them has no limit as $p$ goes to 0 or 1?
+# **Predict before you run.** Let $p$ be the probability of the second completion under $\pi$, from 0 to 1. Where are the two divergences zero? Which of them grows without bound as $p$ goes to 0 or 1?
 
 # %%
-p = torch.linspace(0, 1, 2001, dtype=torch.float64)
+p = torch.linspace(-18, 18, 2001, dtype=torch.float64).sigmoid()  # closest together near 0 and 1
 coins = torch.stack([1 - p, p], -1).log()  # (2001, 2): all policies over two completions
 fixed = reference.log().expand_as(coins)
 figure, axes = plt.subplots()
@@ -50,7 +50,7 @@ axes.axvline(0.2, color=figures.REFERENCE, linestyle=":")
 axes.text(0.21, 2.2, "π_ref")
 axes.set(xlabel="p, the probability of y₂ under π", ylabel="divergence (nats)", ylim=(0, 2.5))
 axes.legend(loc="upper center")
-figures.show(figure, "Two curves are zero at the reference; towards the sides only one stays finite.")
+figures.show(figure, "Two curves are zero at the reference; at the sides one of them leaves the picture.")
 
 # %% [markdown] tags=["answer"]
 # **What happened.** Both are zero where $\pi=\pi_{\rm ref}$. Elsewhere they differ, but for one point where they happen to cross: the divergence is not symmetric. $\mathrm{KL}(\pi\Vert\pi_{\rm ref})$ stays finite where $\pi$ gives up a completion, because $0\log0=0$. $\mathrm{KL}(\pi_{\rm ref}\Vert\pi)$ does not: it averages under the reference, which goes on saying what $\pi$ never says.
@@ -77,7 +77,7 @@ check("2.1", kl)
 # %% [markdown]
 # ## What we want
 #
-# High reward, close to the reference: each nat of divergence costs $\beta$ units of reward (Eq. 3, [D3.2]).
+# High reward, close to the reference: each nat of divergence costs $\beta$ units of reward (Eq. 3, [D3.2]). A reward may have any unit here; if people choose by Bradley–Terry, as in notebook 1, it is the nat.
 #
 # $$J(\pi)=E_\pi[r(x,y)]-\beta\,\mathrm{KL}(\pi\Vert\pi_{\rm ref}),\qquad\beta>0.$$
 #
@@ -177,7 +177,7 @@ check("2.3", optimal_logps)
 # %% [markdown]
 # ## What β does
 #
-# Rewards and $\beta$ enter only through $r/\beta$ ([D3.5]): twice the reward at twice the price changes nothing.
+# Rewards and $\beta$ enter only through $r/\beta$ ([D3.5]): twice the reward at twice the price leaves $\pi^*$ as it is.
 #
 # **Predict before you run.** Below are the same four completions. What is $\pi^\ast$ when $\beta$ is very large, and when it is very small? And $y_2$, which has the second best reward: as $\beta$ falls, does its bar grow, shrink, or first one and then the other?
 

@@ -35,7 +35,7 @@ figures.use_style()
 
 # %%
 ref_logps = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
-rewards = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
+rewards = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
 beta = 0.5
 optimal = dpo.optimal_logps(ref_logps, rewards, beta=beta)
 implicit = beta * (optimal - ref_logps)
@@ -71,7 +71,7 @@ figures.show(
 #
 # $$\ell_{\rm DPO}=-\log\sigma(u),\qquad u=\beta\log\frac{\pi_\theta(y_w)}{\pi_{\rm ref}(y_w)}-\beta\log\frac{\pi_\theta(y_l)}{\pi_{\rm ref}(y_l)}.$$
 #
-# $u$ is the *margin*: by how much the policy's implicit reward puts the chosen completion above the rejected one.
+# Here $\pi_\theta$ is the policy that is being trained, and $u$ is the *margin*: by how much the policy's implicit reward puts the chosen completion above the rejected one.
 
 # %% [markdown]
 # ### Exercise 3.1: the loss
@@ -131,21 +131,26 @@ for _ in range(120):
     (gradient,) = torch.autograd.grad(loss, theta)
     losses.append(loss.item())
     path.append(logps.detach().exp())
-    theta.data -= 2 / beta**2 * gradient  # never too long a step [D5.2]
+    theta.data -= 2 / beta**2 * gradient  # a step that never raises the loss
+
+# %%
+floor = pairs.weight @ dpo.bradley_terry_loss(rewards[chosen], rewards[rejected])
+print(f"last loss {losses[-1]:.6f}, entropy of the choices {floor:.6f}")
+print(f"largest error of a log-probability: {(path[-1].log() - optimal).abs().max():.0e}")
 
 # %%
 figure, (left, right) = plt.subplots(1, 2)
 left.plot(losses, color=figures.BLUE)
-left.axhline(torch.tensor(2.0).log(), color=figures.BLACK, linestyle=":")
-left.text(60, 0.685, "log 2", va="top")
-left.set(xlabel="gradient step", ylabel="loss (nats)")
+for level, name in ((torch.tensor(2.0).log(), "log 2"), (floor, "entropy of the choices")):
+    left.axhline(level, color=figures.BLACK, linestyle=":")
+    left.text(120, level - 0.004, name, va="top", ha="right")
+left.set(xlabel="gradient step", ylabel="loss (nats)", ylim=(0.49, 0.71))
 for y, colour in enumerate([figures.BLUE, figures.ORANGE, figures.GREEN]):
     right.plot([p[y] for p in path], color=colour)
     right.axhline(optimal[y].exp(), color=colour, linestyle=":")
     right.text(122, path[-1][y], f"y{'₁₂₃'[y]}", color=colour, va="center")
 right.set(xlabel="gradient step", ylabel="π(y), dotted: π*", ylim=(0, 1))
 figures.show(figure, "The loss falls from log 2 to a floor above zero; three lines reach the dotted π*.")
-print(f"largest error of a log-probability: {(path[-1].log() - optimal).abs().max():.1e}")
 
 # %% [markdown] tags=["answer"]
 # **What happened.** The margin is zero at the reference, so the loss starts at $-\log\sigma(0)=\log2$. It ends at the *entropy* of people's choices: they contradict themselves, and no policy can predict better than the coin they toss ([D4.4]). Only labels without noise would let it go to zero, and then no finite policy is best.
@@ -174,13 +179,13 @@ check("3.3", dpo_step)
 # %% [markdown]
 # ## It does not matter which pairs you show
 #
-# The closed form does not know which pairs people were asked about, so neither may the answer ([D4.4]). Below only neighbours on a ring are compared, and some of them thirty times as often as others.
+# The closed form does not know which pairs people were asked about, so neither may the answer: as long as the pairs connect all completions, people choose by Bradley–Terry, their probabilities are exact, and the policy may be any table ([D4.4]). Below only neighbours on a ring are compared, and some of them ten times as often as others.
 #
 # **Predict before you run.** Which of these changes: the path of training, its speed, its end?
 
 
 # %%
-def distances(slate, world, steps=600):
+def distances(slate, world, steps=900):
     """KL(π || π*) along the path of training on the pairs of a slate."""
     policy, pairs = dpo.TabularPolicy(world.ref_logps), dpo.expected_pairs(world.rewards, slate)
     optimizer = torch.optim.SGD(policy.parameters(), lr=safe_learning_rate(pairs, beta=beta))
@@ -198,14 +203,14 @@ def distances(slate, world, steps=600):
 generator = torch.Generator().manual_seed(0)
 world = dpo.random_bandit(1, 6, generator=generator)
 ring = dpo.random_cycles(world.exists, cycles=1, generator=generator)
-uneven = ring._replace(weight=ring.weight * torch.tensor([1, 30, 1, 30, 1, 30.0]))
+uneven = ring._replace(weight=ring.weight * torch.tensor([1, 10, 1, 10, 1, 10.0]))
 slates = {"all pairs": dpo.all_sets(world.exists), "a ring": ring, "a ring, unevenly": uneven}
 figure, axes = plt.subplots()
 for name, slate in slates.items():
     axes.semilogy(distances(slate, world), label=name)
 axes.set(xlabel="gradient step", ylabel="KL(π‖π*) (nats)", ylim=(1e-12, 10))
 axes.legend()
-figures.show(figure, "Three straight lines fall on a logarithmic axis, at different rates, towards zero.")
+figures.show(figure, "Three curves fall on a logarithmic axis; that of the uneven ring is the slowest.")
 
 # %% [markdown] tags=["answer"]
 # **What happened.** The path and the speed change, the end does not: whatever pairs connect all completions determine all differences of rewards, and so the policy. Uneven pairs only take longer.
@@ -222,7 +227,7 @@ figures.show(figure, "Three straight lines fall on a logarithmic axis, at differ
 # **Predict before you run.** Below are three equivalent rewards. Where does $f$ send each of them?
 
 # %%
-kinds = {"r": rewards, "r + 1": rewards + 1, "r - 2": rewards - 2}
+kinds = {"r": rewards, "r + 1": rewards + 1, "r - 3": rewards - 3}
 figure, axes = plt.subplots()
 for (name, kind), style in zip(kinds.items(), ["o-", "s--", "^:"]):
     projected = dpo.canonical_reward(kind, ref_logps, beta=beta)
@@ -240,7 +245,7 @@ figures.show(figure, "Three parallel black lines, and the blue one where f sends
 # %% [markdown]
 # ### Exercise 3.4: the reward with Z = 1
 #
-# *5 minutes.* Return $f(r)$ for each of $X$ prompts, by Eq. 8.
+# *5 minutes.* Return $f(r)$ for each of $X$ prompts, by Eq. 8. What is projected comes first: mind the order of the arguments.
 
 
 # %% tags=["exercise"]

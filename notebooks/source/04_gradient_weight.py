@@ -4,7 +4,7 @@
 # **Before this:** notebook 3, or what it shows: the DPO loss −log σ(u) of the margin u, β times the chosen completion's log-ratio minus the rejected one's ·
 # **Read:** 20 minutes · **Solve:** 35 minutes · **Difficulty:** ●●○ · **Derivations:** [D5.1], [D5.3], [D5.4], [D12.7], [D14.5]
 #
-# **The claim.** Training follows the gradient, so the gradient *is* what DPO does. For each pair it raises the chosen completion and lowers the rejected one, and one number says how hard: the *gradient weight* β·σ(−u). It is large where the policy orders the pair wrongly and fades where it is right and sure. That fading is what lets training come to rest.
+# **The claim.** Training follows the gradient, so the gradient *is* what DPO does. Each pair pulls its chosen completion up and its rejected one down, and one number says how hard: the *gradient weight* β·σ(−u). It is large where the policy orders the pair wrongly and fades where it is right and sure. That fading is what lets training come to rest.
 
 # %% tags=["setup"]
 import sys
@@ -119,7 +119,7 @@ check("4.2", tabular_gradient)
 # %% [markdown]
 # ## Reading the weight
 #
-# The weight depends on the margin alone ([D5.4]).
+# For a given β the weight depends on the margin alone ([D5.4]).
 #
 # **Predict before you run.** Where is it $\beta/2$? Which pairs are above that? How far can it rise, how far fall?
 
@@ -152,7 +152,7 @@ figure, axes = plt.subplots()
 for h, style, label in [(-1, "-", 1.3), (0, "--", 2.15), (0.4, "-", 4), (0.7, "--", 4), (1.4, ":", 4)]:
     weights = betas * torch.sigmoid(-betas * h)
     axes.plot(betas, weights, style)
-    axes.text(label + 0.05, weights[betas <= label][-1], f"h = {h}", va="center")
+    axes.text(label + 0.05, weights[betas <= label][-1], f"h = {h}", va="center" if h > 0 else "top")
     if h > 0:
         top = weights.argmax()
         axes.plot(betas[top], weights[top], "o", color=figures.BLACK)
@@ -220,7 +220,7 @@ for share, style, x, y in [(0.95, "--", 200, 0.73), (0.5, "-", 25, 0.3), (0.1, "
     left.semilogx(steps, weights.quantile(share, -1) / beta, style, color=figures.BLUE)
     left.text(x, y, f"{share:.0%}")
 wrong, silent = (weights > beta / 2).double(), (weights < beta / 20).double()
-right.semilogx(steps, wrong.mean(-1), color=figures.ORANGE, label="wrong order: above β/2")
+right.semilogx(steps[1:], wrong.mean(-1)[1:], color=figures.ORANGE, label="wrong order: above β/2")
 right.semilogx(steps, silent.mean(-1), "--", color=figures.GREEN, label="nearly silent: below β/20")
 left.set(xlabel="gradient step", ylabel="quantiles of weight ÷ β", ylim=(-0.03, 1))
 right.set(xlabel="gradient step", ylabel="share of the pairs", ylim=(-0.03, 1))
@@ -242,7 +242,8 @@ print(f"largest difference of two bars: {(sums[0] - sums[1]).abs().max():.1e}")
 figure, axes = plt.subplots()
 axes.bar(torch.arange(8) - 0.2, sums[0], 0.36, color=figures.BLACK, label="up, where chosen")
 axes.bar(torch.arange(8) + 0.2, sums[1], 0.36, color=figures.ORANGE, label="down, where rejected")
-axes.set(xticks=range(8), xlabel="completion", ylabel="sum of the weights of its pairs", ylim=(0, 7))
+axes.set(xticks=range(8), ylim=(0, 7))
+axes.set(xlabel="completion, numbered from 0", ylabel="sum of the weights of its pairs")
 axes.legend(loc="upper left")
 figures.show(figure, "The weights that pull each of eight completions up and down: bars of equal height.")
 

@@ -2,7 +2,7 @@
 # # 5 · Rankings: Plackett–Luce
 #
 # **Before this:** notebooks 1 and 3, or what they show: Bradley–Terry, σ(r₁ − r₂), and the DPO loss, which puts β log(π/π_ref) in place of a reward ·
-# **Read:** 20 minutes · **Solve:** 30 minutes · **Difficulty:** ●●○ · **Derivations:** [D8.1], [D8.2], [D8.3], [D8.4]
+# **Read:** 30 minutes · **Solve:** 30 minutes · **Difficulty:** ●●○ · **Derivations:** [D8.1], [D8.2], [D8.3], [D8.4]
 #
 # **The claim.** People may rank K answers instead of choosing between two. The Plackett–Luce model builds a ranking from the top, and for K = 2 it is Bradley–Terry. All that made DPO work is still there: Z cancels, what is left is a loss of log-ratios, and its optimum is the same π\*.
 
@@ -37,7 +37,7 @@ print("second place, y₁ being first:", strengths[1:] / strengths[1:].sum())
 print("y₁ before y₂ before y₃:      ", 3 / 6 * 2 / 3 * 1 / 1)
 
 # %% [markdown]
-# **Predict before you run.** There are six orders. Which is the least likely? How likely is $y_3$, the weakest, to come first?
+# **Predict before you run.** There are six orders. Which is the least likely? How likely is $y_3$, the weakest, to come second?
 
 # %%
 orders = torch.tensor(list(permutations(range(3))))
@@ -49,10 +49,10 @@ axes.bar_label(bars, fmt="%.3f", padding=3)
 axes.set(xticks=range(6), xticklabels=names, ylim=(0, 0.4))
 axes.set(xlabel="order, best first", ylabel="probability")
 figures.show(figure, "Bars of the probabilities of six orders; the order by strength is the most likely.")
-print(f"sum over all orders: {chances.sum():.12f}; y₃ comes first: {chances[4:].sum():.4f}")
+print(f"sum over all orders: {chances.sum():.12f}; y₃ comes second: {chances[[1, 3]].sum():.4f}")
 
 # %% [markdown] tags=["answer"]
-# **What happened.** The order by strength is the most likely and its reverse the least. The two orders that begin with $y_3$ have its share of all strengths between them. The six sum to one, as they must: at every place, someone is chosen.
+# **What happened.** The order by strength is the most likely and its reverse the least. $y_3$ comes second more often than first: whoever has been struck off no longer stands in its way. The six sum to one, as they must: at every place, someone is chosen.
 
 # %% [markdown]
 # With $\tau(k)$ the completion in place $k$, the probability of a ranking is the product over its places (Eq. 18, [D8.1]):
@@ -144,7 +144,7 @@ print("DPO of the pair:", dpo.dpo_loss(*policy.T, *reference.T, beta=beta).losse
 #
 # In the DPO loss of a pair the chosen completion is pulled up and the rejected one down, by the same gradient weight. In a ranking each place has a weight of its own, the coefficient of $-\nabla\log\pi(y_{\tau(k)})$ ([D8.4]):
 #
-# $$w_k=\beta\Big(1-\sum_{i\le k}P\big(y_{\tau(k)}\ \mathrm{takes\ place}\ i\mid\mathrm{those\ left}\big)\Big).$$
+# $$w_k=\beta\Big(1-\sum_{i\le k}P\big(y_{\tau(k)}\ \mathrm{takes\ place}\ i\mid\mathrm{those\ left\ at\ place}\ i\big)\Big).$$
 #
 # Each completion is pulled up once, for the place it took, and down for all the places for which it was considered.
 #
@@ -162,7 +162,7 @@ for (name, logratios), (colour, style) in zip(kinds.items(), styles):
     print(f"{name}: the weights sum to {weights.sum().abs():.1e}")
 axes.set(xticks=places, xlabel="place in the ranking", ylabel="gradient weight ÷ β")
 axes.legend()
-figures.show(figure, "Weights by place: above zero in front, below it behind; least if sure of this order.")
+figures.show(figure, "Weights by place: above zero in front, below behind; near zero if sure of this order.")
 
 # %% [markdown] tags=["answer"]
 # **What happened.** At the reference the front is pulled up and the back down, but not evenly. The first was considered once, and its weight is β at most; the last was considered at every place and passed over at all but one, so it is pulled down hardest. A policy that is sure of this order is hardly pulled at all, and one that is sure of the reverse is pulled hardest. The weights always sum to zero.
@@ -172,7 +172,7 @@ figures.show(figure, "Weights by place: above zero in front, below it behind; le
 #
 # Six completions, exact probabilities of all rankings of all sets of $K$ of them, gradient descent on a table of logits from the reference.
 #
-# **Predict before you run.** Compare $K=2$ (pairs), $K=3$ and $K=6$ (everybody is ranked). Do they end at the same policy?
+# **Predict before you run.** Compare $K=2$ (pairs), $K=3$ and $K=6$ (everybody is ranked). Do they end at the same policy? (Each $K$ has its own longest safe step. So compare where the lines end, not how steep they are.)
 
 
 # %%
@@ -202,12 +202,12 @@ axes.legend()
 figures.show(figure, "Three lines fall on a logarithmic axis towards zero, for rankings of 2, 3 and 6.")
 
 # %% [markdown] tags=["answer"]
-# **What happened.** Same end, different paths. (Do not read much into the number of steps: each $K$ has a step length of its own, one that is known to be safe.) The argument is that of pairs: the expected loss exceeds the entropy of people's rankings by a divergence, which is zero exactly where the implicit rewards are the true ones up to a constant.
+# **What happened.** Same end, different paths. The argument is that of pairs: the expected loss exceeds the entropy of people's rankings by a divergence, which is zero exactly where the implicit rewards are the true ones up to a constant.
 
 # %% [markdown]
 # ## Where the model comes from
 #
-# There is a second picture, with no places in it. Each completion makes an impression $r_y+G_y$ with independent noise, and people sort their impressions. If the noise follows Gumbel's law, $P(G\le g)=e^{-e^{-g}}$, both pictures give every ranking the same probability. For two completions it is one integral ([D8.2]):
+# There is a second picture, with no places in it. Each completion makes an impression $r_y+G_y$ with independent noise, and people sort their impressions. If the noise follows Gumbel's law, $P(G\le g)=e^{-e^{-g}}$, both pictures give every ranking the same probability. For two completions that takes one integral ([D8.2]): if $G_1=g$, the first is preferred where $G_2\le g+r_1-r_2$, so
 #
 # $$\int_{-\infty}^\infty e^{-g-e^{-g}}\,e^{-e^{-(g+r_1-r_2)}}\,dg=\int_0^\infty e^{-t(1+e^{r_2-r_1})}\,dt=\sigma(r_1-r_2),\qquad t=e^{-g}.$$
 #
@@ -254,7 +254,7 @@ axes.bar(range(6), chances, 0.8, color=figures.SKY, label="Plackett–Luce")
 ways = [("o", figures.BLACK, "Gumbel noise"), ("x", figures.RED, "normal noise")]
 for side, share, (marker, colour, name) in zip([-0.15, 0.15], shares, ways):
     at = torch.arange(6) + side
-    axes.errorbar(at, share, two_errors, fmt=marker, color=colour, label=name, capsize=6)
+    axes.errorbar(at, share, two_errors, fmt=marker, color=colour, label=f"{name} ± 2 errors", capsize=6)
 axes.set(xticks=range(6), xticklabels=names, ylim=(0, 0.4))
 axes.set(xlabel="order, best first", ylabel="probability")
 axes.legend()
@@ -331,10 +331,10 @@ for column, colour, name in [(0, figures.BLACK, "true error"), (1, figures.ORANG
 axes.set(xticks=range(3), xticklabels=ways, xlabel="what the rewards were estimated from")
 axes.set(ylabel="error of a reward (nats)", ylim=(0, 0.3))
 axes.legend()
-figures.show(figure, "True and claimed errors agree, but not where rankings were cut into pairs.")
+figures.show(figure, "True and claimed errors nearly agree, but not where rankings were cut into pairs.")
 
 # %% [markdown] tags=["answer"]
-# **What happened.** Cut into pairs, rankings still lead to the rewards, with a slightly larger error. But one person's ranking is then counted as fifteen opinions, and the error that is claimed is the one that fifteen independent answers would have. The likelihood of whole rankings claims about the error that it makes.
+# **What happened.** Cut into pairs, rankings still lead to the rewards, and the estimate loses little. What is wrong is the error that it claims: one person's ranking is counted as fifteen opinions, and the claim is the one that fifteen independent answers would deserve. The likelihood of whole rankings claims about the error that it makes.
 
 # %% [markdown]
 # ## An open question

@@ -64,7 +64,7 @@ print(f"log π(y|x) = {logps[1:4].sum():.3f}")
 # **What happened.** The three filled bars. The prompt is a condition: the policy did not choose it. The first `.` is a decision like any other, to stop here and not to go on. The second and third `.` were never said. The first completion token stands at position 2 and is predicted at position 1, the last one of the prompt.
 
 # %% [markdown]
-# By the chain rule of probability (Eq. 6.1, [D9.1]):
+# By the chain rule of probability ([D9.1]):
 #
 # $$\log\pi(y|x)=\sum_t\log\pi(y_t\mid x,y_{<t}).$$
 #
@@ -78,7 +78,7 @@ print(f"log π(y|x) = {logps[1:4].sum():.3f}")
 
 # %% tags=["exercise"]
 def completion_mask(prompt_lengths, lengths, T):
-    """(B,) and (B,) counts, a width -> (B, T) booleans, True at completion tokens (Eq. 6.1)."""
+    """(B,) and (B,) counts, a width -> (B, T) booleans, True at completion tokens (D9.1)."""
     ### BEGIN SOLUTION
     position = torch.arange(T)
     return (position >= prompt_lengths[:, None]) & (position < lengths[:, None])
@@ -96,7 +96,7 @@ check("6.1", completion_mask)
 
 # %% tags=["exercise"]
 def sequence_logps(logits, ids, prompt_lengths, lengths):
-    """(B, T, V) logits, (B, T) tokens, two (B,) counts -> (B,) log π(y|x), in nats (Eq. 6.1)."""
+    """(B, T, V) logits, (B, T) tokens, two (B,) counts -> (B,) log π(y|x), in nats (D9.1)."""
     ### BEGIN SOLUTION
     logps = logits[:, :-1].log_softmax(-1)
     logps = logps.gather(-1, ids[:, 1:, None]).squeeze(-1)  # (B, T-1), of the tokens 1 to T-1
@@ -179,11 +179,11 @@ def next_token_logps(logps):
 check("6.3", next_token_logps)
 
 # %% [markdown]
-# There is a second way to the same conditionals, which shows *why* π\* likes a token. Give each prefix $h$ a value. A whole completion is worth its reward, and a shorter prefix the soft maximum of what may follow (Eq. 6.2, [D9.2]):
+# There is a second way to the same conditionals, which shows *why* π\* likes a token. Give each prefix $h$ a value. A whole completion is worth its reward, and a shorter prefix the soft maximum of what may follow ([D9.2]):
 #
 # $$V(h)=\beta\log\sum_a\pi_{\rm ref}(a|h)\,e^{V(ha)/\beta},\qquad V(y)=r(y).$$
 #
-# Then π\* tilts the reference's next token by the rise in value (Eq. 6.3, [D9.2]):
+# Then π\* tilts the reference's next token by the rise in value ([D9.2]):
 #
 # $$\pi^\ast(a|h)=\pi_{\rm ref}(a|h)\,e^{(V(ha)-V(h))/\beta}.$$
 #
@@ -224,7 +224,7 @@ figures.show(figure, "Four bars: reference at one half, average reward below it,
 
 # %% tags=["exercise"]
 def soft_values(ref_logps, rewards, beta):
-    """(P, V) next-token log-probabilities, (P, V) rewards -> (P,) values, in nats of reward (Eq. 6.2)."""
+    """(P, V) next-token log-probabilities, (P, V) rewards -> (P,) values, in nats of reward (D9.2)."""
     ### BEGIN SOLUTION
     return beta * (ref_logps + rewards / beta).logsumexp(-1)
     ### END SOLUTION
@@ -301,7 +301,7 @@ figures.show(
 # %% [markdown]
 # ## Token by token
 #
-# Only whole completions were compared, but the trained GPT has an opinion about every token: its log-ratio $\log\frac{\pi(y_t|x,y_{<t})}{\pi_{\rm ref}(y_t|x,y_{<t})}$. By Eq. 6.3, β times these log-ratios are steps of the value, and the steps add up (Eq. 6.4, [D9.3]):
+# Only whole completions were compared, but the trained GPT has an opinion about every token: its log-ratio $\log\frac{\pi(y_t|x,y_{<t})}{\pi_{\rm ref}(y_t|x,y_{<t})}$. By the last equation before the coin, β times these log-ratios are steps of the value, and the steps add up ([D9.3]):
 #
 # $$\beta\sum_{s\le t}\log\frac{\pi^\ast(y_s|x,y_{<s})}{\pi_{\rm ref}(y_s|x,y_{<s})}=V(y_{\le t})-V(x),\qquad V(x)=\beta\log Z(x).$$
 #

@@ -25,7 +25,7 @@ figures.use_style()
 # %% [markdown]
 # ## Labels that were flipped
 #
-# Take two completions whose rewards differ by $r_1-r_2$. People choose the first with probability $p=\sigma(r_1-r_2)$. Then something goes wrong, a slip of the finger or a wrong column, and a share $\varepsilon$ of all labels is reversed (Eq. 7.1, [D2.3]):
+# Take two completions whose rewards differ by $r_1-r_2$. People choose the first with probability $p=\sigma(r_1-r_2)$. Then something goes wrong, a slip of the finger or a wrong column, and a share $\varepsilon$ of all labels is reversed ([D2.3]):
 #
 # $$\tilde p=(1-\varepsilon)\,p+\varepsilon\,(1-p)=\varepsilon+(1-2\varepsilon)\,p.$$
 #
@@ -62,7 +62,7 @@ figures.show(
 
 # %% tags=["exercise"]
 def flipped_probability(p, flip):
-    """(B,) probabilities, a share of reversed labels -> (B,) probabilities (Eq. 7.1)."""
+    """(B,) probabilities, a share of reversed labels -> (B,) probabilities (D2.3)."""
     ### BEGIN SOLUTION
     return (1 - flip) * p + flip * (1 - p)
     ### END SOLUTION
@@ -76,11 +76,11 @@ check("7.1", flipped_probability)
 #
 # Write $\ell(u)=-\log\sigma(u)$ for DPO's loss of a margin $u$; then $\ell(-u)$ is the loss of the opposite label. If a label is wrong with probability $\varepsilon$, two things come to mind.
 #
-# *Conservative* DPO trusts each label less, and mixes in the loss of the opposite one (Eq. 7.2, [D12.2]):
+# *Conservative* DPO trusts each label less, and mixes in the loss of the opposite one ([D12.2]):
 #
 # $$\ell_{\rm cDPO}(u)=(1-\varepsilon)\,\ell(u)+\varepsilon\,\ell(-u)=\ell(u)+\varepsilon u.$$
 #
-# *Robust* DPO subtracts what the flips have added (Eq. 7.3, [D12.3]):
+# *Robust* DPO subtracts what the flips have added ([D12.3]):
 #
 # $$\ell_{\rm rob}(u)=\frac{(1-\varepsilon)\,\ell(u)-\varepsilon\,\ell(-u)}{1-2\varepsilon}=\ell(u)-\frac{\varepsilon}{1-2\varepsilon}\,u.$$
 #
@@ -94,7 +94,7 @@ check("7.1", flipped_probability)
 
 # %% tags=["exercise"]
 def cdpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, label_smoothing):
-    """(B,) log-probabilities -> (B,) losses, in nats (Eq. 7.2)."""
+    """(B,) log-probabilities -> (B,) losses, in nats (D12.2)."""
     ### BEGIN SOLUTION
     margin = beta * ((policy_chosen - ref_chosen) - (policy_rejected - ref_rejected))
     return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
@@ -107,12 +107,12 @@ check("7.2", cdpo_loss)
 # %% [markdown]
 # ### Exercise 7.3: robust DPO
 #
-# *8 minutes.* Return the losses of $B$ pairs. (If you want to see where Eq. 7.3 comes from: ask for a loss whose average over a flipped label is $\ell(u)$, whichever of the two the true label is. These are two equations for two unknown losses.)
+# *8 minutes.* Return the losses of $B$ pairs. (If you want to see where that loss comes from: ask for a loss whose average over a flipped label is $\ell(u)$, whichever of the two the true label is. These are two equations for two unknown losses.)
 
 
 # %% tags=["exercise"]
 def robust_dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, flip_probability):
-    """(B,) log-probabilities -> (B,) losses, in nats (Eq. 7.3)."""
+    """(B,) log-probabilities -> (B,) losses, in nats (D12.3)."""
     ### BEGIN SOLUTION
     margin = beta * ((policy_chosen - ref_chosen) - (policy_rejected - ref_rejected))
     kept, opposite = -F.logsigmoid(margin), -F.logsigmoid(-margin)
@@ -166,7 +166,7 @@ print(f"true margin {torch.logit(p):.2f}, minima {least}")
 # %% [markdown]
 # ## Labels without noise
 #
-# Suppose all labels agree: the better completion is chosen every time, as when a rule or another model judges. The log-odds are infinite, and so is DPO's best margin ([D13.4]). *Identity Preference Optimization* wants a fixed, finite difference of log-ratios instead (Eq. 7.4, [D12.1]):
+# Suppose all labels agree: the better completion is chosen every time, as when a rule or another model judges. The log-odds are infinite, and so is DPO's best margin ([D13.4]). *Identity Preference Optimization* wants a fixed, finite difference of log-ratios instead ([D12.1]):
 #
 # $$\ell_{\rm IPO}=\Big(h-\frac1{2\beta}\Big)^2.$$
 #
@@ -180,7 +180,7 @@ print(f"true margin {torch.logit(p):.2f}, minima {least}")
 
 # %% tags=["exercise"]
 def ipo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
-    """(B,) log-probabilities -> (B,) losses, squared nats (Eq. 7.4)."""
+    """(B,) log-probabilities -> (B,) losses, squared nats (D12.1)."""
     ### BEGIN SOLUTION
     h = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)
     return (h - 1 / (2 * beta)) ** 2
