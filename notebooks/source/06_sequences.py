@@ -45,7 +45,7 @@ print("shape of the logits: row, position, token", tuple(logits.shape))
 print("log-probability of the token that came:", *(f"{logp:.3f}" for logp in logps))
 
 # %% [markdown]
-# **Predict before you run.** The figure shows those six numbers, each below the token it belongs to. Which of them add up to $\log\pi(y|x)$? Which position of the logits predicts the first token of the completion?
+# **Predict before you run.** The figure shows those six numbers, each above the token it belongs to. Which of them add up to $\log\pi(y|x)$? Which position of the logits predicts the first token of the completion?
 
 # %%
 figure, axes = plt.subplots()
@@ -219,12 +219,12 @@ figures.show(figure, "Four bars: reference at one half, average reward below it,
 # %% [markdown]
 # ### Exercise 6.4: the value of a prefix
 #
-# *6 minutes.* After each of $P$ prefixes one more token ends the completion. Given the reference's log-probabilities of that token and the rewards of the completions it makes, return the values of the prefixes.
+# *3 minutes.* It is the soft value of notebook 2, once more. After each of $P$ prefixes one more token ends the completion. Given the reference's log-probabilities of that token and the rewards of the completions it makes, return the values of the prefixes.
 
 
 # %% tags=["exercise"]
 def soft_values(ref_logps, rewards, beta):
-    """(P, V) next-token log-probabilities, (P, V) rewards -> (P,) values, in nats of reward (D9.2)."""
+    """(P, V) next-token log-probabilities, (P, V) rewards -> (P,) values, in units of reward (D9.2)."""
     ### BEGIN SOLUTION
     return beta * (ref_logps + rewards / beta).logsumexp(-1)
     ### END SOLUTION
@@ -301,11 +301,11 @@ figures.show(
 # %% [markdown]
 # ## Token by token
 #
-# Only whole completions were compared, but the trained GPT has an opinion about every token: its log-ratio $\log\frac{\pi(y_t|x,y_{<t})}{\pi_{\rm ref}(y_t|x,y_{<t})}$. By the last equation before the coin, β times these log-ratios are steps of the value, and the steps add up ([D9.3]):
+# Only whole completions were compared, but the trained GPT has an opinion about every token: its log-ratio $\log\frac{\pi(y_t|x,y_{<t})}{\pi_{\rm ref}(y_t|x,y_{<t})}$. Take the logarithm of $\pi^\ast(a|h)$ above: β times these log-ratios are steps of the value, and the steps add up ([D9.3]):
 #
 # $$\beta\sum_{s\le t}\log\frac{\pi^\ast(y_s|x,y_{<s})}{\pi_{\rm ref}(y_s|x,y_{<s})}=V(y_{\le t})-V(x),\qquad V(x)=\beta\log Z(x).$$
 #
-# **Predict before you run.** The next figure follows the best, a middling and the worst completion of three tokens from left to right. Where does each line start, and where must it end?
+# **Predict before you run.** The next figure follows the best, a middling and the worst completion of three tokens from left to right: lines are π\*, open markers the GPT. Where does each line start, and where must it end?
 
 # %%
 lengths = completions.lengths
@@ -325,11 +325,11 @@ for y, colour, marker in zip(shown, [figures.BLUE, figures.GREEN, figures.RED], 
     axes.plot(range(4), [0, *values[y].tolist()], color=colour)
     axes.plot(range(4), [0, *learnt[y].tolist()], marker, color=colour, mfc="none", markersize=13)
     axes.text(3.08, values[y, 2], texts[y], color=colour, va="center")
-axes.set(xticks=range(4), xlim=(-0.1, 3.4), xlabel="tokens read", ylabel="value above V(x) (nats of reward)")
+axes.set(xticks=range(4), xlim=(-0.1, 3.4), xlabel="tokens read", ylabel="value above V(x) (units of reward)")
 figures.show(figure, "Three lines start at zero and part; the GPT's markers lie on the values of π*.")
 
 # %% [markdown] tags=["answer"]
-# **What happened.** Lines are $V(y_{\le t})-V(x)$ of π\*, markers are the GPT's. All start at zero and end at $r(y)-\beta\log Z(x)$, as the cell prints. In between, the GPT says after each token how well it is going, although nobody labelled a token.
+# **What happened.** Lines are $V(y_{\le t})-V(x)$, and the GPT's markers lie on them. All start at zero and end at $r(y)-\beta\log Z(x)$, as the cell prints. In between, the GPT says after each token how well it is going, although nobody labelled a token.
 
 # %% [markdown]
 # ## The same on text
@@ -369,7 +369,7 @@ print(
 print("probabilities", *(f"{logp.exp():.3f}" for logp in sft_logps[0]), f" sum {sft_logps.exp().sum():.2f}")
 
 # %% [markdown]
-# Then DPO: all pairs of the four, with the preferences of rewards $+1$ for the first two and $-1$ for the last two. We train three times, with three learning rates.
+# Then DPO: all pairs of the four, with the preferences of rewards $+1$ for the first two and $-1$ for the last two, and β = 0.5 as before. We train three times, with three learning rates.
 
 
 # %%
@@ -390,7 +390,9 @@ text_pairs = dpo.expected_pairs(text_rewards, dpo.all_sets(text_rewards.isfinite
 runs = {f"{rate:g}": trained(rate) for rate in (3e-4, 1e-3, 3e-3)}
 
 # %%
-least = dpo_objective(text_rewards, 0 * text_rewards, text_pairs, beta=1.0)[0]  # margins = rewards
+least = dpo_objective(text_rewards, 0 * text_rewards, text_pairs, beta=1.0)[
+    0
+]  # as if log-ratios were rewards: the true margins
 print(f"least possible loss {least:.4f}")
 for rate, (loss, logps) in runs.items():
     implicit = beta * (logps - sft_logps)[0]
@@ -415,7 +417,7 @@ figures.show(
 )
 
 # %% [markdown] tags=["answer"]
-# **What happened.** Three policies, one loss. Every comparison that was made is fitted. But a GPT that writes bytes can write other texts, nobody compared those, and the loss does not know how much probability they get: add the same number to all four log-probabilities, and every margin stays. The optimiser decides. In the enumerated world every completion was in some pair, so this could not happen ([D13.2]).
+# **What happened.** Three policies, one loss. Every comparison that was made is fitted. But a GPT that writes bytes can write other texts, nobody compared those, and the loss does not know how much probability they get: add the same number to all four log-probabilities, and every margin stays. The rest went to texts in no pair, and how much that is depends on the path of the optimiser. In the enumerated world every completion was in some pair, so this could not happen ([D13.2]).
 
 # %% [markdown]
 # In practice the pairs are samples of the reference itself, so that what it says often is compared often. In a terminal,

@@ -2,9 +2,9 @@
 # # 7 · Noise, and the loss zoo
 #
 # **Before this:** notebook 3, or what it shows: the DPO loss $-\log\sigma(u)$ of a margin $u$ ends at π\* on exact preferences ·
-# **Read:** 25 minutes · **Solve:** 30 minutes · **Difficulty:** ●●○ · **Derivations:** [D2.3], [D12.1], [D12.2], [D12.3], [D12.4], [D12.5], [D12.6], [D12.8], [D13.4]
+# **Read:** 25 minutes · **Solve:** 25 minutes · **Difficulty:** ●●○ · **Derivations:** [D2.3], [D12.1], [D12.2], [D12.3], [D12.4], [D12.5], [D12.6], [D12.8], [D13.4]
 #
-# **The claim.** DPO believes its labels. Where some are wrong it ends at another policy, and where all agree it never ends. Its relatives change the loss of a pair to repair the one or the other, or to save the reference. All of them say to prefer the chosen completion, and most take their first step in the same direction. What tells them apart is where they end.
+# **The claim.** DPO believes its labels. Where some are wrong it ends at another policy, and where all agree it never ends. Its relatives change the loss of a pair to repair the one or the other, or to do without a reference. All of them say to prefer the chosen completion, and most take their first step in the same direction. What tells them apart is where they end.
 
 # %% tags=["setup"]
 import sys
@@ -74,7 +74,7 @@ check("7.1", flipped_probability)
 # %% [markdown]
 # ## Two answers to noise
 #
-# Write $\ell(u)=-\log\sigma(u)$ for DPO's loss of a margin $u$; then $\ell(-u)$ is the loss of the opposite label. If a label is wrong with probability $\varepsilon$, two things come to mind.
+# Write $\ell(u)=-\log\sigma(u)$ for DPO's loss of a margin $u$; then $\ell(-u)=\ell(u)+u$ is the loss of the opposite label. If a label is wrong with probability $\varepsilon$, two things come to mind.
 #
 # *Conservative* DPO trusts each label less, and mixes in the loss of the opposite one ([D12.2]):
 #
@@ -246,7 +246,7 @@ figures.show(
 #
 # How hard a pair pulls is the *gradient weight*, minus the slope of its loss (notebook 4).
 #
-# **Predict before you run.** Which of these losses pull *back* a pair whose margin is large? Which gives up on a pair that is far on the wrong side?
+# **Predict before you run.** The next figure has DPO and the first four. Which of them pull *back* a pair whose margin is large? Which gives up on a pair that is far on the wrong side?
 
 # %%
 u = torch.linspace(-6, 6, 241, dtype=torch.float64)
@@ -266,16 +266,16 @@ figure, (left, right) = plt.subplots(1, 2, figsize=(9, 5.5))
 for (name, out), style in zip(curves.items(), ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))]):
     left.plot(u, out.losses, linestyle=style, label=name)
     right.plot(u, out.gradient_weights, linestyle=style)
-left.set(xlabel="margin u (nats)", ylabel="loss", ylim=(-2, 6))
+left.set(xlabel="margin u, KTO: βρ (nats)", ylabel="loss", ylim=(-2, 6))
 right.axhline(0, color=figures.BLACK, linewidth=1)
-right.set(xlabel="margin u (nats)", ylabel="gradient weight", ylim=(-0.8, 1.6))
+right.set(xlabel="margin u, KTO: βρ (nats)", ylabel="gradient weight", ylim=(-0.8, 1.6))
 figure.legend(loc="outside upper center", ncols=3)
 figures.show(
     figure, "Losses and gradient weights of five losses; those of IPO and cDPO cross zero, KTO's is a bell."
 )
 
 # %% [markdown] tags=["answer"]
-# **What happened.** IPO and cDPO pull back: their weights cross zero. Robust DPO pulls on for ever. KTO's pull is a bell: it leaves alone what is far on either side, the easy and the hopeless alike. (Its axis is $\beta(\rho-z_0)$ of a single completion. IPO's weight is a straight line and leaves the picture.)
+# **What happened.** IPO and cDPO pull back: their weights cross zero. Robust DPO pulls on for ever. KTO's pull is a bell: it leaves alone what is far on either side, the easy and the hopeless alike. (Its axis is $\beta\rho$ of a single completion, with $z_0=0$. IPO's weight is a straight line and leaves the picture.)
 
 # %% [markdown]
 # ## Where each of them ends
@@ -319,7 +319,7 @@ def trained(name, pairs, steps=600):
 
 
 # %% [markdown]
-# First a look at the *first step*. At the reference the margin of every pair is zero, so that each method weighs all pairs alike; its step goes along $w-l$, how often a completion is chosen less how often it is rejected ([D12.8]).
+# First a look at the *first step*. At the reference the margin of every pair is zero, so that each method that has a reference weighs all pairs alike; its step goes along $w-l$, how often a completion is chosen less how often it is rejected ([D12.8]).
 
 # %%
 clean = dpo.expected_pairs(rewards, slate)
@@ -335,7 +335,7 @@ for name, step in first.items():
 # %% [markdown]
 # The methods with a reference all start in the same direction; ORPO and SimPO do not.
 #
-# **Predict before you run.** All labels are clean, and robust DPO and cDPO are told ε = 0.1 though nothing was flipped. Which of the seven end at π\*? Which forget the reference? Which give some completions no probability at all?
+# **Predict before you run.** All labels are clean, and robust DPO and cDPO are told ε = 0.1 though nothing was flipped. Which of the seven end at π\*? Which give some completions no probability at all?
 
 # %%
 ends = {name: trained(name, clean)[0].exp() for name in methods}
@@ -377,7 +377,7 @@ figures.show(
 )
 
 # %% [markdown] tags=["answer"]
-# **What happened.** DPO and robust DPO have changed places. KTO does not care: flips turn $w-l$ into $(1-2\varepsilon)(w-l)$, which rescales its loss and moves nothing. Being far from this π\* is no verdict on a loss: with a few sampled pairs DPO may have no optimum at all, where IPO and cDPO have one. But it is good to know, before choosing a loss, what it would find if it had all the data in the world.
+# **What happened.** DPO and robust DPO have changed places. KTO does not care: it asks of each completion whether it is chosen more often than rejected, and flips turn $w-l$ into $(1-2\varepsilon)(w-l)$, which has the same sign. SimPO is even nearer with flips: it had gone too far, and they hold it back. Being far from this π\* is no verdict on a loss: with a few sampled pairs DPO may have no optimum at all, where IPO and cDPO have one. But it is good to know, before choosing a loss, what it would find if it had all the data in the world.
 
 # %% [markdown]
 # ## An open question

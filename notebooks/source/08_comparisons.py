@@ -140,7 +140,7 @@ check("8.2", best_of_n_logps)
 # %% [markdown]
 # Best of $n$ was never told a β, and it looks only at the *order* of the rewards. Now a world of forty completions, with random rewards.
 #
-# **Predict before you run.** How far below the frontier is the best of 2, 4, 8, ...? And how many nats does each doubling of $n$ cost, when $n$ is large?
+# **Predict before you run.** How far below the frontier is the best of 2, 4, 8, ...? And how many nats more does it cost to double $n$, from 8 to 16 and from 16 to 32?
 
 # %%
 world = dpo.random_bandit(1, 40, generator=generator)
@@ -154,8 +154,8 @@ for i, n in enumerate(many):
     print(f"{n:2d} {row} {abs(stand.reward_gap[i]):14.2f}")
 
 # %%
-ref, world_kl = world.ref_logps, torch.logspace(-1.2, 2, 60, dtype=torch.float64)
-curve = [t.squeeze(-1) for t in dpo.reward_kl_frontier(ref, world.rewards, world_kl)]
+ref, prices = world.ref_logps, torch.logspace(-1.2, 2, 60, dtype=torch.float64)
+curve = [t.squeeze(-1) for t in dpo.reward_kl_frontier(ref, world.rewards, prices)]
 figure, axes = plt.subplots()
 axes.plot(*curve, color=figures.OPTIMUM)
 axes.plot(stand.kl, stand.reward, "s", color=figures.RED)
@@ -166,7 +166,7 @@ axes.set(xlabel="KL(π‖π_ref) (nats)", ylabel="mean reward", xlim=(-0.1, 3.2)
 figures.show(figure, "Best of 2 to 32, as squares, slightly below the frontier.")
 
 # %% [markdown] tags=["answer"]
-# **What happened.** Never above, and in this world less than a tenth of a unit of reward below. The column "at most" is $\log n-\frac{n-1}n$, a bound for every world, approached where no single completion has much probability. For large $n$ the bound grows by nearly $\log 2$ with each doubling, while twice as many completions have to be written for each answer. DPO and PPO write one.
+# **What happened.** Never above, and in this world less than a tenth of a unit of reward below. The column "at most" is $\log n-\frac{n-1}n$, a bound for every world, approached where no single completion has much probability. A doubling costs up to about $\log 2$, as long as the table has better completions left, and twice as many completions have to be written for each answer. DPO and PPO write one.
 
 # %% [markdown]
 # ## Fine-tuning on what was chosen
@@ -197,7 +197,7 @@ print(f"best of 2:         KL {stand.kl[1]:.3f} nats, mean reward {stand.reward[
 #
 # $$\frac{\partial J}{\partial\theta_y}=\pi(y)\big(\tilde R_y-E_\pi\tilde R\big).$$
 #
-# It is zero where $\tilde R$ is the same for all completions, that is at $\pi^\ast$. A language model cannot sum over all completions, so it draws some and takes an average. PPO takes several steps on the same draws. It corrects for the policy having moved by the ratio $\rho=\frac{\pi_\theta(y)}{\pi_{\rm old}(y)}$ to the policy that drew them, and stops where the ratio has moved by more than $c$ in the direction that the *advantage* $A$, penalised reward less a baseline, asks for ([D7.7]):
+# It is zero where $\tilde R$ is the same for all completions, that is at $\pi^\ast$. A language model cannot sum over all completions, so it draws some and takes an average. PPO takes several steps on the same draws. It corrects for the policy having moved by the ratio $\rho=\frac{\pi_\theta(y)}{\pi_{\rm old}(y)}$ to the policy that drew them, and stops where the ratio has moved by more than $c$ in the direction that the *advantage* $A$ asks for: the penalised reward, less a *baseline*, an average of what earlier draws got ([D7.7]):
 #
 # $$\ell_{\rm PPO}=-\min\big(\rho A,\ \mathrm{clip}(\rho,1-c,1+c)\,A\big).$$
 
@@ -254,7 +254,7 @@ def climb(world, beta, iterations=300):
     slower = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=iterations)
     options = dict(iterations=iterations, samples=64, scheduler=slower)
     options |= dict(generator=torch.Generator().manual_seed(1))
-    controller = baselines.AdaptiveKL(beta)
+    controller = baselines.AdaptiveKL(beta)  # without a target, β stays as it is
     records = list(baselines.ppo(policy, world.ref_logps, world.rewards, optimizer, controller, **options))
     return records, policy().detach()
 
@@ -277,7 +277,7 @@ figures.show(figure, "Three dotted paths climb from the reference and end on the
 for beta in [0.25, 0.5, 1.0]:
     target = dpo.optimal_logps(small.ref_logps, small.rewards, beta=beta)
     distance = dpo.kl_divergence(climb(small, beta)[1], target).item()
-    print(f"β = {beta:<4g}: PPO ends {distance:.5f} nats from π*")
+    print(f"β = {beta:<4g}: PPO ends {distance:.0e} nats from π*")
 
 # %% [markdown] tags=["answer"]
 # **What happened.** On the curve, at the $\pi^\ast$ of its β or very near. Reinforcement learning and DPO have one optimum; they differ in what they ask for. At $\pi^\ast$ every completion has the same penalised reward. With that number as the baseline every advantage is zero, whichever completions are drawn: the noise of sampling fades on the way.
@@ -312,7 +312,7 @@ check("8.4", win_rate)
 # **Predict before you run.** In mean reward, best of $n$ was always below the frontier. Here are the same policies again, with the win rate against the reference in place of the reward. Who is above now?
 
 # %%
-optima = torch.stack([dpo.optimal_logps(ref, world.rewards, beta=b.item()) for b in world_kl])
+optima = torch.stack([dpo.optimal_logps(ref, world.rewards, beta=b.item()) for b in prices])
 rates = exact_win_rate(optima, ref.expand_as(optima), world.rewards.expand_as(optima))
 best_rates = exact_win_rate(best, ref.expand_as(best), world.rewards.expand_as(best))
 figure, axes = plt.subplots()
@@ -326,12 +326,12 @@ axes.set(xlabel="KL(π‖π_ref) (nats)", ylabel="win rate against π_ref", xlim
 figures.show(figure, "In win rate, the squares of best of 4, 8, 16 and 32 lie above the line of π*.")
 
 # %% [markdown] tags=["answer"]
-# **What happened.** From $n=4$ on, best of $n$. The optimum of Eq. 3 has the most *reward* for its divergence, and nobody promised that it wins most often: to win, a completion must be better, not much better. That is also why win rates saturate. All are close to 1 in the right part of the picture, while the reward still rises.
+# **What happened.** From $n=4$ on, best of $n$. The frontier is for mean reward. A win rate is another objective, with a frontier of its own: to win, a completion must be better, not much better. So π\* may be below, and here it mostly is. That is also why win rates saturate. All are close to 1 in the right part of the picture, while the reward still rises.
 
 # %% [markdown]
 # ## How many pairs is a reward function worth?
 #
-# PPO asked the reward again and again. DPO gets $N$ comparisons, each at most one bit. The rewards estimated from them have errors of covariance $I^+/N$ for large $N$, with $I$ the Fisher information of one comparison, and the policy made of them is away from $\pi^\ast$ by ([D11.5])
+# PPO asked the reward again and again. DPO gets $N$ comparisons, each at most one bit. The rewards estimated from them have errors of covariance $I^+/N$ for large $N$, with $I$ the Fisher information of one comparison (what it says about the rewards) and $I^+$ its pseudo-inverse, and the policy made of them is away from $\pi^\ast$ by ([D11.5])
 #
 # $$E\,\mathrm{KL}(\hat\pi\Vert\pi^\ast)\approx\frac{\mathrm{tr}(\Sigma I^+)}{2\beta^2N},\qquad\Sigma=\mathrm{diag}(\pi^\ast)-\pi^\ast\pi^{\ast\top}.$$
 #

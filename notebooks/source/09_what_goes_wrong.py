@@ -1,9 +1,9 @@
 # %% [markdown]
 # # 9 · What goes wrong
 #
-# **Before this:** notebook 3, or what it shows: the DPO loss −log σ(u), with the margin u = β times the difference of the pair's log-ratios. For exhibit D, KTO's loss (notebook 7) · **Read:** 25 minutes · **Solve:** 35 minutes · **Difficulty:** ●●○ · **Derivations:** [D13.1], [D13.2], [D13.4], [D13.5], [D13.6], [D14.4], [D11.6], [D11.9], [D12.4]
+# **Before this:** notebook 3, or what it shows: the DPO loss −log σ(u), with the margin u = β times the difference of the pair's log-ratios. For exhibit D, KTO's loss (notebook 7) · **Read:** 30 minutes · **Solve:** 25 minutes · **Difficulty:** ●●○ · **Derivations:** [D13.1], [D13.2], [D13.4], [D13.5], [D13.6], [D14.4], [D11.6], [D11.9], [D12.4]
 #
-# **The claim.** Wrong code for preferences seldom crashes. It trains, and ends at another policy. But right code has properties that can be tested, and each bug below breaks one of them. And where the code is right, the data may still ask for something else than people think.
+# **The claim.** Wrong code for preferences seldom crashes. It trains, and ends at another policy. But right code has properties that can be tested, and each bug below breaks at least one of them. And where the code is right, the data may still ask for something else than people think.
 
 # %% tags=["setup"]
 import sys
@@ -65,7 +65,7 @@ figures.show(figure, "Bars of four probabilities that sum to one, and those of e
 # %% [markdown]
 # ### Exercise 9.1: repair exhibit A
 #
-# *4 minutes.* Return the log-probability of each row's scored tokens.
+# *2 minutes.* Return the log-probability of each row's scored tokens.
 
 
 # %% tags=["exercise"]
@@ -273,7 +273,7 @@ for row, mark in zip(ids.tolist(), marks.tolist()):
 # %% [markdown]
 # ### Exercise 9.4: repair exhibit E
 #
-# *5 minutes.* Mask by length: an id does not say what a token is for. `lengths` counts prompt and completion together, end-of-text included. Return True where a token belongs to the completion.
+# *3 minutes.* Mask by length, as in notebook 6: an id does not say what a token is for. `lengths` counts prompt and completion together, end-of-text included. Return True where a token belongs to the completion.
 
 
 # %% tags=["exercise"]
@@ -334,7 +334,7 @@ figures.show(figure, "The loss stays at log 2 while the log-probability of the r
 # %% [markdown]
 # ### Exercise 9.5: repair exhibit F
 #
-# *6 minutes.* Return the logits of the policy and of the reference after training. Leave `theta` as it was.
+# *3 minutes.* Return the logits of the policy and of the reference after training. Leave `theta` as it was.
 
 
 # %% tags=["exercise"]
@@ -388,7 +388,7 @@ check("9.6", diagnosis)
 # %% [markdown]
 # ## No bug: both fall
 #
-# The rest of this notebook is about right code. Why does the log-probability of the *chosen* completion fall? This was asked several times in the issues of the DPO paper's code. The loss contains only the difference of the two, and where completions share parameters, more of what sets them apart may be what neither has most of.
+# The rest of this notebook is about right code. Why does the log-probability of the *chosen* completion fall? This was asked several times in the issues of the DPO paper's code. The loss contains only the difference of the two, and where completions share parameters, a step along what sets the chosen one apart may help a third completion, which has more of it, even more.
 #
 # The smallest example: each completion has one feature $\phi_y$ and the logit $v\,\phi_y$, with a single parameter $v$. The chosen one has $\phi=1$, the rejected one 0, and a third, which is in no pair, 3. A small step makes the chosen one fall if and only if ([D13.1])
 #
@@ -432,7 +432,7 @@ figures.show(figure, "The loss falls; so do chosen and rejected log-probability,
 #
 # $$\theta^\infty_y=\theta_{{\rm ref},y}+\frac{r_y-\bar r_C}\beta,$$
 #
-# and a completion without comparisons keeps its logit.
+# and a completion without comparisons keeps its logit. (Not its probability: that depends on all logits.)
 #
 # **Predict before you run.** Four completions have rewards 0, 0, 3 and 4; the last one is never shown. What becomes of it? And does it matter which optimiser is used, if both reach the same loss?
 
