@@ -125,10 +125,12 @@ def complain(exercise: Exercise, function: Callable[..., Any], given: Given) -> 
         complaint = exercise.complaint(answer, **copy(given))
         return None if complaint is None else [*_rows("yours", [show(answer)]), *_rows("but", [complaint])]
     expected = exercise.expected(**copy(given))
-    if agrees(answer, expected, exercise.within):
+    nothing = ["it returns nothing: is the return missing?"]
+    misfits = nothing if answer is None else _misfits(answer, expected)
+    if not misfits and agrees(answer, expected, exercise.within):
         return None
     rows = [*_rows("expected", [show(expected)]), *_rows("yours", [show(answer)])]
-    return rows + _rows("but", _shape_mismatch(answer, expected))
+    return rows + _rows("but", misfits)
 
 
 def recognise(exercise: Exercise, function: Callable[..., Any]) -> str | None:
@@ -182,13 +184,26 @@ def _tensor(value: Any) -> Tensor | None:
         return None
 
 
-def _shape_mismatch(answer: Any, expected: Any) -> list[str]:
-    if answer is None:
-        return ["it returns nothing: is the return missing?"]
+def _misfits(answer: Any, expected: Any) -> list[str]:
+    """What is wrong whatever the numbers are: not as many parts, another shape, no booleans."""
+    if isinstance(expected, tuple):
+        if not isinstance(answer, (tuple, list)) or len(answer) != len(expected):
+            order = ", ".join(["first", "second", "third"][: len(expected)])
+            return [f"{len(expected)} tensors are asked for: return ({order})"]
+        parts = enumerate(zip(answer, expected), start=1)
+        return [f"part {place}: {misfit}" for place, part in parts for misfit in _misfits(*part)]
     left, right = _tensor(answer), _tensor(expected)
-    if left is None or right is None or left.shape == right.shape:
+    if not isinstance(expected, Tensor) or right is None:
         return []
-    return [f"the shape should be {tuple(right.shape)}, yours is {tuple(left.shape)}"]
+    shape = tuple(right.shape)
+    if left is None or (isinstance(answer, tuple) and left.shape != shape):
+        return [f"one tensor of shape {shape} is asked for, yours is of type {type(answer).__name__}"]
+    if left.shape != shape:
+        return [f"the shape should be {shape}, yours is {tuple(left.shape)}"]
+    kind = torch.as_tensor(answer).dtype
+    if expected.dtype == torch.bool and kind != torch.bool:
+        return [f"a mask of booleans is asked for, yours is {str(kind).removeprefix('torch.')}"]
+    return []
 
 
 def copy(given: Given) -> Given:

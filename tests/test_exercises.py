@@ -167,6 +167,42 @@ def test_every_kind_of_failure_is_told():
     assert "nan" in refusal(lambda chosen, *_: chosen * torch.nan)
 
 
+def test_an_answer_in_other_parts_is_told():
+    """The right numbers in one tensor look right when they are shown; what is wrong is how they are put."""
+
+    def told(number, rearranged):
+        verdict = judge(number, lambda *given: rearranged(*solution(number)(*given)))
+        assert verdict.status == "wrong"
+        return verdict.message
+
+    assert judge("8.1", lambda *given: list(solution("8.1")(*given))).status == "right"
+    asked = "2 tensors are asked for: return (first, second)"
+    assert asked in told("8.1", lambda kl, reward: torch.stack([kl, reward]))
+    assert asked in told("9.5", lambda policy, reference: torch.stack([policy, reference]))
+    assert asked in told("6.3", lambda first, second: torch.cat([first[None], second]))
+    assert asked in told("9.5", lambda policy, reference: (policy,))
+    longer = told("8.1", lambda kl, reward: (kl, reward[None]))
+    assert "part 2: the shape should be (), yours is (1,)" in longer
+    assert "part 1: one tensor of shape" in told("9.5", lambda policy, reference: (None, reference))
+    assert "shape (1,) is asked for, yours is of type tuple" in refusal(lambda *given: given[:2])
+
+
+@pytest.mark.parametrize("number", ["6.1", "9.4"])
+def test_a_mask_has_booleans(number):
+    """Zeros and ones compare equal to it, but cannot index or be inverted."""
+    name, mistake = next(iter(EXERCISES[number].mistakes.items()))
+
+    def in_numbers(answer, kind):
+        return judge(number, lambda *given: answer(*given).to(kind))
+
+    assert judge(number, lambda *given: solution(number)(*given).tolist()).status == "right"
+    for kind in (torch.float64, torch.int64):
+        reason = f"a mask of booleans is asked for, yours is {str(kind).removeprefix('torch.')}"
+        assert reason in in_numbers(solution(number), kind).message
+        both = in_numbers(mistake, kind)
+        assert reason in both.message and both.mistake == name
+
+
 def test_float32_is_accepted():
     """`torch.tensor` of Python's numbers has seven digits; that is no mistake, and 1e-4 off is one."""
 

@@ -16,9 +16,10 @@ from .base import Exercise, log_distribution, vector
 def small_world(draw):
     """One prompt's reference and rewards over Y completions, and beta."""
     Y = draw(st.integers(2, 4))
+    rewards = draw(st.lists(st.integers(-3, 3), min_size=Y, max_size=Y))  # tenths make divergences tiny
     return {
         "ref_logps": draw(log_distribution(Y)),
-        "rewards": draw(vector(Y, -3, 3)),
+        "rewards": torch.tensor(rewards, dtype=torch.float64),
         "beta": draw(st.sampled_from([1.0, 2.0, 0.5, 0.4, 3.0])),
     }
 
@@ -155,9 +156,15 @@ BEST_OF_N = Exercise(
     mistakes={
         "among tied completions one takes all: they share in proportion to π_ref": _first_takes_all,
         "each tied completion gets the probability of the whole tie: multiply by π_ref(y) / p": _unshared,
+        "ties are overlooked: p is the probability of all completions with that reward": (
+            lambda ref, r, n: (_levels(ref, r)[0] ** n - (_levels(ref, r)[0] - ref.exp()) ** n).log()
+        ),
         "a tie is shared evenly: completions share it in proportion to π_ref": _shared_evenly,
         "this is the probability that the best is at most as good: take off that it is worse": (
             lambda ref, r, n: n * _levels(ref, r)[0].log()
+        ),
+        "that the best is at most as good, shared among ties: take off that it is worse": (
+            lambda ref, r, n: ref - _levels(ref, r)[1].log() + n * _levels(ref, r)[0].log()
         ),
         "π_ref to the power n: that is n draws of the same completion": (
             lambda ref, r, n: (n * ref).log_softmax(-1)
@@ -230,6 +237,12 @@ SURROGATE = Exercise(
         "nothing is clipped": lambda new, old, A, c: -_ratio(new, old) * A,
         "the minimum is missing: a ratio that went the wrong way must still be pulled back": (
             lambda new, old, A, c: -_ratio(new, old).clamp(1 - c, 1 + c) * A
+        ),
+        "A is missing in the clipped term: it multiplies both": (
+            lambda new, old, A, c: -torch.minimum(_ratio(new, old) * A, _ratio(new, old).clamp(1 - c, 1 + c))
+        ),
+        "the minimum is taken of the ratios: multiply both by A first, whose sign turns the order round": (
+            lambda new, old, A, c: -torch.minimum(_ratio(new, old), _ratio(new, old).clamp(1 - c, 1 + c)) * A
         ),
         "the minus sign is missing: this is to be maximised, and a loss is minimised": (
             lambda new, old, A, c: -_surrogate(_ratio(new, old), _ratio(new, old).clamp(1 - c, 1 + c), A)
@@ -311,7 +324,7 @@ WIN_RATE = Exercise(
         "this is the difference of the average rewards: a win rate counts how often, not by how much": (
             lambda logps, other, r: (logps.exp() - other.exp()) @ r
         ),
-        "completions count alike here; weigh each by its probability under its policy": (
+        "this is always ½: both policies must be used, each completion weighed by its probability": (
             lambda logps, other, r: _half_for_ties(r[:, None] - r[None, :]).mean()
         ),
         "log-probabilities are used as weights; take exp": (

@@ -119,6 +119,16 @@ def _without_reference(formula):
     return loss
 
 
+def _plus_reference(formula):
+    """The same of a student who adds the reference where it is subtracted."""
+
+    def loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, eps):
+        h = (policy_chosen - policy_rejected) + (ref_chosen - ref_rejected)
+        return formula(beta * h, h, eps)
+
+    return loss
+
+
 def _ell(margin: Tensor) -> Tensor:
     return -F.logsigmoid(margin)
 
@@ -140,7 +150,7 @@ CDPO = Exercise(
     expected=average_over_flips,
     source="the mean of dpo_loss over labels kept and reversed",
     mistakes={
-        "the two shares are exchanged: the label as it is has 1 - ε": _with_margin(
+        "the two shares are exchanged, or chosen and rejected: the label as it is has 1 - ε": _with_margin(
             lambda u, h, eps: eps * _ell(u) + (1 - eps) * _ell(-u)
         ),
         "the opposite label is missing: it has a share ε": _with_margin(
@@ -159,14 +169,21 @@ CDPO = Exercise(
         "the margins are mixed: mix the two losses": _with_margin(
             lambda u, h, eps: _ell((1 - eps) * u - eps * u)
         ),
+        "the sign of the extra term is reversed: it is ℓ(u) + εu": _with_margin(
+            lambda u, h, eps: _ell(u) - eps * u
+        ),
         "β is missing in the linear term: in ℓ(u) + εu the margin u contains β": _with_margin(
             lambda u, h, eps: _ell(u) + eps * h
         ),
         "β is missing": _with_margin(lambda u, h, eps: _cdpo(h, h, eps)),
         "the reference is missing: the margin compares log-ratios": _without_reference(_cdpo),
+        "the sign of the reference is reversed: the margin subtracts its log-ratio": _plus_reference(_cdpo),
         "this is DPO: the smoothing is missing": _with_margin(lambda u, h, eps: _ell(u)),
         "mean over the batch: return one loss for each pair": _with_margin(
             lambda u, h, eps: _cdpo(u, h, eps).mean()
+        ),
+        "sum over the batch: return one loss for each pair": _with_margin(
+            lambda u, h, eps: _cdpo(u, h, eps).sum()
         ),
     },
 )
@@ -184,16 +201,30 @@ ROBUST = Exercise(
         "the denominator is 1 - 2ε, not 1 - ε": _with_margin(
             lambda u, h, eps: ((1 - eps) * _ell(u) - eps * _ell(-u)) / (1 - eps)
         ),
+        "the linear term εu has the denominator 1 - 2ε": _with_margin(lambda u, h, eps: _ell(u) - eps * u),
+        "the denominator of the linear term is 1 - 2ε, not 1 - ε": _with_margin(
+            lambda u, h, eps: _ell(u) - eps * u / (1 - eps)
+        ),
+        "brackets are missing: x / 1 - 2ε is x - 2ε; write x / (1 - 2ε)": _with_margin(
+            lambda u, h, eps: (1 - eps) * _ell(u) - eps * _ell(-u) - 2 * eps
+        ),
+        "brackets are missing: ε / 1 - 2ε u is ε - 2εu; write ε / (1 - 2ε) · u": _with_margin(
+            lambda u, h, eps: _ell(u) - eps - 2 * eps * u
+        ),
+        "brackets are missing: εu / 1 - 2ε is εu - 2ε; write εu / (1 - 2ε)": _with_margin(
+            lambda u, h, eps: _ell(u) - eps * u - 2 * eps
+        ),
         "multiplied by 1 - 2ε: divide by it": _with_margin(
             lambda u, h, eps: ((1 - eps) * _ell(u) - eps * _ell(-u)) * (1 - 2 * eps)
         ),
         "the opposite label is added: this is cDPO's loss, divided by 1 - 2ε": _with_margin(
             lambda u, h, eps: _cdpo(u, h, eps) / (1 - 2 * eps)
         ),
-        "this is cDPO: it adds flips, robust DPO undoes them": _with_margin(_cdpo),
+        "this is cDPO: it adds flips (or brackets are missing, for ε/1 - 2ε is -ε)": _with_margin(_cdpo),
         "the two shares are exchanged: the label as it is has 1 - ε": _with_margin(
             lambda u, h, eps: (eps * _ell(u) - (1 - eps) * _ell(-u)) / (1 - 2 * eps)
         ),
+        "chosen and rejected are exchanged": _with_margin(lambda u, h, eps: _robust(-u, -h, eps)),
         "the label has its whole weight: before the division its share is 1 - ε": _with_margin(
             lambda u, h, eps: (_ell(u) - eps * _ell(-u)) / (1 - 2 * eps)
         ),
@@ -205,9 +236,13 @@ ROBUST = Exercise(
         ),
         "β is missing": _with_margin(lambda u, h, eps: _robust(h, h, eps)),
         "the reference is missing: the margin compares log-ratios": _without_reference(_robust),
+        "the sign of the reference is reversed: the margin subtracts its log-ratio": _plus_reference(_robust),
         "this is DPO: the flips are not undone": _with_margin(lambda u, h, eps: _ell(u)),
         "mean over the batch: return one loss for each pair": _with_margin(
             lambda u, h, eps: _robust(u, h, eps).mean()
+        ),
+        "sum over the batch: return one loss for each pair": _with_margin(
+            lambda u, h, eps: _robust(u, h, eps).sum()
         ),
     },
 )
@@ -268,6 +303,9 @@ IPO = Exercise(
         "this is DPO's loss": _log_ratios(lambda h, beta: _ell(beta * h)),
         "mean over the batch: return one loss for each pair": _log_ratios(
             lambda h, beta: ((h - 1 / (2 * beta)) ** 2).mean()
+        ),
+        "sum over the batch: return one loss for each pair": _log_ratios(
+            lambda h, beta: ((h - 1 / (2 * beta)) ** 2).sum()
         ),
     },
 )

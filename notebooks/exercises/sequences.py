@@ -231,6 +231,12 @@ NEXT = Exercise(
         "logarithms are summed: a first token's probability is a sum of probabilities": (
             lambda logps: (logps.sum(-1), logps.log_softmax(-1))
         ),
+        "sum where logsumexp is needed: add up probabilities, then take the logarithm": (
+            lambda logps: (logps.sum(-1), logps - logps.sum(-1, keepdim=True))
+        ),
+        "an axis is lost: logps - first takes first[b] off [a, b]; first[:, None] stays in its row": (
+            lambda logps: (logps.logsumexp(-1), logps - logps.logsumexp(-1))
+        ),
         "the axes are exchanged: the row is the first token": (
             lambda logps: (logps.logsumexp(0), logps.log_softmax(0))
         ),
@@ -288,6 +294,15 @@ VALUES = Exercise(
         ),
         "the factor β before the logarithm is missing": (lambda ref, r, beta: (ref + r / beta).logsumexp(-1)),
         "β is missing inside: the exponent is r/β": (lambda ref, r, beta: beta * (ref + r).logsumexp(-1)),
+        "β multiplies the rewards: the exponent is r/β": (
+            lambda ref, r, beta: beta * (ref + r * beta).logsumexp(-1)
+        ),
+        "divided by β at the end: β multiplies the logarithm": (
+            lambda ref, r, beta: (ref + r / beta).logsumexp(-1) / beta
+        ),
+        "β is upside down: it divides the rewards and multiplies the logarithm": (
+            lambda ref, r, beta: (ref + r * beta).logsumexp(-1) / beta
+        ),
         "β is missing": lambda ref, r, beta: (ref + r).logsumexp(-1),
         "the reference is missing: it weighs the terms of the sum": (
             lambda ref, r, beta: beta * (r / beta).logsumexp(-1)

@@ -260,6 +260,9 @@ SCORED = Exercise(
         "the completion's first token is lost: counting begins at 0": _between(
             lambda p, n: p + 1, lambda p, n, width: n
         ),
+        "one token too many at the end: a row's last token stands at position lengths - 1": _between(
+            lambda p, n: p, lambda p, n, width: n + 1
+        ),
         "one place early: these are the positions that predict the tokens": _between(
             lambda p, n: p - 1, lambda p, n, width: n - 1
         ),
@@ -344,6 +347,12 @@ TRAINED = Exercise(
                 _moved(theta, chosen, rejected, beta, -learning_rate, steps),
                 theta,
             )
+        ),
+        "chosen and rejected are exchanged": (
+            lambda theta, chosen, rejected, *numbers: (_moved(theta, rejected, chosen, *numbers), theta)
+        ),
+        "β is missing: it multiplies the difference of log-ratios": (
+            lambda theta, chosen, rejected, beta, *rest: (_moved(theta, chosen, rejected, 1.0, *rest), theta)
         ),
         "right policy, wrong reference: give back the one that was kept": (
             lambda theta, *rest: (_moved(theta, *rest), _moved(theta, *rest))
