@@ -40,7 +40,7 @@ def syllabus_table(sources: list[Path]) -> str:
         )
         minutes = ", ".join(parts[name].split()[0] for name in ("Read", "Solve"))
         files = f"[{number} {title}]({source.stem}.ipynb) ([solved](solutions/{source.stem}.ipynb))"
-        before = parts["Before this"]
+        before = re.split(r",? or what ", parts["Before this"])[0]
         rows.append(f"| {files} | {before} | {minutes} | {parts['Difficulty']} | {'; '.join(exercises)} |")
     return "\n".join(rows)
 

@@ -48,6 +48,7 @@ def test_the_course_is_complete():
     assert set(central) == names
     assert min(central.values()) >= 5
     assert all(exercise.mistakes for exercise in EXERCISES.values())
+    assert len(MISTAKES) > 300, "the README says so"
 
 
 @pytest.mark.parametrize("number", EXERCISES)

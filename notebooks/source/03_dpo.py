@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 3 · Direct Preference Optimization
 #
-# **Before this:** notebooks 1 and 2, or what they show: Bradley–Terry, and π\* = π_ref · exp(r/β) / Z ·
+# **Before this:** notebooks 1 and 2, or what they show: Bradley–Terry, and π\* = π_ref exp(r/β) / Z ·
 # **Read:** 25 minutes · **Solve:** 30 minutes · **Difficulty:** ●●○ · **Derivations:** [D4.1], [D4.2], [D4.3], [D4.4], [D6.2], [D6.3], [D6.4], [D6.5]
 #
 # **The claim.** A policy that is optimal for *some* reward carries that reward inside it. So we need not fit a reward model and then search for its best policy: we can write the reward model's loss for the policy itself, and minimise that. Nothing is approximated on the way.

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 8 · What DPO is compared with
 #
-# **Before this:** notebooks 1 to 3, or what they show: Bradley–Terry, π\* = π_ref · exp(r/β) / Z, and that DPO's loss leads to π\* · **Read:** 25 minutes · **Solve:** 30 minutes · **Difficulty:** ●●○ · **Derivations:** [D10.1], [D10.2], [D10.3], [D10.4], [D10.5], [D7.3], [D7.7], [D11.5]
+# **Before this:** notebooks 1 to 3, or what they show: Bradley–Terry, π\* = π_ref exp(r/β) / Z, and that DPO's loss leads to π\* · **Read:** 25 minutes · **Solve:** 30 minutes · **Difficulty:** ●●○ · **Derivations:** [D10.1], [D10.2], [D10.3], [D10.4], [D10.5], [D7.3], [D7.7], [D11.5]
 #
 # **The claim.** More reward costs divergence from the reference, and there is a best price: a curve that no policy can be above, however it was trained. Best of n, fine-tuning on chosen completions, PPO and DPO all lie on it or below, and on a table we can say exactly where.
 

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 9 · What goes wrong
 #
-# **Before this:** notebook 3, or what it shows: the DPO loss −log σ(u), with the margin u = β times the difference of the pair's log-ratios. For exhibit D, KTO's loss (notebook 7) · **Read:** 30 minutes · **Solve:** 25 minutes · **Difficulty:** ●●○ · **Derivations:** [D13.1], [D13.2], [D13.4], [D13.5], [D13.6], [D14.4], [D11.6], [D11.9], [D12.4]
+# **Before this:** notebook 3 and, for exhibit D, 7, or what they show: the DPO loss −log σ(u), with the margin u = β times the difference of the pair's log-ratios, and KTO's loss · **Read:** 30 minutes · **Solve:** 25 minutes · **Difficulty:** ●●○ · **Derivations:** [D13.1], [D13.2], [D13.4], [D13.5], [D13.6], [D14.4], [D11.6], [D11.9], [D12.4]
 #
 # **The claim.** Wrong code for preferences seldom crashes. It trains, and ends at another policy. But right code has properties that can be tested, and each bug below breaks at least one of them. And where the code is right, the data may still ask for something else than people think.
 
