@@ -20,12 +20,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import nbformat
-
-from . import build
-from .checks import judge
 from .exercises import CHAPTERS, of_chapter
 
+FOLDER = Path(__file__).parent
 MEMORY = 8 << 30  # bytes of data a submission may hold, where the system can limit that
 FILES = 100 << 20  # bytes of any file it may write
 
@@ -38,7 +35,7 @@ def examine(path: Path, report: Path, skipped: set[str]) -> None:
             lines.write(json.dumps(record) + "\n")
 
         tell(begin="reading")
-        notebook = nbformat.read(path, as_version=4)
+        notebook = read(path)
         chapter = chapter_of(path, notebook)
         namespace: dict[str, Any] = {"__name__": "__main__"}
         for place, code in enumerate(cells_to_run(notebook, chapter), start=1):
@@ -54,14 +51,29 @@ def examine(path: Path, report: Path, skipped: set[str]) -> None:
         tell(begin="end")
 
 
-def chapter_of(path: Path, notebook: nbformat.NotebookNode) -> str:
+def read(path: Path) -> dict[str, Any]:
+    """A notebook as it lies on disk. (The library for this format takes as long to load as torch.)
+
+    Raises:
+        ValueError: it is none, or one of the format before 2015.
+    """
+    try:
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(notebook["cells"], list) and isinstance(notebook["metadata"], dict):
+            return notebook
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ValueError("this file is no notebook; open it in Jupyter and save it again")
+
+
+def chapter_of(path: Path, notebook: dict[str, Any]) -> str:
     """Which notebook of the course this is: by its metadata, or by the number its file name begins with.
 
     Raises:
         ValueError: by neither.
     """
     number = re.match(r"0*(\d+)", path.stem)
-    chapter = str(notebook.metadata.get("course", {}).get("chapter", number and number[1]))
+    chapter = str(notebook["metadata"].get("course", {}).get("chapter", number and number[1]))
     if chapter not in CHAPTERS:
         raise ValueError(
             "this is none of the course's notebooks: the file's name should begin with its number"
@@ -69,20 +81,22 @@ def chapter_of(path: Path, notebook: nbformat.NotebookNode) -> str:
     return chapter
 
 
-def cells_to_run(notebook: nbformat.NotebookNode, chapter: str) -> list[str]:
+def cells_to_run(notebook: dict[str, Any], chapter: str) -> list[str]:
     """The code of a submission but for the course's own demonstrations and checks."""
-    (source,) = build.FOLDER.glob(f"source/0{chapter}_*.py")
+    (student,) = FOLDER.glob(f"0{chapter}_*.ipynb")
     given = {
-        cell.source.strip()
-        for version in (build.student_notebook(source), build.solved_notebook(source))
-        for cell in version.cells
-        if cell.cell_type == "code" and not {"setup", "exercise"} & set(cell.metadata.get("tags", []))
+        code
+        for path in (student, FOLDER / "solutions" / student.name)
+        for tags, code in code_cells(read(path))
+        if not {"setup", "exercise"} & set(tags)
     }
-    return [
-        cell.source
-        for cell in notebook.cells
-        if cell.cell_type == "code" and cell.source.strip() and cell.source.strip() not in given
-    ]
+    return [code for _, code in code_cells(notebook) if code and code not in given]
+
+
+def code_cells(notebook: dict[str, Any]) -> list[tuple[list[str], str]]:
+    """(tags, code) of each code cell."""
+    cells = [cell for cell in notebook["cells"] if cell.get("cell_type") == "code"]
+    return [(cell.get("metadata", {}).get("tags", []), "".join(cell["source"]).strip()) for cell in cells]
 
 
 def _run(code: str, name: str, namespace: dict[str, Any]) -> str | None:
@@ -98,6 +112,8 @@ def _run(code: str, name: str, namespace: dict[str, Any]) -> str | None:
 def _judged(number: str, function: Any) -> dict[str, Any]:
     if function is None:
         return {"status": "missing", "mistake": None}
+    from .checks import judge  # loads torch, which a file that is no notebook need not wait for
+
     try:
         verdict = judge(number, function)
     except BaseException as error:

@@ -1,8 +1,12 @@
 """All exercises of the course, by number; one file holds those of one notebook."""
 
-from importlib import import_module
+from __future__ import annotations
 
-from .base import Exercise
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the names of the notebooks are known without loading torch
+    from .base import Exercise
 
 CHAPTERS = {
     "1": "preferences",
