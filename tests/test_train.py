@@ -464,6 +464,7 @@ def settings_of(seed: int, steps: int = 2500) -> convergence.Settings:
     return convergence.Settings(beta=0.5, pairs=1, table_steps=1, gpt_steps=steps, seed=seed, device="cpu")
 
 
+@pytest.mark.slow
 def test_eight_hundred_steps_of_the_gpt_experiment_are_certified():
     """Fails if DPO on a network heads anywhere but to pi* (beta lost, reference ignored, outcomes swapped:
     the distance then ends above 0.1), or if the certificate claims more than is true. Where there is no
