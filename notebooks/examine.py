@@ -38,7 +38,7 @@ def examine(path: Path, report: Path, skipped: set[str]) -> None:
         notebook = read(path)
         chapter = chapter_of(path, notebook)
         namespace: dict[str, Any] = {"__name__": "__main__"}
-        for place, code in enumerate(cells_to_run(notebook, chapter), start=1):
+        for place, code in cells_to_run(notebook, chapter):
             item = f"cell {place}"
             if item not in skipped:
                 tell(begin=item)
@@ -81,8 +81,9 @@ def chapter_of(path: Path, notebook: dict[str, Any]) -> str:
     return chapter
 
 
-def cells_to_run(notebook: dict[str, Any], chapter: str) -> list[str]:
-    """The code of a submission but for the course's own demonstrations and checks."""
+def cells_to_run(notebook: dict[str, Any], chapter: str) -> list[tuple[int, str]]:
+    """The code of a submission but for the course's own demonstrations and checks, each cell with its place
+    among the code cells: 3 is In [3] of a notebook that was run from the top."""
     (student,) = FOLDER.glob(f"0{chapter}_*.ipynb")
     given = {
         code
@@ -90,7 +91,8 @@ def cells_to_run(notebook: dict[str, Any], chapter: str) -> list[str]:
         for tags, code in code_cells(read(path))
         if not {"setup", "exercise"} & set(tags)
     }
-    return [code for _, code in code_cells(notebook) if code and code not in given]
+    cells = enumerate(code_cells(notebook), start=1)
+    return [(place, code) for place, (_, code) in cells if code and code not in given]
 
 
 def code_cells(notebook: dict[str, Any]) -> list[tuple[list[str], str]]:

@@ -216,8 +216,8 @@ def test_every_public_function_names_a_tag():
 
 
 def test_every_tag_in_the_code_is_a_section():
-    """In the tests as in the package: no tag leads nowhere."""
-    for folder in (Path(dpo_minimal.__file__).parent, TESTS):
+    """In the tests and the course as in the package: no tag leads nowhere."""
+    for folder in (Path(dpo_minimal.__file__).parent, TESTS, TESTS.parent / "notebooks"):
         for path in folder.rglob("*.py"):
             assert set(tags_in(path.read_text(encoding="utf-8"))) <= {*HEADINGS, "D9.9"}, path.name
 
