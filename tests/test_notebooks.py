@@ -203,15 +203,19 @@ def test_slides_begin_at_headings(source):
 
 
 @pytest.mark.slow
-def test_solved_notebooks_run_in_time_and_say_the_same_again():
+@by_notebook
+def test_solved_notebooks_run_in_time_and_say_the_same_again(source, tmp_path_factory, testrun_uid):
     """At most 90 s each and six minutes together, on two cores; every number in their text comes back."""
-    seconds = {}
-    for source in SOURCES:
-        kept, fresh = nbformat.read(build.solved_path(source), as_version=4), build.solved_notebook(source)
-        seconds[source.stem] = build.execute(fresh, build.solved_path(source).parent)
-        for before, after in zip(code_cells(kept), code_cells(fresh)):
-            assert_same_text(text_of(before), text_of(after))
-    assert max(seconds.values()) <= 90 and sum(seconds.values()) <= 360, seconds
+    kept, fresh = nbformat.read(build.solved_path(source), as_version=4), build.solved_notebook(source)
+    seconds = build.execute(fresh, build.solved_path(source).parent)
+    for before, after in zip(code_cells(kept), code_cells(fresh)):
+        assert_same_text(text_of(before), text_of(after))
+    shared = tmp_path_factory.getbasetemp().parent / f"seconds-{testrun_uid}"  # by all workers of this run
+    shared.mkdir(exist_ok=True)
+    (shared / source.stem).write_text(str(seconds))
+    assert seconds <= 90
+    together = {path.name: float(path.read_text()) for path in shared.iterdir()}  # the last one sees all
+    assert sum(together.values()) <= 360, together
 
 
 def text_of(cell):
