@@ -164,11 +164,13 @@ def execute(notebook: NotebookNode, folder: Path) -> float:
         nbclient.exceptions.CellExecutionError: a cell raised.
     """
     start = time.perf_counter()
-    static = os.environ | {"COURSE_STATIC": "1"}  # what is written must not depend on ipywidgets
+    # What is written must not depend on ipywidgets. And the tensors are small: threads that wait for one
+    # another are slower than one, and ten times so where something else runs beside them.
+    surroundings = os.environ | {"COURSE_STATIC": "1", "OMP_NUM_THREADS": "1"}
     resources = {"metadata": {"path": str(folder)}}
     client = NotebookClient(notebook, timeout=SECONDS, resources=resources, record_timing=False)
     language = dict(notebook.metadata["language_info"])
-    client.execute(env=static)
+    client.execute(env=surroundings)
     notebook.metadata["language_info"] = language  # not the version of whoever ran it
     return time.perf_counter() - start
 
