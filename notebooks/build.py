@@ -30,7 +30,6 @@ from dpo_minimal.runs import write_atomically
 from . import syllabus
 
 FOLDER = Path(__file__).parent
-DERIVATIONS = FOLDER.parent / "derivations.md"
 SOLUTION = re.compile(r"^( *)### BEGIN SOLUTION\n(.*?)^ *### END SOLUTION(?:\n|\Z)", re.MULTILINE | re.DOTALL)
 HERE, THERE = 'sys.path.insert(0, "..")', 'sys.path.insert(0, "../..")'  # solutions lie one folder deeper
 SECONDS = 600  # no cell takes longer, unless something hangs
@@ -118,8 +117,9 @@ def link_tags(text: str, document: str) -> str:
 
 
 def _anchors() -> dict[str, str]:
-    headings = re.findall(r"^### ((D\d+\.\d+) .*)$", DERIVATIONS.read_text(encoding="utf-8"), re.MULTILINE)
-    return {tag: re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line, tag in headings}
+    text = syllabus.DERIVATIONS.read_text(encoding="utf-8")
+    headings = re.findall(r"^### ((D\d+\.\d+) .*)$", text, re.MULTILINE)
+    return {tag: syllabus.anchor(line) for line, tag in headings}
 
 
 def _slide_type(cell: NotebookNode, tags: list[str]) -> str:
@@ -175,14 +175,18 @@ def execute(notebook: NotebookNode, folder: Path) -> float:
     return time.perf_counter() - start
 
 
-def build(source: Path) -> str:
-    """Bring both notebooks of a source up to date; return what was done, for people."""
+def build(source: Path, *, force: bool = False) -> str:
+    """Bring both notebooks of a source up to date; return what was done, for people.
+
+    Args:
+        force: execute the solved one even if it is. The old one stays until the new one is whole.
+    """
     done = []
     student, solved = student_notebook(source), solved_notebook(source)
     if is_stale(student_path(source), student):
         write(student, student_path(source))
         done.append("student's written")
-    if is_stale(solved_path(source), solved):
+    if force or is_stale(solved_path(source), solved):
         seconds = execute(solved, solved_path(source).parent)
         write(solved, solved_path(source))
         done.append(f"solved executed in {seconds:.0f} s")
@@ -211,12 +215,12 @@ def main(arguments: list[str] | None = None) -> int:
             stale += late
             print(f"{source.stem}: {'stale; run python -m notebooks.build' if late else 'up to date'}")
             continue
-        if options.force:
-            solved_path(source).unlink(missing_ok=True)
         try:
-            print(f"{source.stem}: {build(source)}", flush=True)
+            print(f"{source.stem}: {build(source, force=options.force)}", flush=True)
         except CellExecutionError as error:
-            print(f"{source.stem}: a cell failed, nothing was written.\n{error}", file=sys.stderr)
+            print(
+                f"{source.stem}: a cell failed, the solved notebook is as it was.\n{error}", file=sys.stderr
+            )
             stale += 1
     stale += not _readme_up_to_date(write_it=not options.check)
     return 1 if stale else 0

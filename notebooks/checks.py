@@ -89,11 +89,11 @@ def _strained(exercise: Exercise, function: Callable[..., Any]) -> list[str]:
     if exercise.strain is None:
         return []
     with _silence():
-        answer = _tensor(_outcome(function, exercise.strain))
-    if answer is not None and bool(answer.isfinite().all()):
+        answer = _outcome(function, exercise.strain)
+    numbers = _tensor(answer)
+    if numbers is not None and bool(numbers.isfinite().all()):
         return []
-    overflow = show(_outcome(function, exercise.strain))
-    told = _rows("but here", _show_given(exercise.strain)) + _rows("it gives", [overflow])
+    told = _rows("but here", _show_given(exercise.strain)) + _rows("it gives", [show(answer)])
     return [*told, *_rows("", ["the exponentials leave the range of numbers; stay with logarithms"])]
 
 

@@ -121,7 +121,10 @@ def _examine(path: Path, skipped: set[str], seconds: float) -> tuple[list[dict],
                 break
             time.sleep(0.02)
         _end(process)
-        return [json.loads(line) for line in report.read_text(encoding="utf-8").splitlines()], reason
+        whole = report.read_text(encoding="utf-8").split("\n")[
+            :-1
+        ]  # a line cut off by the end does not count
+        return [json.loads(line) for line in whole], reason
 
 
 def _end(process: subprocess.Popen) -> None:

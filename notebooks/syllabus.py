@@ -18,6 +18,11 @@ class Header(NamedTuple):
     parts: dict[str, str]
 
 
+def anchor(heading: str) -> str:
+    """What follows the # in a link to this heading, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
 def header(source: Path) -> Header:
     """The header of a notebook's source."""
     text = source.read_text(encoding="utf-8")
@@ -57,8 +62,8 @@ def equations_table(sources: list[Path]) -> str:
             continue
         where = [number for number, text in texts.items() if f"[{tag}]" in text]
         if where:
-            anchor = re.sub(r"[^\w\- ]", "", f"{tag} {title}".lower()).replace(" ", "-")
-            rows.append(f"| {paper} | [{tag}](../derivations.md#{anchor}) {title} | {', '.join(where)} |")
+            place = f"../derivations.md#{anchor(f'{tag} {title}')}"
+            rows.append(f"| {paper} | [{tag}]({place}) {title} | {', '.join(where)} |")
     return "\n".join(rows)
 
 

@@ -81,6 +81,21 @@ def test_the_command_refuses_what_it_does_not_know(capsys):
         assert told in capsys.readouterr().err
 
 
+def test_a_forced_build_that_fails_leaves_the_old_notebook(monkeypatch, tmp_path, capsys):
+    """What was executed before is not lost to a cell that fails now."""
+
+    def fails(*_):
+        raise build.CellExecutionError("cell", "Error", "in a cell")
+
+    path = tmp_path / "solved.ipynb"
+    path.write_text("the old one")
+    monkeypatch.setattr(build, "execute", fails)
+    monkeypatch.setattr(build, "solved_path", lambda _: path)
+    assert build.main(["3", "--force"]) == 1
+    assert path.read_text() == "the old one"
+    assert "a cell failed" in capsys.readouterr().err
+
+
 # --------------------------------------------------------------------------------------------- the pattern
 
 
