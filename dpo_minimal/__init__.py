@@ -1,4 +1,10 @@
-"""Direct Preference Optimization from scratch, checked against the closed-form optimum."""
+"""Direct Preference Optimization from scratch, checked against the closed-form optimum.
+
+The book's names are imported here; those of the annexes when they are first asked for (PEP 562), so that
+`import dpo_minimal` costs little more than torch.
+"""
+
+from importlib import import_module
 
 from .bandit import Bandit, TabularPolicy, random_bandit
 from .certificates import certify
@@ -14,8 +20,6 @@ from .closed_form import (
     rlhf_objective,
     soft_value,
 )
-from .data import PreferencePair, load_preferences
-from .finite_data import maximum_likelihood
 from .generation import generate
 from .losses import (
     LabelLoss,
@@ -37,7 +41,7 @@ from .losses import (
     unlikelihood_loss,
     unweighted_dpo_loss,
 )
-from .model import GPT, GPTConfig
+from .model import GPTConfig
 from .policy import (
     Completions,
     EnumeratedPolicy,
@@ -67,6 +71,25 @@ from .preferences import (
 from .train import train
 from .validation import InputError
 from .version import __version__
+
+_ANNEXES = {  # name: the annex file that has it
+    "GPT": "text.checkpoint",  # which adds from_pretrained and save_pretrained to it
+    "PreferencePair": "text.data",
+    "load_preferences": "text.data",
+    "maximum_likelihood": "laws.finite_data",
+}
+
+
+def __getattr__(name: str):
+    if name not in _ANNEXES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{_ANNEXES[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ANNEXES})
+
 
 __all__ = [
     "GPT",

@@ -7,7 +7,11 @@ import os
 import sys
 
 from . import __version__
-from .experiments import audit, bandit, dpo, frontier, sample, score, sentiment, sft, statistics
+from .experiments.bandit import command as bandit
+from .experiments.frontier import command as frontier
+from .experiments.sentiment import command as sentiment
+from .experiments.statistics import command as statistics
+from .experiments.text import audit, dpo, sample, score, sft
 from .validation import InputError
 
 COMMANDS = {

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -230,22 +229,3 @@ class GPT(nn.Module):
     def project(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., C) -> logits (..., V), through the tied token embedding."""
         return F.linear(hidden, self.wte.weight)
-
-    @classmethod
-    def from_pretrained(cls, folder_or_name: str | Path) -> GPT:
-        """A GPT-2 from a folder in Hugging Face's layout, or a released one by name ("gpt2").
-
-        Float32, on the CPU. Raises InputError naming file and tensor (checkpoint.load_model).
-        """
-        from .checkpoint import load_model  # checkpoint.py is built on this file
-
-        return load_model(folder_or_name)
-
-    def save_pretrained(self, folder: str | Path, *, eos: int | None = None) -> None:
-        """Write config.json and model.safetensors in Hugging Face's layout (checkpoint.save_model).
-
-        Args: eos, the end-of-text id to name in config.json. Raises InputError.
-        """
-        from .checkpoint import save_model
-
-        save_model(self, folder, eos=eos)

@@ -25,7 +25,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 
-from dpo_minimal.runs import write_atomically
+from dpo_minimal.text.runs import write_atomically
 
 from . import syllabus
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from dpo_minimal.runs import write_atomically
+from dpo_minimal.text.runs import write_atomically
 
 from .exercises import all_exercises
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from planting import CAUGHT, plant
 
-from dpo_minimal import audit as room
-from dpo_minimal import batches
 from dpo_minimal.__main__ import main
-from dpo_minimal.experiments import audit, text_setup
-from dpo_minimal.tokenizer import byte_tokenizer, save_tokenizer, train_bpe
+from dpo_minimal.experiments.text import audit
+from dpo_minimal.experiments.text import setup as text_setup
+from dpo_minimal.text import audit as room
+from dpo_minimal.text import batches
+from dpo_minimal.text.tokenizer import byte_tokenizer, save_tokenizer, train_bpe
 
 SHARED = Path(__file__).parents[2] / "shared"
 PAIRS = [

@@ -23,7 +23,7 @@ from dpo_minimal.bandit import (
     safe_learning_rate,
 )
 from dpo_minimal.certificates import certify
-from dpo_minimal.experiments.convergence import Settings, plackett_luce, tabular
+from dpo_minimal.experiments.bandit.convergence import Settings, plackett_luce, tabular
 from dpo_minimal.losses import bradley_terry_loss
 from dpo_minimal.preferences import (
     Rankings,

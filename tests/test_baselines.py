@@ -23,9 +23,9 @@ from dpo_minimal import (
     rlhf_objective,
     soft_value,
 )
-from dpo_minimal import baselines as b
 from dpo_minimal.closed_form import frontier_gap, log_partition
 from dpo_minimal.preferences import reference_pairs
+from dpo_minimal.rivals import baselines as b
 
 
 def doubles(values):

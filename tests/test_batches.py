@@ -12,11 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from planting import CAUGHT, plant
 
-from dpo_minimal import batches
-from dpo_minimal.audit import FINDINGS, Audit
-from dpo_minimal.batches import Example, mismatched, split_by_prompt, tokenize, windows, with_mismatched
-from dpo_minimal.data import Dataset, Demonstration, LabelledCompletion, PreferencePair, Ranking, load_dataset
-from dpo_minimal.tokenizer import byte_tokenizer, gpt2_tokenizer, train_bpe
+from dpo_minimal.text import batches
+from dpo_minimal.text.audit import FINDINGS, Audit
+from dpo_minimal.text.batches import Example, mismatched, split_by_prompt, tokenize, windows, with_mismatched
+from dpo_minimal.text.data import (
+    Dataset,
+    Demonstration,
+    LabelledCompletion,
+    PreferencePair,
+    Ranking,
+    load_dataset,
+)
+from dpo_minimal.text.tokenizer import byte_tokenizer, gpt2_tokenizer, train_bpe
 from dpo_minimal.validation import InputError
 
 SHARED = Path(__file__).parents[2] / "shared"

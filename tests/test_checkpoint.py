@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from planting import CAUGHT, plant
 
-from dpo_minimal import checkpoint, training_state
-from dpo_minimal.checkpoint import load_model, read_config, save_model, state_fingerprint
 from dpo_minimal.model import GPT, GPTConfig
+from dpo_minimal.text import checkpoint, training_state
+from dpo_minimal.text.checkpoint import load_model, read_config, save_model, state_fingerprint
+from dpo_minimal.text.training_state import load_training_state, save_training_state
 from dpo_minimal.train import OPTIMIZERS, make_optimizer
-from dpo_minimal.training_state import load_training_state, save_training_state
 from dpo_minimal.validation import InputError
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -17,10 +17,11 @@ import pytest
 import torch
 
 import dpo_minimal
-from dpo_minimal import runs
 from dpo_minimal.__main__ import main
 from dpo_minimal.bandit import random_bandit
-from dpo_minimal.experiments import bandit, convergence
+from dpo_minimal.experiments.bandit import command as bandit
+from dpo_minimal.experiments.bandit import convergence
+from dpo_minimal.text import runs
 from dpo_minimal.validation import InputError
 
 NAMES = ("tabular", "finite", "gpt", "plackett_luce")

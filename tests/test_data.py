@@ -15,8 +15,8 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from planting import CAUGHT, plant
 
-from dpo_minimal import data, files
-from dpo_minimal.data import (
+from dpo_minimal.text import data, files
+from dpo_minimal.text.data import (
     KINDS,
     Demonstration,
     LabelledCompletion,

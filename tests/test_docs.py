@@ -44,22 +44,6 @@ def test_readme_map_names_every_file():
             assert path.name in README, f"README.md's map lacks {path.name}"
 
 
-def test_files_import_only_downward():
-    """The order of the README's map is the order of imports; a circle would break it."""
-    order = ["version", "validation", "closed_form", "preferences", "losses", "bandit", "certificates"]
-    order += ["finite_data", "sampling_laws", "model", "generation", "policy", "runs", "tokenizer", "reviews"]
-    order += ["files", "data", "checkpoint", "training_state", "audit", "batches", "train", "baselines"]
-    order += ["objectives", "reward_model", "ppo", "evaluate", "allocator", "training_run", "tables", "plots"]
-    order += ["text_plots", "frontier_plots", "sentiment_plots", "experiments"]
-    assert {path.stem for path in (ROOT / "dpo_minimal").glob("[!_]*.py")} <= set(order)
-    for place, name in enumerate(order[:-1]):
-        source = (ROOT / "dpo_minimal" / f"{name}.py").read_text(encoding="utf-8")
-        source = source.split("if TYPE_CHECKING:")[0]
-        # At the top of the file: GPT.from_pretrained reads checkpoint.py only when it is called.
-        imported = set(re.findall(r"^from \.(\w+)", source, re.MULTILINE))
-        assert imported <= set(order[:place]), f"{name}.py imports {imported - set(order[:place])}"
-
-
 def test_readme_links_lead_somewhere():
     """Files exist, and anchors are headings of the document they point into."""
     for path, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", README):

@@ -7,15 +7,15 @@ import torch
 from planting import CAUGHT, plant
 from test_policy import loud
 
-from dpo_minimal import evaluate
 from dpo_minimal.closed_form import kl_divergence, optimal_logps, rlhf_objective
-from dpo_minimal.evaluate import Samples, exact_win_rate, mean_of, sample, win_rate
-from dpo_minimal.experiments.judged import _ranks, as_pairs, judged_samples
-from dpo_minimal.experiments.text_report import best_objective
-from dpo_minimal.experiments.text_setup import Policy
+from dpo_minimal.experiments.text.judged import _ranks, as_pairs, judged_samples
+from dpo_minimal.experiments.text.report import best_objective
+from dpo_minimal.experiments.text.setup import Policy
 from dpo_minimal.model import GPT, GPTConfig
 from dpo_minimal.policy import SequenceBatch, completion_logps, enumerate_completions, sequence_logps
 from dpo_minimal.preferences import bradley_terry
+from dpo_minimal.rivals import evaluate
+from dpo_minimal.rivals.evaluate import Samples, exact_win_rate, mean_of, sample, win_rate
 from dpo_minimal.validation import InputError
 
 

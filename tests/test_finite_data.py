@@ -16,8 +16,8 @@ from strategies import generators, normal
 from dpo_minimal.bandit import TabularPolicy, ipo_objective, random_bandit, safe_learning_rate
 from dpo_minimal.certificates import curvature, largest_resistance
 from dpo_minimal.closed_form import optimal_logps
-from dpo_minimal.experiments.convergence import Settings, finite
-from dpo_minimal.finite_data import (
+from dpo_minimal.experiments.bandit.convergence import Settings, finite
+from dpo_minimal.laws.finite_data import (
     add_prior,
     groups_at_fault,
     ipo_estimate,
@@ -26,6 +26,7 @@ from dpo_minimal.finite_data import (
     require_estimate,
     standard_errors,
 )
+from dpo_minimal.laws.sampling_laws import chi_square_quantile, finite_data_law, normal_quantile
 from dpo_minimal.preferences import (
     Rankings,
     Slate,
@@ -35,7 +36,6 @@ from dpo_minimal.preferences import (
     sample_rankings,
     win_counts,
 )
-from dpo_minimal.sampling_laws import chi_square_quantile, finite_data_law, normal_quantile
 from dpo_minimal.train import train
 from dpo_minimal.validation import InputError
 

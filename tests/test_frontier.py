@@ -15,7 +15,6 @@ from dpo_minimal import (
     all_sets,
     best_of_n_logps,
     expected_pairs,
-    frontier_plots,
     kl_divergence,
     maximum_likelihood,
     optimal_logps,
@@ -24,9 +23,12 @@ from dpo_minimal import (
 from dpo_minimal.__main__ import main
 from dpo_minimal.bandit import TabularPolicy, kto_on_table, loss_on_table
 from dpo_minimal.closed_form import frontier_gap
-from dpo_minimal.experiments import frontier, methods, pair_methods, pairs
-from dpo_minimal.experiments.worlds import World, gpt_world, table_world
-from dpo_minimal.finite_data import ipo_estimate
+from dpo_minimal.experiments.frontier import command as frontier
+from dpo_minimal.experiments.frontier import figure as frontier_plots
+from dpo_minimal.experiments.frontier import methods, pair_methods, pairs
+from dpo_minimal.experiments.frontier.worlds import World, gpt_world, table_world
+from dpo_minimal.laws.finite_data import ipo_estimate
+from dpo_minimal.laws.sampling_laws import finite_data_law
 from dpo_minimal.losses import (
     averaged_ipo_loss,
     bradley_terry_loss,
@@ -37,7 +39,6 @@ from dpo_minimal.losses import (
     unlikelihood_loss,
 )
 from dpo_minimal.preferences import Rankings, expected_rankings, reference_pairs, sample_pairs, win_counts
-from dpo_minimal.sampling_laws import finite_data_law
 
 BETA, NOISE = 0.4, 0.1
 

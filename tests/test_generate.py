@@ -11,8 +11,8 @@ from test_policy import ALL, EOS, LENGTH, SMALL, VOCAB, loop_logp, loud
 
 from dpo_minimal import generation
 from dpo_minimal.generation import generate, sampling_probabilities
+from dpo_minimal.laws.sampling_laws import chi_square_quantile
 from dpo_minimal.model import GPT, GPTConfig, LayerCache
-from dpo_minimal.sampling_laws import chi_square_quantile
 from dpo_minimal.validation import InputError
 
 GPT_2 = loud(GPT(SMALL))

@@ -18,19 +18,9 @@ import test_relatives
 import torch
 from planting import CAUGHT, plant
 
-from dpo_minimal import (
-    bandit,
-    certificates,
-    closed_form,
-    finite_data,
-    losses,
-    model,
-    policy,
-    preferences,
-    sampling_laws,
-    validation,
-)
-from dpo_minimal.experiments import convergence
+from dpo_minimal import bandit, certificates, closed_form, losses, model, policy, preferences, validation
+from dpo_minimal.experiments.bandit import convergence
+from dpo_minimal.laws import finite_data, sampling_laws
 
 
 class Mutant(NamedTuple):

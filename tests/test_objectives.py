@@ -15,11 +15,13 @@ from planting import CAUGHT, plant
 from test_policy import gradients, loop_logp, loud
 from test_relatives import RELATIVES, Row, log_odds
 
-from dpo_minimal import objectives, policy
-from dpo_minimal.batches import Example, windows
+from dpo_minimal import policy
 from dpo_minimal.losses import dpo_loss
 from dpo_minimal.model import GPT, GPTConfig
-from dpo_minimal.objectives import (
+from dpo_minimal.policy import SequenceBatch, SharedPromptBatch, sequence_logps
+from dpo_minimal.text import objectives
+from dpo_minimal.text.batches import Example, windows
+from dpo_minimal.text.objectives import (
     DTYPES,
     LOSS_TYPES,
     OPTIONS,
@@ -36,8 +38,7 @@ from dpo_minimal.objectives import (
     save_reference_logps,
     sft_objective,
 )
-from dpo_minimal.policy import SequenceBatch, SharedPromptBatch, sequence_logps
-from dpo_minimal.tokenizer import byte_tokenizer, train_bpe
+from dpo_minimal.text.tokenizer import byte_tokenizer, train_bpe
 from dpo_minimal.train import Window, _means, average, make_optimizer, train
 from dpo_minimal.validation import InputError
 

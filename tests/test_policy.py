@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dpo_minimal.bandit import random_bandit
 from dpo_minimal.closed_form import next_token_logps
-from dpo_minimal.experiments import convergence
+from dpo_minimal.experiments.bandit import convergence
 from dpo_minimal.model import GPT, GPTConfig
 from dpo_minimal.policy import (
     Completions,

@@ -8,11 +8,11 @@ import torch
 from planting import CAUGHT, plant
 from test_policy import ALL, EOS, LENGTH, PROMPTS, SMALL, gradients, loop_logp, loud
 
-from dpo_minimal import ppo
 from dpo_minimal.closed_form import kl_divergence, optimal_logps
 from dpo_minimal.model import GPT
 from dpo_minimal.policy import completion_logps
-from dpo_minimal.ppo import (
+from dpo_minimal.rivals import ppo
+from dpo_minimal.rivals.ppo import (
     PPOSettings,
     Rollout,
     collect,
@@ -21,7 +21,7 @@ from dpo_minimal.ppo import (
     token_rewards,
     train_ppo,
 )
-from dpo_minimal.reward_model import RewardModel
+from dpo_minimal.rivals.reward_model import RewardModel
 from dpo_minimal.validation import InputError
 
 ASKED = PROMPTS.tolist()

@@ -12,6 +12,7 @@ from strategies import generators, normal
 
 from dpo_minimal import InputError
 from dpo_minimal.certificates import connected
+from dpo_minimal.laws.sampling_laws import chi_square_quantile
 from dpo_minimal.preferences import (
     Rankings,
     Slate,
@@ -27,7 +28,6 @@ from dpo_minimal.preferences import (
     tally,
     win_counts,
 )
-from dpo_minimal.sampling_laws import chi_square_quantile
 
 EPS = torch.finfo(torch.float64).eps
 RAGGED = torch.tensor([[True, True, True, True], [True, False, True, True], [False, True, True, True]])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dpo_minimal import losses
 from dpo_minimal.closed_form import kl_divergence, optimal_logps
-from dpo_minimal.finite_data import ipo_estimate
+from dpo_minimal.laws.finite_data import ipo_estimate
 from dpo_minimal.preferences import Rankings, preference_matrix
 
 # Some twenty float64 operations on numbers up to 1e3, most of them far below. A wrong formula is off by more

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from planting import CAUGHT, plant
 
-from dpo_minimal import reviews
-from dpo_minimal.reviews import comparisons, demonstrations, opinions, prompts, sentiment
-from dpo_minimal.sampling_laws import chi_square_quantile, normal_quantile
+from dpo_minimal.laws.sampling_laws import chi_square_quantile, normal_quantile
+from dpo_minimal.text import reviews
+from dpo_minimal.text.reviews import comparisons, demonstrations, opinions, prompts, sentiment
 from dpo_minimal.validation import InputError
 
 FALSE_ALARM = (

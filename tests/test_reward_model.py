@@ -7,11 +7,10 @@ import torch
 from planting import CAUGHT, plant
 from test_policy import SMALL, gradients, loud
 
-from dpo_minimal import reward_model
-from dpo_minimal.batches import Example
 from dpo_minimal.model import GPT, GPTConfig
 from dpo_minimal.policy import enumerate_completions, shared_prompt_batch, tree_states, whole_completions
-from dpo_minimal.reward_model import (
+from dpo_minimal.rivals import reward_model
+from dpo_minimal.rivals.reward_model import (
     RewardModel,
     fit_reward_model,
     normalised_reward,
@@ -19,6 +18,7 @@ from dpo_minimal.reward_model import (
     reward_model_objective,
     score_completions,
 )
+from dpo_minimal.text.batches import Example
 from dpo_minimal.train import average
 from dpo_minimal.validation import InputError
 

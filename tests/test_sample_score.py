@@ -12,16 +12,16 @@ from planting import CAUGHT, plant
 
 from dpo_minimal import model as model_room
 from dpo_minimal.__main__ import main
-from dpo_minimal.batches import tokenize
-from dpo_minimal.checkpoint import load_model, save_model, state_fingerprint
-from dpo_minimal.data import load_dataset
-from dpo_minimal.experiments import pair_scores, sample, score
+from dpo_minimal.experiments.text import pair_scores, sample, score
 from dpo_minimal.losses import dpo_loss
 from dpo_minimal.model import GPT, GPTConfig
 from dpo_minimal.policy import SequenceBatch, sequence_logps, shared_prompt_batch, shared_prompt_logps
-from dpo_minimal.reviews import prompts as review_prompts
-from dpo_minimal.reviews import sentiment
-from dpo_minimal.tokenizer import byte_tokenizer, save_tokenizer, train_bpe
+from dpo_minimal.text.batches import tokenize
+from dpo_minimal.text.checkpoint import load_model, save_model, state_fingerprint
+from dpo_minimal.text.data import load_dataset
+from dpo_minimal.text.reviews import prompts as review_prompts
+from dpo_minimal.text.reviews import sentiment
+from dpo_minimal.text.tokenizer import byte_tokenizer, save_tokenizer, train_bpe
 
 CONTEXT = 64
 POLICY, REFERENCE, OTHER = 4, 3, 5  # seeds; under the first two, some margins are positive and some are not

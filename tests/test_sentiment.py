@@ -14,11 +14,18 @@ import torch
 import torch.nn.functional as F
 
 from dpo_minimal.__main__ import main
-from dpo_minimal.baselines import best_of_n_reward
-from dpo_minimal.experiments import sentiment, sentiment_runs, sentiment_world
-from dpo_minimal.experiments.sentiment_data import Plan, label_pairs, take_prefixes
-from dpo_minimal.experiments.sentiment_methods import Run, all_runs, budget_of, check_plan, ppo_settings
-from dpo_minimal.experiments.sentiment_results import (
+from dpo_minimal.experiments.sentiment import (
+    command as sentiment,
+)
+from dpo_minimal.experiments.sentiment import (
+    runs as sentiment_runs,
+)
+from dpo_minimal.experiments.sentiment import (
+    world as sentiment_world,
+)
+from dpo_minimal.experiments.sentiment.data import Plan, label_pairs, take_prefixes
+from dpo_minimal.experiments.sentiment.methods import Run, all_runs, budget_of, check_plan, ppo_settings
+from dpo_minimal.experiments.sentiment.results import (
     Group,
     best_of,
     crossed_interval,
@@ -27,8 +34,8 @@ from dpo_minimal.experiments.sentiment_results import (
     reward_within,
     student_95,
 )
-from dpo_minimal.experiments.sentiment_runs import looks_at, path_of, run_all, train_and_look
-from dpo_minimal.experiments.sentiment_truth import (
+from dpo_minimal.experiments.sentiment.runs import looks_at, path_of, run_all, train_and_look
+from dpo_minimal.experiments.sentiment.truth import (
     MOST,
     BagOfWords,
     Review,
@@ -38,10 +45,11 @@ from dpo_minimal.experiments.sentiment_truth import (
     truth_of,
     words_of,
 )
-from dpo_minimal.experiments.sentiment_world import load_world, make_world
-from dpo_minimal.objectives import reference_logps
-from dpo_minimal.reviews import sentiment as sentiment_of
-from dpo_minimal.tokenizer import byte_tokenizer
+from dpo_minimal.experiments.sentiment.world import load_world, make_world
+from dpo_minimal.rivals.baselines import best_of_n_reward
+from dpo_minimal.text.objectives import reference_logps
+from dpo_minimal.text.reviews import sentiment as sentiment_of
+from dpo_minimal.text.tokenizer import byte_tokenizer
 from dpo_minimal.validation import InputError
 
 TINY = Plan(  # reviews enough that samples hold a word of opinion

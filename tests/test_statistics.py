@@ -19,14 +19,15 @@ import torch
 from planting import CAUGHT, plant
 from strategies import normal
 
-from dpo_minimal import plots, sampling_laws
 from dpo_minimal.__main__ import _parser, main
 from dpo_minimal.bandit import dpo_objective
 from dpo_minimal.closed_form import optimal_logps
-from dpo_minimal.experiments import replicates, statistics
-from dpo_minimal.experiments.replicates import Settings, draw, make_truth, measure, simulate
-from dpo_minimal.preferences import all_sets, expected_pairs, sample_pairs, win_counts
-from dpo_minimal.sampling_laws import (
+from dpo_minimal.experiments.statistics import command as statistics
+from dpo_minimal.experiments.statistics import figure as plots
+from dpo_minimal.experiments.statistics import replicates
+from dpo_minimal.experiments.statistics.replicates import Settings, draw, make_truth, measure, simulate
+from dpo_minimal.laws import sampling_laws
+from dpo_minimal.laws.sampling_laws import (
     chi_square_quantile,
     cramer_rao,
     kl_law,
@@ -34,6 +35,7 @@ from dpo_minimal.sampling_laws import (
     score_gradients,
     score_moments,
 )
+from dpo_minimal.preferences import all_sets, expected_pairs, sample_pairs, win_counts
 
 Z = 4.8916  # two-sided normal quantile at a false-alarm rate of 1e-6; checked in test_finite_data.py
 # Chi-square quantiles of three degrees of freedom, from printed tables

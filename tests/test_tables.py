@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from dpo_minimal.experiments.bandit.tables import load_comparisons, load_table
 from dpo_minimal.preferences import win_counts
-from dpo_minimal.tables import load_comparisons, load_table
 from dpo_minimal.validation import InputError
 
 

@@ -19,12 +19,12 @@ import safetensors.torch
 import torch
 
 from dpo_minimal.__main__ import COMMANDS, main
-from dpo_minimal.checkpoint import load_model, save_model, state_fingerprint
-from dpo_minimal.experiments import dpo
-from dpo_minimal.experiments.text_setup import load_policy
+from dpo_minimal.experiments.text import dpo
+from dpo_minimal.experiments.text.setup import load_policy
 from dpo_minimal.model import GPT, GPTConfig
-from dpo_minimal.objectives import LOSS_TYPES, OPTIONS, reference_logps
-from dpo_minimal.tokenizer import byte_tokenizer, save_tokenizer, train_bpe
+from dpo_minimal.text.checkpoint import load_model, save_model, state_fingerprint
+from dpo_minimal.text.objectives import LOSS_TYPES, OPTIONS, reference_logps
+from dpo_minimal.text.tokenizer import byte_tokenizer, save_tokenizer, train_bpe
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from planting import CAUGHT, plant
 
-from dpo_minimal import tokenizer as module
-from dpo_minimal.reviews import demonstrations
-from dpo_minimal.tokenizer import (
+from dpo_minimal.text import tokenizer as module
+from dpo_minimal.text.reviews import demonstrations
+from dpo_minimal.text.tokenizer import (
     GPT2_PATTERN,
     TOKENIZER_FILE,
     Tokenizer,

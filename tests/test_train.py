@@ -7,7 +7,7 @@ import pytest
 import torch
 from planting import CAUGHT, plant
 
-from dpo_minimal.experiments import convergence
+from dpo_minimal.experiments.bandit import convergence
 from dpo_minimal.train import OPTIMIZERS, Window, _means, average, make_optimizer, train, warm_up
 from dpo_minimal.validation import InputError
 

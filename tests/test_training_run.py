@@ -18,14 +18,14 @@ import torch
 from planting import CAUGHT, plant
 from test_policy import loud
 
-from dpo_minimal import training_run
-from dpo_minimal.batches import Example
-from dpo_minimal.checkpoint import load_model, state_fingerprint
 from dpo_minimal.model import GPT, GPTConfig
-from dpo_minimal.objectives import check_start, preference_objective, reference_logps, sft_objective
+from dpo_minimal.text import training_run
+from dpo_minimal.text.batches import Example
+from dpo_minimal.text.checkpoint import load_model, state_fingerprint
+from dpo_minimal.text.objectives import check_start, preference_objective, reference_logps, sft_objective
+from dpo_minimal.text.training_run import Data, Interrupted, Settings, evaluate, planned_steps, run_training
+from dpo_minimal.text.training_state import load_training_state
 from dpo_minimal.train import make_optimizer
-from dpo_minimal.training_run import Data, Interrupted, Settings, evaluate, planned_steps, run_training
-from dpo_minimal.training_state import load_training_state
 from dpo_minimal.validation import InputError
 
 CONFIG = GPTConfig(vocab_size=11, block_size=24, n_layer=1, n_head=2, n_embd=8)

@@ -1,1 +1,1 @@
-"""What the commands run, each composing the rooms above."""
+"""What the commands run, a folder each: the command, its parts and its figure."""

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from matplotlib import pyplot as plt
 
 import dpo_minimal as dpo
-from dpo_minimal.finite_data import standard_errors
+from dpo_minimal.laws.finite_data import standard_errors
 from notebooks import figures
 from notebooks.checks import check
 

@@ -18,7 +18,7 @@ from matplotlib import pyplot as plt
 
 import dpo_minimal as dpo
 from dpo_minimal.bandit import plackett_luce_objective, safe_learning_rate
-from dpo_minimal.finite_data import standard_errors
+from dpo_minimal.laws.finite_data import standard_errors
 from notebooks import figures
 from notebooks.checks import check
 

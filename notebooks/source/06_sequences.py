@@ -18,7 +18,7 @@ from matplotlib import pyplot as plt
 
 import dpo_minimal as dpo
 from dpo_minimal.bandit import dpo_objective
-from dpo_minimal.tokenizer import byte_tokenizer
+from dpo_minimal.text.tokenizer import byte_tokenizer
 from notebooks import figures
 from notebooks.checks import check
 

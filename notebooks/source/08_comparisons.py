@@ -14,10 +14,10 @@ import torch
 from matplotlib import pyplot as plt
 
 import dpo_minimal as dpo
-from dpo_minimal import baselines
 from dpo_minimal.closed_form import frontier_gap
-from dpo_minimal.evaluate import exact_win_rate
-from dpo_minimal.sampling_laws import kl_law
+from dpo_minimal.laws.sampling_laws import kl_law
+from dpo_minimal.rivals import baselines
+from dpo_minimal.rivals.evaluate import exact_win_rate
 from notebooks import figures
 from notebooks.checks import check
 

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 
 import torch
 
-from dpo_minimal.allocator import keep_freed_memory
-from dpo_minimal.batches import Example, windows
-from dpo_minimal.checkpoint import load_model, save_model
 from dpo_minimal.generation import generate
 from dpo_minimal.model import GPT, GPTConfig
-from dpo_minimal.objectives import make_window, preference_objective, reference_logps
+from dpo_minimal.text.allocator import keep_freed_memory
+from dpo_minimal.text.batches import Example, windows
+from dpo_minimal.text.checkpoint import load_model, save_model
+from dpo_minimal.text.objectives import make_window, preference_objective, reference_logps
 from dpo_minimal.train import make_optimizer, train
 
 from . import tasks

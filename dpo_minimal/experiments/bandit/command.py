@@ -1,0 +1,280 @@
+"""`python -m dpo_minimal bandit`: DPO finds pi_ref exp(r / beta) / Z, from a table to a GPT-2.
+
+Four trainings, each from the reference, each against a target known beforehand: a table on exact
+preference probabilities, a table on sampled pairs, a GPT on exact probabilities, a table on rankings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...bandit import Bandit, random_bandit
+from ...closed_form import kl_divergence, optimal_logps
+from ...laws.finite_data import maximum_likelihood
+from ...laws.sampling_laws import finite_data_law
+from ...preferences import Rankings, all_sets, sample_pairs
+from ...text.runs import new_run_folder, refuse_used_folder, versions, write_arrays, write_json, write_records
+from ...validation import InputError, check_count, check_device, check_positive, check_seed
+from . import ranking
+from .convergence import (
+    GPT_PROMPTS,
+    Settings,
+    finite,
+    gpt_population,
+    plackett_luce,
+    ranking_size,
+    seeded_generator,
+    tabular,
+)
+from .fit import Outcome, expected_reward, max_distance
+from .tables import load_table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    world = parser.add_argument_group("world")
+    world.add_argument("--prompts", type=int, metavar="X", help="prompts of the tabular world (default 8)")
+    world.add_argument("--completions", type=int, metavar="Y", help="completions of each (default 16)")
+    world.add_argument(
+        "--table", metavar="FILE.csv",
+        help="run the tabular experiments on your own world: columns prompt, completion, reward and, "
+        "if not uniform, reference (a probability or a count)",
+    )  # fmt: skip
+    world.add_argument(
+        "--comparisons", metavar="FILE.csv",
+        help="train on your own comparisons instead: columns prompt, winner, loser and, optionally, count; "
+        "writes ranking.csv with rewards, standard errors and the trained policy",
+    )  # fmt: skip
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--beta", type=float, default=0.5,
+        help="strength of the KL penalty, 1e-4 to 1e4 (default %(default)s instead of the paper's 0.1, for a "
+        "pi* that a figure can show; not 1, where a forgotten beta would go unnoticed)",
+    )  # fmt: skip
+    training.add_argument("--pairs", type=int, metavar="N", help="pairs to sample (default 20000)")
+    training.add_argument(
+        "--steps", type=int,
+        help="optimisation steps at most, of each experiment (default: 2000 for tables, which stop early "
+        "once certified; 2500 for the GPT; with --comparisons 20000, or 5000 by ipo)",
+    )  # fmt: skip
+    training.add_argument(
+        "--loss", choices=("dpo", "ipo"),
+        help="with --comparisons: ipo has a finite optimum even where a completion never lost (default dpo)",
+    )  # fmt: skip
+    training.add_argument(
+        "--prior", type=float, metavar="WINS",
+        help="with --comparisons: add this many imaginary wins each way between any two completions "
+        "(the standard errors count them as data)",
+    )  # fmt: skip
+    run = parser.add_argument_group("run")
+    run.add_argument("--seed", type=int, help="the same seed gives the same numbers, on a CPU (default 0)")
+    run.add_argument("--output-dir", metavar="DIR", help="new folder to write to (default runs/bandit-NNN)")
+    run.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    run.add_argument(
+        "--quick", action="store_true",
+        help="85 instead of 341 completions a prompt for the GPT, and 1000 steps instead of 2500",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> Path:
+    """Check everything, then run the experiments and write the run folder, which is returned."""
+    torch.set_num_threads(1)  # tables and models this small are faster on one core, and the same everywhere
+    if args.comparisons is not None:
+        return ranking.run(args)
+    for option in ("loss", "prior"):
+        if getattr(args, option) is not None:
+            raise InputError(f"--{option} is used only with --comparisons; leave it out.")
+    settings = _settings(args)
+    refuse_used_folder(args.output_dir)
+    world = _world(args, settings)
+    generator = seeded_generator(settings, "pairs")
+    data = sample_pairs(world.rewards, settings.pairs, slate=all_sets(world.exists), generator=generator)
+    estimate, missing = None, None
+    try:
+        estimate = maximum_likelihood(data, world.exists, (world.prompts, world.completions))
+    except InputError as error:
+        missing = f"with {settings.pairs} sampled pairs {error}"
+        if args.table is None:
+            raise InputError(f"raise --pairs: {missing}") from None
+    folder = new_run_folder(args.output_dir, "bandit")
+    write_json(folder / "config.json", {"command": "bandit", **vars(args), **vars(settings), **versions()})
+
+    X, Y = world.rewards.shape
+    size = ranking_size(world)
+    experiments = {
+        f"tabular: {X} prompts x {Y} completions, every pair with its exact probability (float64).":
+            lambda: tabular(world, settings),
+        f"finite: {settings.pairs} sampled pairs; the target is their maximum-likelihood estimate (float64).":
+            lambda: finite(world, data, estimate, settings),
+        f"gpt: a GPT-2 and all its completions for {GPT_PROMPTS} prompts, exact probabilities on a sparse "
+        "graph of pairs (trained in float32, judged in float64).":
+            lambda: gpt_population(settings),
+        f"plackett_luce: rankings of {size} with their exact probability (float64).":
+            lambda: plackett_luce(world, settings, size),
+    }  # fmt: skip
+    print(f"Training towards pi* = pi_ref exp(r / beta) / Z with beta = {settings.beta:g}.\n", flush=True)
+    outcomes = []
+    for explanation, experiment in experiments.items():
+        name = explanation.partition(":")[0]
+        if name == "gpt" and args.table is not None:
+            continue
+        if name == "finite" and estimate is None:
+            print(f"   finite: left out, because {missing} (--pairs sets their number)")
+            continue
+        print(f"{len(outcomes) + 1}. {explanation}", flush=True)
+        outcomes.append(experiment())
+
+    print("\n" + results_table(outcomes))
+    if estimate is not None:
+        print(_statistical_line(world, data, estimate, settings))
+    print(_verdict(outcomes))
+    _write(folder, outcomes)
+    print(f"\nWrote {folder}/bandit.png, result.npz, metrics.jsonl and config.json.")
+    return folder
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    check_positive("--beta", args.beta)
+    if not 1e-4 <= args.beta <= 1e4:
+        raise InputError(
+            f"--beta must lie between 1e-4 and 1e4, where float64 has digits left, got {args.beta}."
+        )
+    check_device(args.device)
+    pairs = 20_000 if args.pairs is None else args.pairs
+    check_count("--pairs", pairs)
+    if args.steps is not None:
+        check_count("--steps", args.steps)
+    seed = 0 if args.seed is None else args.seed
+    check_seed("--seed", seed)
+    if args.quick and args.steps is not None:
+        raise InputError("--quick and --steps both set the number of steps; give one of them.")
+    if args.quick and args.table is not None:
+        raise InputError("--quick shortens only the GPT's training, which --table leaves out; leave it out.")
+    return Settings(
+        beta=args.beta,
+        pairs=pairs,
+        table_steps=args.steps or 2000,
+        gpt_steps=args.steps or (1000 if args.quick else 2500),
+        seed=seed,
+        device=args.device,
+        quick=args.quick,
+    )
+
+
+def _world(args: argparse.Namespace, settings: Settings) -> Bandit:
+    if args.table is not None:
+        for option in ("prompts", "completions"):
+            if getattr(args, option) is not None:
+                raise InputError(f"--{option} is given by the file of --table; leave it out.")
+        return load_table(args.table)
+    prompts = 8 if args.prompts is None else args.prompts
+    completions = 16 if args.completions is None else args.completions
+    check_count("--prompts", prompts)
+    check_count("--completions", completions, minimum=2)
+    return random_bandit(prompts, completions, generator=seeded_generator(settings, "world"))
+
+
+# --------------------------------------------------------------------------------------------- reporting
+
+
+def results_table(outcomes: list[Outcome]) -> str:
+    """The table that the command prints, with a line of explanation for what is not obvious in it."""
+    header = (
+        f"{'experiment':<21} {'max|dlogp|':>10} {'bound':>9} {'TV':>8} {'KL(p|t)':>8} {'KL(t|p)':>8} "
+        f"{'reward':>8} {'(best)':>8} {'KL(p|ref)':>9} {'(best)':>8} {'weight':>16} {'sec':>5}"
+    )
+    lines = [header, "-" * len(header)]
+    for outcome in outcomes:
+        lines.append(
+            _row(outcome, outcome.logps, outcome.target_logps, f"{outcome.name} -> {outcome.target}")
+        )
+        if outcome.target != "pi*":
+            optimal = optimal_logps(outcome.ref_logps, outcome.rewards, beta=outcome.beta)
+            lines.append(_row(outcome, outcome.target_logps, optimal, f"  {outcome.target} -> pi*"))
+    lines += [
+        "",
+        "max|dlogp|: largest |log p - log t| in nats, policy p against target t; bound: what p's gradient",
+        "proves about it; TV: total variation; (best): of the target; weight: mean gradient weight, first",
+        "and last (of rankings: that of the best answer); sec: training and measuring.",
+    ]
+    return "\n".join(lines)
+
+
+def _row(outcome: Outcome, logps: Tensor, target: Tensor, label: str) -> str:
+    ref_logps, rewards = outcome.ref_logps, outcome.rewards
+    variation = ((logps.exp() - target.exp()).abs().sum(-1) / 2).max().item()
+    kls = (kl_divergence(logps, target).max().item(), kl_divergence(target, logps).max().item())
+    trained = logps is outcome.logps
+    bound = f"{outcome.logp_bound.max().item():.1e}" if trained else "-"
+    weights = [outcome.records[k]["dpo/gradient_weight"] for k in (0, -1)]
+    weight = f"{weights[0]:.4g} -> {weights[1]:.4g}" if trained else "-"
+    return (
+        f"{label:<21} {max_distance(logps, target):>10.1e} {bound:>9} "
+        f"{variation:>8.1e} {kls[0]:>8.1e} {kls[1]:>8.1e} "
+        f"{expected_reward(logps, rewards):>8.4f} {expected_reward(target, rewards):>8.4f} "
+        f"{kl_divergence(logps, ref_logps).mean():>9.4f} {kl_divergence(target, ref_logps).mean():>8.4f} "
+        f"{weight:>16} {f'{outcome.seconds:.1f}' if trained else '-':>5}"
+    )
+
+
+def _statistical_line(world: Bandit, data: Rankings, estimate: Tensor, settings: Settings) -> str:
+    """Is the estimate as close to pi* as the number of pairs demands?"""
+    optimal = optimal_logps(world.ref_logps, world.rewards, beta=settings.beta)
+    estimated = optimal_logps(world.ref_logps, estimate, beta=settings.beta)
+    law = finite_data_law(optimal, world.ref_logps, data, beta=settings.beta)
+    distance = torch.where(law.logp_limit > 0, estimated - optimal, 0).abs()
+    share = (distance / law.logp_limit.clamp(min=1e-300)).max().item()
+    line = (
+        f"MLE -> pi* at a false-alarm rate of 1e-6: score statistic {law.score:.1f}, expected {law.degrees}, "
+        f"limit {law.score_limit:.1f}; "
+    )
+    if law.plenty < 8:
+        return line + "too few pairs for a limit on each log-probability."
+    return line + f"worst log-probability at {share:.0%} of its own limit."
+
+
+def _verdict(outcomes: list[Outcome]) -> str:
+    """Did every training arrive: KL <= 1e-6, 1e-3 nats where the target has 1e-4 or more, certified?"""
+    late, false = [], []
+    for outcome in outcomes:
+        likely = outcome.target_logps >= math.log(1e-4)
+        distance = torch.where(likely, outcome.logps - outcome.target_logps, 0).abs().max()
+        divergence = kl_divergence(outcome.logps, outcome.target_logps).max()
+        if divergence > 1e-6 or distance > 1e-3 or not outcome.logp_bound.isfinite().all():
+            late.append(outcome.name)
+        apart = torch.where(outcome.logps == outcome.target_logps, 0, outcome.logps - outcome.target_logps)
+        if (apart.abs().amax(-1) > outcome.logp_bound).any():
+            false.append(outcome.name)
+    if false:
+        return f"BEYOND ITS BOUND: {', '.join(false)}; a certificate was wrong, which is a bug in here."
+    if late:
+        return (
+            f"NOT CONVERGED: {', '.join(late)}; raise --steps, or scale the rewards down: pairs whose "
+            "outcome is all but certain teach next to nothing."
+        )
+    return "Every training reached its target, within its bound."
+
+
+def _write(folder: Path, outcomes: list[Outcome]) -> None:
+    from .figure import bandit_figure  # matplotlib is slow to import: not before it is needed
+
+    arrays = {}
+    for outcome in outcomes:
+        tables = {
+            "ref_logps": outcome.ref_logps, "rewards": outcome.rewards, "logps": outcome.logps,
+            "beta": torch.tensor(outcome.beta, dtype=torch.float64), "logp_bound": outcome.logp_bound,
+            "prompt": outcome.rankings.prompt, "order": outcome.rankings.order,
+            "weight": outcome.rankings.weight,
+        }  # fmt: skip
+        arrays |= {f"{outcome.name}_{key}": table.numpy() for key, table in tables.items()}
+    write_arrays(folder / "result.npz", arrays)
+    write_records(
+        folder / "metrics.jsonl",
+        ({"experiment": outcome.name, **record} for outcome in outcomes for record in outcome.records),
+    )
+    bandit_figure(outcomes, folder / "bandit.png")

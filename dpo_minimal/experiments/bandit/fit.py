@@ -1,0 +1,143 @@
+"""Train a policy on a bandit and measure, as it goes, how far it is from where it must end."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ...certificates import certify
+from ...closed_form import kl_divergence
+from ...preferences import Rankings
+from ...train import Record, train
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One trained policy beside its closed-form target; tables (X, Y) in float64 on the CPU.
+
+    Fields:
+        name: key of its arrays in result.npz.
+        target: what `target_logps` is, for people: "pi*" or "MLE".
+        logp_bound: (X,) certified bound on max |log pi - log target|; inf where none holds.
+        records: one for each measured step, step 0 included.
+        seconds: training and measuring.
+    """
+
+    name: str
+    target: str
+    beta: float
+    ref_logps: Tensor
+    rewards: Tensor
+    logps: Tensor
+    target_logps: Tensor
+    logp_bound: Tensor
+    rankings: Rankings
+    seconds: float
+    records: list[Record] = field(repr=False)
+
+
+def fit(
+    name: str,
+    policy: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rankings: Rankings,
+    *,
+    objective: Callable,
+    ref_logps: Tensor,
+    rewards: Tensor,
+    target_logps: Tensor,
+    target: str,
+    beta: float,
+    steps: int,
+    measure_every: int,
+    stop_at_bound: float = 0.0,
+    certified: bool = True,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+) -> Outcome:
+    """Train `policy` on `rankings` for at most `steps` full-batch steps.
+
+    Args:
+        policy: called, it gives its (X, Y) table of log-probabilities.
+        optimizer, scheduler: over the policy's parameters.
+        objective: one of bandit.py's, (logps, ref_logps, rankings, beta=) -> (loss, mean gradient weight).
+        ref_logps, rewards, target_logps: (X, Y) float64, on the rankings' device.
+        measure_every: steps between two measurements; the first few steps are measured more densely.
+        stop_at_bound: end early once the certificate promises this many nats everywhere.
+        certified: False for objectives that are no Plackett-Luce likelihood, such as IPO; no bound then.
+    Returns:
+        Outcome, its last record that of the final policy.
+    Raises:
+        RuntimeError: the policy does not start at the reference.
+    """
+    reference = ref_logps.to(next(policy.parameters()).dtype)
+    training = rankings._replace(weight=rankings.weight.to(reference.dtype))
+
+    def step_objective(batch: Rankings) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, weight = objective(policy(), reference, batch, beta=beta)
+        return loss, {"dpo/gradient_weight": weight}
+
+    def measure() -> tuple[Tensor, Tensor, Record]:
+        logps = float64_table(policy)
+        with torch.no_grad():
+            loss, weight = objective(logps, ref_logps, rankings, beta=beta)
+        bound = torch.full_like(logps[:, 0], math.inf)
+        if certified:
+            bound = certify(logps, ref_logps, rankings, beta=beta).logp_bound
+        record = {"loss": loss.item(), "dpo/gradient_weight": weight.item()}
+        record |= {"distance/bound": bound.max().item()}
+        return logps, bound, record | distances(logps, ref_logps, rewards, target_logps)
+
+    started = time.perf_counter()
+    logps, bound, measured = measure()
+    if max_distance(logps, ref_logps) > 1e-6:  # else the first loss is not log 2: the wrong reference
+        raise RuntimeError(f"{name}: training must start at the reference policy.")
+    records = [{"step": 0, **measured}]
+    stream = train(step_objective, optimizer, itertools.repeat(training, steps), scheduler=scheduler)
+    # disable=None: no bar where the output is a file, so that logs stay readable
+    for record in tqdm(stream, total=steps, desc=name, unit="step", leave=False, disable=None):
+        step = record["step"]
+        if step % measure_every and step not in (1, 2, 3, 5, 10, 20) and step != steps:
+            continue
+        logps, bound, measured = measure()
+        records.append({**record, **measured})
+        if bound.max() <= stop_at_bound:
+            break
+    seconds = time.perf_counter() - started
+    tables = (table.cpu() for table in (ref_logps, rewards, logps, target_logps, bound))
+    return Outcome(name, target, beta, *tables, rankings.to("cpu"), seconds, records)
+
+
+def float64_table(policy: nn.Module) -> Tensor:
+    """The policy's (X, Y) log-probabilities evaluated in float64, whatever it is trained in."""
+    with torch.no_grad():
+        if next(policy.parameters()).dtype == torch.float64:
+            return policy()
+        return copy.deepcopy(policy).double()()
+
+
+def distances(logps: Tensor, ref_logps: Tensor, rewards: Tensor, target_logps: Tensor) -> Record:
+    """Where a policy (X, Y) stands: the worst prompt's distance to the target, means for the frontier."""
+    return {
+        "distance/max_logp": max_distance(logps, target_logps),
+        "kl/policy_target": kl_divergence(logps, target_logps).max().item(),
+        "kl/policy_reference": kl_divergence(logps, ref_logps).mean().item(),
+        "reward": expected_reward(logps, rewards).item(),
+    }
+
+
+def max_distance(logps: Tensor, target_logps: Tensor) -> float:
+    """max over completions of |log pi - log target|, those that do not exist (-inf in both) left out."""
+    return torch.where(logps == target_logps, 0, logps - target_logps).abs().max().item()
+
+
+def expected_reward(logps: Tensor, rewards: Tensor) -> Tensor:
+    """Mean over prompts of E_pi[r]."""
+    return (logps.exp() * rewards).sum(-1).mean()

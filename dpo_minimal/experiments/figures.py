@@ -1,0 +1,35 @@
+"""What all figures share: style, colours safe for the colour-blind, and how one is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # figures go to files; no screen is needed
+import matplotlib.pyplot as plt
+
+from ..text.runs import write_atomically
+
+# Okabe and Ito's palette
+BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#666666"
+COLOURS = {"tabular": BLUE, "finite": ORANGE, "gpt": GREEN, "plackett_luce": PINK}
+STYLE = {  # made for a projector: large type, few lines
+    "font.size": 15,
+    "axes.titlesize": 17,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "lines.linewidth": 2.5,
+    "legend.frameon": False,
+    "legend.fontsize": 13,
+}
+
+
+def save_figure(figure, path: Path) -> None:
+    """Write a figure, whole or not at all, and close it."""
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
+    plt.close(figure)

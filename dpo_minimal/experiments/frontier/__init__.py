@@ -1,0 +1,1 @@
+"""`frontier`: every method beside the best possible, on worlds that are known exactly."""

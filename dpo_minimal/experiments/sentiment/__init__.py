@@ -1,0 +1,1 @@
+"""`sentiment`: the paper's controlled experiment on film reviews."""

@@ -1,0 +1,169 @@
+"""`python -m dpo_minimal sentiment`: the paper's controlled-sentiment experiment, at the size of a laptop.
+
+A policy must continue the beginning of a film review, 2 to 8 tokens, with something positive. Who judges is
+known, so each method is held to the true reward and to its divergence from the reference (Fig. 2, left):
+
+  SFT on reviews -> four samples of each prefix -> six pairs, labelled by the true reward -> reward model
+  -> Preferred-FT, DPO, Unlikelihood, IPO, cDPO, KTO, ORPO, SimPO, PPO, PPO with the true reward, best of N
+
+  dpo-minimal sentiment                           the package's own grammar of reviews
+  dpo-minimal sentiment --quick                   the same with fewer settings, in a minute and a half
+  dpo-minimal sentiment --reviews FILE.tsv        your reviews, lines label<TAB>text with label 1 or 0; the
+                                                  truth is then a logistic regression on their words
+  dpo-minimal sentiment --resume runs/sentiment-001
+
+All methods have one budget, which is printed: gradient steps, completions in each, completions with a true
+reward behind them, and one learning rate; nothing is tuned for one of them.
+
+Labels are free of noise, as in the paper: the completion with more reward is always chosen. The six pairs of
+four completions then agree with an order, every margin can grow for ever, and the DPO loss has no finite
+optimum for any beta; what beta changes is how far a given number of steps goes (derivations.md, E40). Labels
+drawn by --label-noise bradley-terry contradict each other, as people's do: where those of a prefix run in a
+circle, it has one.
+
+A run folder holds sentiment.png (reward and divergence), win_rates.png (over temperatures, training, best of
+N, and on prompts of another kind), table.csv, win_rates.csv, metrics.jsonl, samples.txt, config.json, the
+pairs, and a file for each training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+
+from ...text.allocator import keep_freed_memory
+from ...text.runs import new_run_folder, refuse_used_folder, versions, write_json
+from ...validation import InputError, check_count, check_seed
+from ..text.options import CONFIG_FILE, read_run_config
+from ..text.setup import resumable
+from .data import NOISES, Plan
+from .methods import all_runs, check_plan
+from .report import write_report
+from .results import load_results
+from .runs import run_all
+from .truth import read_reviews
+from .world import load_world, make_world
+
+GRAMMAR = Plan(
+    demonstrations=16000, vocab_size=704, context=64, n_layer=2, n_embd=128, sft_epochs=1,
+    sft_learning_rate=3e-3, prefixes=640, held_out=192, other=192, max_new_tokens=44, steps=120, pairs=32,
+    learning_rate=3e-4, warmup=10, best_of=96,
+)  # fmt: skip
+QUICK = GRAMMAR._replace(
+    demonstrations=6400, prefixes=240, steps=45, held_out=96, other=96, best_of=16,
+)  # fmt: skip
+REVIEWS = GRAMMAR._replace(
+    vocab_size=2048, context=72, n_layer=3, sft_epochs=5, sft_learning_rate=1.5e-3, max_new_tokens=56,
+    prefixes=560, steps=105,
+)  # fmt: skip
+QUICK_REVIEWS = REVIEWS._replace(
+    n_layer=2, sft_epochs=2, prefixes=160, steps=30, held_out=64, other=64, best_of=8
+)
+SEEDS = 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--reviews", metavar="FILE.tsv",
+        help="real reviews, a line each: label (1 or 0), tab, text (default: the package's grammar)",
+    )  # fmt: skip
+    data.add_argument(
+        "--label-noise", choices=NOISES,
+        help="none: the better completion is always chosen, as in the paper; bradley-terry: with probability "
+        "sigmoid of the difference in reward (default none)",
+    )  # fmt: skip
+    run = parser.add_argument_group("run")
+    run.add_argument(
+        "--seeds", type=int, metavar="N",
+        help=f"trainings of each method and setting (default {SEEDS}; 1 with --quick)",
+    )  # fmt: skip
+    run.add_argument("--seed", type=int, help="of the SFT model, the prefixes and the pairs (default 0)")
+    run.add_argument(
+        "--quick", action="store_true", default=None, help="fewer settings, prompts and steps, one seed"
+    )
+    run.add_argument(
+        "--workers", type=int, metavar="N",
+        help="processes that train at the same time; the results do not depend on it (default: the "
+        "cores, 2 at most)",
+    )  # fmt: skip
+    run.add_argument(
+        "--output-dir", metavar="DIR", help="new folder to write to (default runs/sentiment-NNN)"
+    )
+    run.add_argument(
+        "--resume", metavar="DIR",
+        help="go on with an interrupted run, to the same result; other options but --workers are the run's",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> Path:
+    """Check everything, make what is missing, and write the run folder, which is returned."""
+    torch.set_num_threads(1)  # models this small; and the same sums everywhere
+    keep_freed_memory()
+    if args.workers is not None:
+        check_count("--workers", args.workers)
+    workers = args.workers or min(2, os.cpu_count() or 1)
+    folder, options = _open(args)
+    plan = Plan(**options["plan"])
+    check_plan(plan)
+    runs = all_runs(seeds=options["seeds"], quick=options["quick"])
+    with resumable("sentiment", folder):
+        make_world(
+            folder, plan, reviews=options["reviews"], noise=options["label_noise"], seed=options["seed"],
+            resume=args.resume is not None,
+        )  # fmt: skip
+        run_all(folder, runs, plan, seed=options["seed"], workers=workers)
+        what = "film reviews of a file" if options["reviews"] else "the grammar's film reviews"
+        write_report(
+            folder, load_results(folder, runs), runs, plan, load_world(folder), noise=options["label_noise"],
+            what=what,
+        )  # fmt: skip
+    print(
+        f"\nWrote {folder}/sentiment.png, win_rates.png, table.csv, win_rates.csv, result.json, "
+        "metrics.jsonl, samples.txt and config.json.", flush=True,
+    )  # fmt: skip
+    return folder
+
+
+def _open(args: argparse.Namespace) -> tuple[Path, dict]:
+    """The run's folder and its options: a new one, or the one to go on with."""
+    if args.resume is not None:
+        folder = Path(args.resume)
+        config = read_run_config(folder)
+        if config.get("command") != "sentiment":
+            raise InputError(f"--resume {folder}: is a run of {config.get('command')!r}; use that command.")
+        for name in ("reviews", "label_noise", "seeds", "seed", "quick", "output_dir"):
+            value = getattr(args, name)
+            if value is not None and value != config["options"][name]:
+                flag = "--" + name.replace("_", "-")
+                raise InputError(
+                    f"--resume {folder}: {flag} is {config['options'][name]} in that run; leave it out."
+                )
+        return folder, config["options"]
+    quick = bool(args.quick)
+    seeds = 1 if quick else SEEDS
+    options = {
+        "reviews": args.reviews,
+        "label_noise": args.label_noise or NOISES[0],
+        "seeds": args.seeds if args.seeds is not None else seeds,
+        "seed": args.seed if args.seed is not None else 0,
+        "quick": quick,
+        "output_dir": args.output_dir,
+    }
+    check_count("--seeds", options["seeds"])
+    check_seed("--seed", options["seed"])
+    refuse_used_folder(args.output_dir)
+    if args.reviews is not None:
+        read_reviews(args.reviews)  # before anything is written
+    plans = (GRAMMAR, QUICK) if args.reviews is None else (REVIEWS, QUICK_REVIEWS)
+    options["plan"] = plans[quick]._asdict()
+    folder = new_run_folder(args.output_dir, "sentiment")
+    write_json(
+        folder / CONFIG_FILE,
+        {"command": "sentiment", "options": options, "threads": 1, **versions()},
+    )
+    return folder, options

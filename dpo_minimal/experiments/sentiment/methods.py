@@ -1,0 +1,239 @@
+"""The methods of the sentiment experiment, each from the SFT model, with the same budget.
+
+A budget is a number of gradient steps on 64 completions each (32 pairs), one learning rate for all, and a
+number of completions with a true reward behind them: those of the pairs, four a prefix, or as many that PPO
+draws for itself. Nothing is tuned for one method. The learning rate was chosen once, out of 3e-4, 6e-4 and
+1e-3, by looking at DPO and PPO-GT on the grammar: from 6e-4 on DPO left the language within the steps that
+there are. AdamW's steps do not depend on the scale of a loss, which is what makes one rate a fair one; losses
+that pull in another way may still deserve another.
+
+But: what is measured of a policy, and when (sentiment_runs.py).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ...model import GPT
+from ...rivals.ppo import PPOSettings, train_ppo
+from ...rivals.reward_model import RewardModel, fit_reward_model, normalised_reward
+from ...text.batches import Example, split_by_prompt, windows, with_mismatched
+from ...text.objectives import LOSS_TYPES, make_window, preference_objective, reference_logps, sft_objective
+from ...text.runs import write_atomically
+from ...train import Objective, Window, make_optimizer, train, warm_up
+from ...validation import InputError
+from .data import K, Plan
+from .world import World, read_rows
+
+BETAS, ALPHAS = (0.05, 0.1, 1.0, 5.0), (0.05, 0.1, 0.5, 1.0)
+TARGETS = (3.0, 6.0, 9.0, 12.0)  # nats, of PPO
+PPO_EPOCHS = 3  # gradient steps on each round's samples
+FIRST_COEFFICIENT = 0.1  # of PPO's KL penalty, before it is steered
+REWARD_EPOCHS = 3  # App. C.1
+REWARD_MODEL_FILE = "reward_model.safetensors"
+
+
+class Run(NamedTuple):
+    """One training.
+
+    Fields:
+        method, setting: "DPO", "β 0.1".
+        kind: "none" (the SFT model as it is), "sft" (on the chosen), "pairs", "ppo".
+        loss_type, options: of "pairs", as `preference_objective` takes them.
+        target: of "ppo", nats; learned: by the learned reward, or by the true one.
+        seed: of the order of data, or of PPO's samples.
+        full: whether temperatures and other prompts are looked at too.
+    """
+
+    method: str
+    setting: str
+    kind: str
+    loss_type: str = ""
+    options: tuple[tuple[str, float], ...] = ()
+    target: float = math.nan
+    learned: bool = False
+    seed: int = 0
+    full: bool = False
+
+    @property
+    def name(self) -> str:
+        """A file's name."""
+        words = f"{self.method} {self.setting} seed {self.seed}".lower()
+        words = words.translate(str.maketrans({"β": "beta", "α": "alpha", "γ": "gamma", "λ": "lambda"}))
+        return "-".join(
+            "".join(c if c.isascii() and (c.isalnum() or c == ".") else " " for c in words).split()
+        )
+
+
+def all_runs(*, seeds: int, quick: bool) -> list[Run]:
+    """Every training of a run of the command, in the table's order; --quick has fewer settings."""
+
+    def pairs(method: str, setting: str, loss_type: str, full: bool = False, **options: float) -> Run:
+        return Run(method, setting, "pairs", loss_type, tuple(options.items()), full=full)
+
+    betas, alphas, targets = ((0.1, 1.0), (0.1, 1.0), (6.0,)) if quick else (BETAS, ALPHAS, TARGETS)
+    distinct = [
+        Run("SFT", "", "none", full=True),
+        Run("Preferred-FT", "", "sft", full=True),
+        *(pairs("DPO", f"β {beta:g}", "dpo", full=beta == 0.1, beta=beta) for beta in betas),
+        *(
+            pairs("Unlikelihood", f"α {alpha:g}", "unlikelihood", full=alpha == 1, alpha=alpha)
+            for alpha in alphas
+        ),
+        pairs("IPO", "β 0.1", "ipo", beta=0.1),
+        pairs("cDPO", "β 0.1, ε 0.1", "cdpo", beta=0.1, label_smoothing=0.1),
+        pairs("KTO", "β 0.1", "kto", beta=0.1, desirable_weight=1.0, undesirable_weight=1.0),
+        pairs("ORPO", "λ 1", "orpo", lam=1.0),
+        pairs("SimPO", "β 2, γ 1", "simpo", beta=2.0, gamma=1.0),
+        *(
+            Run(name, f"KL {target:g}", "ppo", target=target, learned=name == "PPO", full=target == 6)
+            for name in ("PPO", "PPO-GT")
+            for target in targets
+        ),
+    ]  # fmt: skip
+    return [run._replace(seed=seed) for run in distinct for seed in range(seeds)]
+
+
+def budget_of(run: Run, plan: Plan) -> dict[str, int]:
+    """What a run may use: gradient steps, completions in each, completions with a true reward behind them."""
+    if run.kind == "none":
+        return {"steps": 0, "completions": 0, "judged": 0}
+    if run.kind == "ppo":
+        settings = ppo_settings(run, plan)
+        # The learned reward knows no more true rewards than the pairs do, however often it is asked.
+        judged = K * plan.prefixes if run.learned else settings.iterations * settings.prompts
+        steps = settings.iterations * settings.epochs
+        return {"steps": steps, "completions": settings.prompts, "judged": judged}
+    return {"steps": plan.steps, "completions": 2 * plan.pairs, "judged": K * plan.prefixes}
+
+
+def check_plan(plan: Plan) -> None:
+    """Budgets can only be equal where the numbers divide. Raises InputError."""
+    if plan.steps % PPO_EPOCHS or 6 * plan.prefixes != plan.steps * plan.pairs:
+        raise InputError(
+            f"{plan.prefixes} prefixes make {6 * plan.prefixes} pairs, but {plan.steps} steps of "
+            f"{plan.pairs} "
+            f"use {plan.steps * plan.pairs}; make both equal, with steps a multiple of {PPO_EPOCHS}."
+        )
+
+
+def train_run(run: Run, world: World, plan: Plan, folder: Path) -> Iterator[tuple[int, GPT]]:
+    """Train one run's policy; yields (steps done, the policy) whenever steps were made."""
+    model = copy.deepcopy(world.policy.model).requires_grad_(True)
+    if run.kind == "none":
+        return
+    if run.kind == "ppo":
+        yield from _climb(run, world, plan, folder, model)
+        return
+    objective, stream = _learn_from_pairs(run, world, plan, model)
+    optimizer = make_optimizer(model.parameters(), "adamw", plan.learning_rate)
+    scheduler = warm_up(optimizer, plan.learning_rate, plan.warmup)
+    for record in train(objective, optimizer, stream, scheduler=scheduler, max_grad_norm=1.0):
+        yield int(record["step"]), model
+
+
+def _learn_from_pairs(run: Run, world: World, plan: Plan, model: GPT) -> tuple[Objective, Iterator[Window]]:
+    """The objective of a run, and its windows of pairs."""
+    examples, reference = world.examples, world.reference
+    if run.kind == "sft":
+        chosen = [Example(row.prompt, row.completions[:1], row.place) for row in examples]
+        objective = sft_objective(model, dtype="float32")
+        # Two chosen completions for each pair that the others see: as many completions a step.
+        return objective, _stream(chosen, None, 2 * plan.pairs, plan.steps, run.seed)
+    objective = preference_objective(model, run.loss_type, dtype="float32", **dict(run.options))
+    if LOSS_TYPES[run.loss_type].mismatched:  # KTO's further completion is scored, but teaches nothing
+        examples = with_mismatched(examples, max_length=plan.context)
+        reference = reference_logps(world.policy.model, examples, micro_size=16, dtype="float32")
+    return objective, _stream(examples, reference, plan.pairs, plan.steps, run.seed)
+
+
+def _stream(
+    examples: list[Example], reference: Tensor | None, size: int, steps: int, seed: int
+) -> Iterator[Window]:
+    """Windows of `size` rows, epoch after epoch, until there are as many as steps; an epoch's rest that makes
+    no whole window is passed over, so that every step has the same size."""
+    size = min(size, len(examples))
+    made, epoch = 0, 0
+    while True:
+        for rows in windows(examples, window_size=size, micro_size=min(16, size), seed=seed, epoch=epoch):
+            if made == steps:
+                return
+            if sum(map(len, rows)) < size:
+                continue
+            made += 1
+            yield make_window(examples, rows, reference, dtype="float32", device="cpu")
+        epoch += 1
+
+
+# --------------------------------------------------------------------------------------- rewards and PPO
+
+
+def ppo_settings(run: Run, plan: Plan) -> PPOSettings:
+    """PPO within the common budget: its value function learns beside the policy, at five times the rate."""
+    return PPOSettings(
+        iterations=plan.steps // PPO_EPOCHS, prompts=2 * plan.pairs, epochs=PPO_EPOCHS, micro_size=16,
+        learning_rate=plan.learning_rate, value_learning_rate=5 * plan.learning_rate, clip=0.2,
+        kl_coefficient=FIRST_COEFFICIENT, target_kl=run.target, max_new_tokens=plan.max_new_tokens,
+        max_grad_norm=1.0, seed=run.seed,
+    )  # fmt: skip
+
+
+def _climb(run: Run, world: World, plan: Plan, folder: Path, model: GPT) -> Iterator[tuple[int, GPT]]:
+    reward = world.truth
+    if run.learned:
+        rows = read_rows(folder)
+        learned = load_reward_model(folder, world)
+        prompts, samples = [row["prompt"] for row in rows], [row["completions"] for row in rows]
+        reward = normalised_reward(learned, prompts, samples)
+    records = train_ppo(
+        model, world.policy.model, world.train_prompts, reward, ppo_settings(run, plan),
+        eos=world.policy.tokenizer.eot,
+    )  # fmt: skip
+    for record in records:
+        yield PPO_EPOCHS * int(record["step"]), model
+
+
+def fit_reward(folder: Path, world: World, plan: Plan, seed: int) -> tuple[float, int]:
+    """Fit the reward model to the pairs, but for a tenth of the prefixes, and keep it in the folder.
+
+    Returns its accuracy on the pairs of those, and their number.
+    """
+    train_rows, held_out = split_by_prompt(world.examples, 0.1, seed=seed)
+    body = copy.deepcopy(world.policy.model).requires_grad_(True)
+    model, records = fit_reward_model(
+        body, train_rows, held_out, learning_rate=plan.learning_rate, batch_size=plan.pairs,
+        epochs=REWARD_EPOCHS, seed=seed, look_every=max(1, plan.steps // 4),
+    )  # fmt: skip
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    write_atomically(folder / REWARD_MODEL_FILE, lambda path: safetensors.torch.save_file(weights, path))
+    best = max(record.get("eval_rewards/accuracies", 0.0) for record in records)
+    return best, len(held_out)
+
+
+def load_reward_model(folder: Path, world: World) -> RewardModel:
+    """The reward model of this run."""
+    model = RewardModel(copy.deepcopy(world.policy.model))
+    try:
+        model.load_state_dict(safetensors.torch.load_file(folder / REWARD_MODEL_FILE))
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        raise InputError(
+            f"{folder / REWARD_MODEL_FILE}: is damaged ({type(error).__name__}); delete it and "
+            "methods/reward-model.npz, and --resume makes both again."
+        ) from None
+    return model.requires_grad_(False)
+
+
+def sampling_generator(*parts: int) -> torch.Generator:
+    """Random numbers of a stage of their own: streams of different parts never meet."""
+    seed = 0
+    for part in parts:
+        seed = (seed * 1_000_003 + part + 1) % 2**62
+    return torch.Generator().manual_seed(seed)

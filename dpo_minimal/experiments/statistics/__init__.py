@@ -1,0 +1,1 @@
+"""`statistics`: what finite data determine, against the laws of theory."""

@@ -1,0 +1,1 @@
+"""The commands on text: sft, dpo, audit, sample, score."""

@@ -1,0 +1,208 @@
+"""`python -m dpo_minimal audit`: what a model will read of a file, and what is wrong with it.
+
+Preference data fail in silence: an answer cut before its end, a pair that appears in both orders, a chosen
+answer that is merely longer. Look before you train: the audit reads a file as sft and dpo do, writes
+nothing, and prints
+
+  lengths    of prompts and completions in tokens, and how many rows a --max-length would hold
+  lead       how much longer chosen is than rejected: DPO learns length where length is what differs
+  troubles   rows cut, too long, doubled, judged both ways or spelling out end-of-text, each with its place
+             and the remedy; what is not listed was not found
+  a row      token by token, as the model sees it: [prompt][ tokens] then each completion with its one
+             [<|endoftext|>], which is learnt like any other token
+
+Lengths depend on the tokenizer. The default is bytes, where a token is a byte (a letter of English) and no
+file is needed; name the model you mean to train by --model, or --tokenizer gpt2.
+Without --data it audits film reviews that the package makes up itself. Warnings leave the exit code 0; a file
+that cannot be read as asked gives 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator
+
+from ...text.audit import Audit
+from ...text.batches import Example, tokenize
+from ...text.data import KINDS, Dataset, dataset_from_rows, load_dataset
+from ...text.reviews import comparisons, demonstrations
+from ...text.tokenizer import Tokenizer, byte_tokenizer, gpt2_tokenizer, train_bpe
+from ...validation import InputError
+from .setup import load_policy_tokenizer
+
+REVIEWS = 1000  # rows where there is no file
+VOCABULARY = 512  # of a BPE trained on the data
+UNLIMITED = 2**31 - 1
+BARS, BAR_WIDTH, LINE, SHOWN = 10, 40, 100, 48
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data", metavar="FILE",
+        help=f"JSON or JSONL, gzipped or not (default: {REVIEWS} reviews that the package generates)",
+    )  # fmt: skip
+    data.add_argument(
+        "--kind", choices=KINDS, default="preferences",
+        help="what the rows are: pairs of chosen and rejected (default), rankings with the best first, "
+        "completions with a label, or prompts with one completion to imitate",
+    )  # fmt: skip
+    data.add_argument(
+        "--skip-bad-rows",
+        action="store_true",
+        help="leave out and count bad rows instead of stopping at the first",
+    )
+    reading = parser.add_argument_group("reading")
+    vocabulary = reading.add_mutually_exclusive_group()
+    vocabulary.add_argument(
+        "--tokenizer", choices=("bytes", "bpe", "gpt2"),
+        help=f"raw bytes (default), a BPE of {VOCABULARY} tokens learnt from the data, or GPT-2's own",
+    )  # fmt: skip
+    vocabulary.add_argument(
+        "--model", metavar="MODEL", help="the tokenizer of this folder, run, or released name"
+    )
+    reading.add_argument(
+        "--max-length", type=int, metavar="N",
+        help="see what a limit of N tokens for prompt and longest completion does (default: no limit); rows "
+        "that cannot fit, at which training would stop, are counted",
+    )  # fmt: skip
+    reading.add_argument(
+        "--max-prompt-length", type=int, metavar="N", help="and a limit for the prompt alone"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print everything as one JSON object, with every place"
+    )
+
+
+def run(args: argparse.Namespace) -> Audit:
+    """Read, tokenise, print; nothing is written. Returns the audit."""
+    if args.max_prompt_length is not None and args.max_length is None:
+        raise InputError("--max-prompt-length is used only with --max-length; give both.")
+    dataset = _dataset(args)
+    tokenizer = _tokenizer(args, dataset)
+    examples, audit = tokenize(
+        dataset, tokenizer, max_length=UNLIMITED if args.max_length is None else args.max_length,
+        max_prompt_length=args.max_prompt_length, skip_bad_rows=True,
+    )  # fmt: skip
+    source = args.data or f"{REVIEWS} generated reviews"
+    if args.json:
+        settings = {"data": source, "kind": args.kind, "field": dataset.field, "max_length": args.max_length,
+                    "max_prompt_length": args.max_prompt_length, "tokenizer": tokenizer.kind,
+                    "vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint}  # fmt: skip
+        print(
+            json.dumps(settings | audit.as_dict() | {"example": _as_texts(examples[0], tokenizer)}, indent=2)
+        )
+        return audit
+    limit = "none" if args.max_length is None else f"{args.max_length} tokens"
+    print(f"{source}, read as {args.kind}; completions from {dataset.field!r}")
+    print(f"tokenizer: {tokenizer.kind} with {tokenizer.vocab_size} tokens; limit of a row: {limit}\n")
+    print(f"{audit}\n")
+    print("prompt + longest completion, as the model reads them: how many rows, and how many up to here")
+    print("\n".join(histogram([len(e.prompt) + max(map(len, e.completions)) for e in examples])))
+    print(f"\nThe first row, token by token ({examples[0].place}):")
+    print("\n".join(_shown(examples[0], tokenizer)))
+    return audit
+
+
+def _dataset(args: argparse.Namespace) -> Dataset:
+    if args.data is not None:
+        return load_dataset(args.data, args.kind, skip_bad_rows=args.skip_bad_rows)
+    made = {"preferences": comparisons, "demonstrations": demonstrations}
+    if args.kind not in made:
+        raise InputError(f"--kind {args.kind} needs --data: the generated reviews have no {args.kind}.")
+    if args.skip_bad_rows:
+        raise InputError(
+            "--skip-bad-rows is used only with --data, as the generated reviews have no bad rows."
+        )
+    return dataset_from_rows(made[args.kind](REVIEWS, seed=0), "reviews", args.kind)
+
+
+def _tokenizer(args: argparse.Namespace, dataset: Dataset) -> Tokenizer:
+    if args.model is not None:
+        return load_policy_tokenizer(args.model)
+    if args.tokenizer == "gpt2":
+        return gpt2_tokenizer()
+    if args.tokenizer == "bpe":
+        try:
+            return train_bpe("\n".join(_texts(dataset)), VOCABULARY)
+        except InputError:
+            raise InputError(
+                f"--tokenizer bpe: the data are too few to learn {VOCABULARY} tokens from; use bytes or gpt2."
+            ) from None
+    return byte_tokenizer()
+
+
+def _texts(dataset: Dataset) -> Iterator[str]:
+    for field in itertools.chain.from_iterable(dataset.rows):
+        if isinstance(field, str):
+            yield field
+        elif not isinstance(field, bool):  # a ranking's responses; a label is no text
+            yield from field
+
+
+# --------------------------------------------------------------------------------------------- reporting
+
+
+def histogram(counts: list[int]) -> list[str]:
+    """Lines with a bar for each range of counts, their number, and the share of all up to there.
+
+    Args:
+        counts: at least one.
+
+    Example:
+        >>> for line in histogram([8, 9, 9, 9, 11]):
+        ...     print(line)
+                  8  ##############                                1   20%
+                  9  ########################################      3   80%
+                 10                                                0   80%
+                 11  ##############                                1  100%
+    """
+    low, high = min(counts), max(counts)
+    widths = (digit * 10**zeros for zeros in itertools.count() for digit in (1, 2, 5))
+    width = next(width for width in widths if high // width - low // width < BARS)
+    bins = Counter(count // width for count in counts)
+    lines, below = [], 0
+    for number in range(low // width, high // width + 1):
+        below += bins[number]
+        first, last = number * width, (number + 1) * width - 1
+        name = str(first) if width == 1 else f"{first}-{last}"
+        bar = "#" * -(-bins[number] * BAR_WIDTH // max(bins.values()))
+        lines.append(f"{name:>11}  {bar:<{BAR_WIDTH}} {bins[number]:>6}  {below / len(counts):>4.0%}")
+    return lines
+
+
+def _shown(example: Example, tokenizer: Tokenizer) -> list[str]:
+    """The row as lines of bracketed tokens, the middle of long parts left out."""
+    lines = []
+    for name, tokens in _as_texts(example, tokenizer).items():
+        if name == "place":
+            continue
+        words = [f"[{token}]" for token in tokens]
+        if len(words) > SHOWN:
+            words[SHOWN // 2 : -SHOWN // 2] = [f" ... {len(words) - SHOWN} more ... "]
+        line = f"  {name:<12}"
+        for word in words:
+            if len(line) + len(word) > LINE:
+                lines.append(line)
+                line = " " * 14
+            line += word
+        lines.append(line)
+    return lines
+
+
+def _as_texts(example: Example, tokenizer: Tokenizer) -> dict[str, str | list[str]]:
+    """A row with names for its completions, each token as text."""
+    many = len(example.completions)
+    names = ["completion"] if many == 1 else [f"rank {place}" for place in range(1, many + 1)]
+    if many == 2:
+        names = ["chosen", "rejected"]
+    if example.label is not None:
+        names = ["good" if example.label else "bad"]
+    parts = dict(zip(["prompt", *names], [example.prompt, *example.completions]))
+    return {"place": example.place} | {
+        name: [tokenizer.token_text(token) for token in ids] for name, ids in parts.items()
+    }

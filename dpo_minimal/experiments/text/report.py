@@ -1,0 +1,102 @@
+"""What sft and dpo print at the end: samples to read, and what they add up to."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+
+import torch
+
+from ...closed_form import soft_value
+from ...rivals.evaluate import Samples, mean_of
+
+WIDTH, PROMPT_END = 100, 160  # characters of a line; of a prompt's end that is shown
+
+
+def visible(text: str) -> str:
+    r"""A text that a terminal cannot take for a command: control characters but white space as \x1b.
+
+    >>> print(visible("one\x1b[2J two"))
+    one\x1b[2J two
+    """
+    return "".join(
+        sign if sign.isprintable() or sign.isspace() else sign.encode("unicode_escape").decode()
+        for sign in text
+    )
+
+
+def text_lines(label: str, text: str) -> list[str]:
+    """A text under a label, wrapped, on as many lines as it needs."""
+    words = " ".join(visible(text).split()) or "(nothing)"
+    return textwrap.wrap(
+        words, WIDTH, initial_indent=f"  {label:<16}", subsequent_indent=" " * 18, break_on_hyphens=False
+    )
+
+
+def prompt_line(prompt: str) -> str:
+    """The end of a prompt, on one line."""
+    shown = " ".join(visible(prompt).split())
+    return shown if len(shown) <= PROMPT_END else "... " + shown[-PROMPT_END:]
+
+
+def sample_lines(samples: Samples, shown: int) -> list[str]:
+    """Each prompt with its sample."""
+    lines = []
+    for place in range(min(shown, len(samples.prompts))):
+        lines.append(prompt_line(samples.prompts[place]))
+        lines += text_lines(_label("", samples, place), samples.texts[place])
+    return lines
+
+
+def side_by_side(before: Samples, after: Samples, shown: int) -> list[str]:
+    """Each prompt with its sample before and after training."""
+    lines = []
+    for place in range(min(shown, len(before.prompts))):
+        lines.append(prompt_line(before.prompts[place]))
+        for name, samples in (("before", before), ("after", after)):
+            lines += text_lines(_label(name, samples, place), samples.texts[place])
+    return lines
+
+
+def _label(name: str, samples: Samples, place: int) -> str:
+    reward = "" if samples.rewards is None else f"{samples.rewards[place]:+.2f}"
+    return f"{name:<7}{reward:>7}" if name or reward else ""
+
+
+def summary(before: Samples, after: Samples, beta: float) -> list[str]:
+    """Reward, divergence and length before and after, and the best that beta allows."""
+    lines = [f"{'':<34}{'before':>14}{'after':>14}"]
+    zero = mean_of(before.log_ratios)
+
+    def row(name: str, old: object, new: object) -> None:
+        lines.append(f"{name:<34}{old!s:>14}{new!s:>14}")
+
+    if before.rewards is not None:
+        row("true reward", mean_of(before.rewards), mean_of(after.rewards))
+        row(
+            "  samples with a positive one",
+            *(f"{(s.rewards > 0).double().mean():.0%}" for s in (before, after)),
+        )
+    row("KL(policy, reference), nats", zero, mean_of(after.log_ratios))
+    if before.rewards is not None:
+        objective = [mean_of(s.rewards - beta * s.log_ratios) for s in (before, after)]
+        row(f"reward - {beta:g} KL (Eq. 3)", *objective)
+    row("tokens", mean_of(before.lengths), mean_of(after.lengths))
+    row("ended by themselves", *(f"{s.ended.double().mean():.0%}" for s in (before, after)))
+    if before.rewards is not None:
+        best = best_objective(before, beta)
+        lines.append(
+            f"No policy can exceed reward - {beta:g} KL = {best:.2f}: it is beta log Z, here estimated"
+        )
+        lines.append(f"from the reference's {len(before.texts)} samples (derivations.md, D3.4).")
+    return lines
+
+
+def best_objective(reference: Samples, beta: float) -> float:
+    """beta log E[exp(r / beta)] over the reference's samples: no policy's E[r] - beta KL is above it [D3.4].
+
+    The mean is taken over prompts too, inside the logarithm, which by Jensen's inequality is no less than the
+    mean of each prompt's own beta log Z.
+    """
+    uniform = torch.full((len(reference.texts),), -math.log(len(reference.texts)), dtype=torch.float64)
+    return soft_value(uniform, reference.rewards.double(), beta=beta).item()

@@ -1,0 +1,212 @@
+"""`python -m dpo_minimal score`: what a policy prefers, pair by pair and token by token.
+
+DPO's reward of a completion is implicit, beta log(pi(y|x) / pi_ref(y|x)). Of a pair, yw chosen, yl rejected:
+
+  margin        reward of yw - reward of yl; above 0 the policy orders the pair as the data do
+  loss          -log sigmoid(margin)                                                             (Eq. 7)
+  weight        beta sigmoid(-margin): how hard the loss pulls on this pair; near beta where the order is
+                wrong, near 0 where the policy is sure of it
+  contribution  of a token: beta (log pi - log pi_ref) of it after all before it, with a minus if rejected
+
+A log-probability is a sum over tokens, so the contributions of a pair add up to its margin: they show in
+which words policy and reference part. Green raises the margin, red lowers it, the deeper the more. The table
+rounds to 0.0001; in --json the sum is exact to 1e-9.
+
+Where policy = reference, log-ratios, contributions and margins are 0, the loss is ln 2 = 0.693 and the weight
+beta / 2. By hand, with beta = 0.1: let log pi of yw be -12, and -14 under the reference; that of yl -15 and
+-13. The rewards are then +0.2 and -0.2, the margin 0.4, the loss -log sigmoid(0.4) = 0.5130, and the weight
+0.1 sigmoid(-0.4) = 0.0401, less than 0.05: part of the pair is learnt. If " great" in yw is e times likelier
+than under the reference, its contribution is +0.1; if " dull" in yl is e times less likely, +0.1 too.
+
+  dpo-minimal score --model runs/dpo-001                         generated film reviews; the run knows its
+                                                                 reference and beta
+  dpo-minimal score --model FOLDER --reference FOLDER --data pairs.jsonl
+  dpo-minimal score --model gpt2-medium --reference gpt2 --prompt "2 + 2 =" --chosen " 4" --rejected " 5"
+
+Loss and weight are DPO's, also of a run with another --loss-type. Pairs are read as in training, up to the
+models' context unless --max-length says less: a long prompt loses its left end, a completion nothing. At the
+end stand means over all pairs with their standard errors. Where both mean log-ratios are below 0, both kinds
+of completion have become less likely: the loss sees only their difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from ...rivals.evaluate import mean_of
+from ...text.audit import FEW, Audit
+from ...text.batches import tokenize
+from ...text.checkpoint import state_fingerprint
+from ...text.data import Dataset, dataset_from_rows, load_dataset
+from ...text.reviews import comparisons
+from ...text.tokenizer import Tokenizer
+from ...validation import InputError, check_count, check_device, check_positive
+from .options import CONFIG_FILE, read_run_config
+from .pair_scores import SIDES, PairScores, pair_lines, pair_record, score_pairs
+from .setup import MODEL, Policy, context_of, load_policy
+
+BETA = 0.1  # the paper's
+REVIEWS, SHOWN = 200, 5  # generated pairs; pairs shown
+PAIR = ("prompt", *SIDES)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument(
+        "--model", metavar="MODEL", required=True, help="the policy: a run, a folder, or a released name"
+    )
+    parser.add_argument(
+        "--reference", metavar="MODEL",
+        help="likewise, with the same vocabulary (default, for a run of dpo: what it started from)",
+    )  # fmt: skip
+    pairs = parser.add_argument_group("pairs")
+    pairs.add_argument(
+        "--data", metavar="FILE",
+        help=f"preference pairs as dpo and audit read them (default: {REVIEWS} generated film reviews)",
+    )  # fmt: skip
+    pairs.add_argument("--skip-bad-rows", action="store_true", help="leave out and list bad rows of --data")
+    for name in PAIR:
+        pairs.add_argument(f"--{name}", metavar="TEXT", help="of one pair of your own, exactly as it is")
+    pairs.add_argument(
+        "--max-length", type=int, metavar="N",
+        help="tokens of a prompt with its longest completion (default: what both models can read)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--beta", type=float, metavar="B", help=f"default that of the run, else {BETA}, the paper's"
+    )
+    parser.add_argument(
+        "--rows", type=int, metavar="N",
+        help=f"pairs to show, the first ones (default {SHOWN}; with --json all); 0 shows the means alone",
+    )  # fmt: skip
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument(
+        "--json", action="store_true", help="print all numbers, one JSON object a pair, last the means"
+    )
+    parser.add_argument(
+        "--no-color", action="store_true", help="as where NO_COLOR is set or the output is no terminal"
+    )
+
+
+def run(args: argparse.Namespace) -> PairScores:
+    """Score and print; nothing is written. Returns the scores of all pairs."""
+    _check(args)
+    config = _run_of(args.model)
+    policy = load_policy(args.model)
+    reference = _reference(args, config, policy)
+    examples, audit = tokenize(
+        _dataset(args), policy.tokenizer, skip_bad_rows=args.skip_bad_rows,
+        max_length=min(*(context_of(args, gpt.config.block_size) for gpt in (policy.model, reference.model))),
+    )  # fmt: skip
+    beta = args.beta or config["options"].get("beta") or BETA  # None: a loss without one
+    scores = score_pairs(policy.model, reference.model, examples, beta=beta, device=args.device)
+    (_print_json if args.json else _print_tables)(args, scores, audit, policy.tokenizer)
+    return scores
+
+
+def _check(args: argparse.Namespace) -> None:
+    given = [name for name in PAIR if getattr(args, name) is not None]
+    if args.data is not None and given:
+        raise InputError(f"--{given[0]} and --data both give pairs; leave one out.")
+    if given and len(given) < len(PAIR):
+        missing = next(name for name in PAIR if name not in given)
+        raise InputError(f"--{given[0]} needs --{missing}: a pair is --prompt, --chosen and --rejected.")
+    if args.skip_bad_rows and args.data is None:
+        raise InputError("--skip-bad-rows is used only with --data, which alone may have bad rows.")
+    if args.json and args.no_color:
+        raise InputError("--no-color is not used with --json, which has no colours; leave it out.")
+    if args.rows is not None:
+        check_count("--rows", args.rows, minimum=0)
+    if args.beta is not None:
+        check_positive("--beta", args.beta)
+    check_device(args.device)
+
+
+def _run_of(name: str) -> dict[str, Any]:
+    """config.json of a run of dpo; one without options where `name` is no such run."""
+    folder = Path(name)
+    if (folder / MODEL).is_dir() and (folder / CONFIG_FILE).exists():
+        config = read_run_config(folder)
+        if config.get("command") == "dpo":
+            return config
+    return {"options": {}}
+
+
+def _reference(args: argparse.Namespace, config: dict[str, Any], policy: Policy) -> Policy:
+    """The reference that is named, or else the one that the run of dpo started from."""
+    name = args.reference
+    if name is None:
+        made = Path(args.model) / "sft"  # by a run of dpo that was given no model
+        name = config["options"].get("model") or (str(made) if made.is_dir() else None)
+    if name is None:
+        raise InputError(
+            f"--model {args.model}: is no run of dpo, which would know what it started from; name that by "
+            "--reference."
+        )
+    try:
+        reference = load_policy(name)
+    except InputError as error:
+        reason = str(error).removeprefix(f"--model {name}: ").removeprefix(f"{name}: ")
+        if args.reference is None:
+            reason = f"which {args.model} started from: {reason[:-1]}; or say by --reference where it is."
+        raise InputError(f"--reference {name}{',' if args.reference is None else ':'} {reason}") from None
+    start = config.get("start", {}).get("model")
+    if args.reference is None and start not in (None, state_fingerprint(reference.model)):
+        raise InputError(
+            f"--model {args.model}: {name}, which that run started from, has other weights by now; name a "
+            "copy of the old ones, or the new ones all the same, by --reference."
+        )
+    if reference.tokenizer.fingerprint != policy.tokenizer.fingerprint:
+        raise InputError(
+            f"--reference {name}: has another vocabulary than --model {args.model}, so their tokens cannot "
+            "be compared; name the model that training started from."
+        )
+    return reference
+
+
+def _dataset(args: argparse.Namespace) -> Dataset:
+    if args.data is not None:
+        return load_dataset(args.data, "preferences", skip_bad_rows=args.skip_bad_rows)
+    if args.prompt is not None:
+        pair = {name: getattr(args, name) for name in PAIR}
+        return dataset_from_rows([pair], "the pair given", "preferences")
+    return dataset_from_rows(comparisons(REVIEWS, seed=0), "reviews", "preferences")
+
+
+def _print_json(args: argparse.Namespace, scores: PairScores, audit: Audit, tokenizer: Tokenizer) -> None:
+    count = len(scores.examples)
+    for pair in range(count if args.rows is None else min(args.rows, count)):
+        print(json.dumps(pair_record(scores, pair, tokenizer)))
+    summary: dict[str, Any] = {"pairs": count, "beta": scores.beta}
+    for name, values in scores.columns().items():
+        mean, error = mean_of(values)
+        summary |= {name: mean, f"{name}_error": error if math.isfinite(error) else None}
+    print(json.dumps({"summary": summary, "audit": audit.as_dict(places=FEW)}))
+
+
+def _print_tables(args: argparse.Namespace, scores: PairScores, audit: Audit, tokenizer: Tokenizer) -> None:
+    count = len(scores.examples)
+    shown = min(SHOWN if args.rows is None else args.rows, count)
+    colour = _has_colours() and not args.no_color
+    print(f"{args.model}, beta {scores.beta:g}")
+    if count > 1 or any(audit.findings.values()):
+        print(f"\n{audit}")
+    for pair in range(shown):
+        print("\n".join(["", *pair_lines(scores, pair, tokenizer, colour=colour)]))
+    if count == shown == 1:
+        return  # its numbers stand there
+    print(f"\nAll {count} pairs, mean ± standard error" if count > 1 else "\nThe one pair")
+    for name, values in scores.columns().items():
+        mean, error = mean_of(values)
+        ending = f" ± {error:.4f}" if math.isfinite(error) else ""
+        print(f"  {name.replace('_', ' '):<20}{mean:>10.4f}{ending}")
+
+
+def _has_colours() -> bool:
+    """Whether standard output shows colours and nobody has switched them off (no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

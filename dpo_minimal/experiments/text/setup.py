@@ -1,0 +1,196 @@
+"""What sft and dpo do before the first step: find the model, read the data, open the run folder."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ...model import GPT
+from ...text.allocator import keep_freed_memory
+from ...text.batches import Example, split_by_prompt, tokenize
+from ...text.checkpoint import NAMES, load_model, read_config, read_json_object, save_model
+from ...text.data import Dataset, load_dataset
+from ...text.runs import new_run_folder, refuse_used_folder, versions, write_json
+from ...text.tokenizer import TOKENIZER_FILE, Tokenizer, gpt2_tokenizer, load_tokenizer, save_tokenizer
+from ...text.training_run import Interrupted
+from ...validation import InputError
+from .options import CONFIG_FILE, HELD_OUT, MOST_HELD_OUT, read_run_config
+
+MODEL, REFERENCE_FILE = "model", "reference_logps.safetensors"
+GPT2_VOCABULARY = 50257
+
+
+class Policy(NamedTuple):
+    """A model and the vocabulary it was trained with."""
+
+    model: GPT
+    tokenizer: Tokenizer
+
+
+def load_policy(name: str) -> Policy:
+    """The model of a folder, of a run's folder, or of a released GPT-2's name, with its tokenizer.
+
+    Raises InputError where there is none, or where the two do not belong together.
+    """
+    folder = _folder_of(name)
+    model = load_model(folder if folder.is_dir() else name)
+    vocab_size = model.config.vocab_size
+    tokenizer = _tokenizer_of(name, folder, vocab_size)
+    if tokenizer.vocab_size != vocab_size:
+        raise InputError(
+            f"--model {name}: its tokenizer has {tokenizer.vocab_size} tokens but its model {vocab_size}; "
+            "put the file that belongs to it beside the weights."
+        )
+    return Policy(model, tokenizer)
+
+
+def load_policy_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer alone, of the same folders, runs and names; no weights are read or fetched."""
+    folder = _folder_of(name)
+    if (folder / TOKENIZER_FILE).exists():
+        return load_tokenizer(folder)
+    released = not folder.is_dir() and name in NAMES
+    vocab_size = GPT2_VOCABULARY if released else read_config(folder / CONFIG_FILE).vocab_size
+    return _tokenizer_of(name, folder, vocab_size)
+
+
+def _folder_of(name: str) -> Path:
+    """Where a model lies: in a run, its result."""
+    folder = Path(name)
+    if (folder / MODEL).is_dir():
+        return folder / MODEL
+    if (folder / CONFIG_FILE).exists() and "options" in read_json_object(folder / CONFIG_FILE):
+        raise InputError(f"--model {name}: that run has no model yet; finish it with --resume {name}.")
+    return folder
+
+
+def _tokenizer_of(name: str, folder: Path, vocab_size: int) -> Tokenizer:
+    if (folder / TOKENIZER_FILE).exists():
+        return load_tokenizer(folder)
+    if vocab_size == GPT2_VOCABULARY:  # Hugging Face's own folders come with files for other libraries
+        return gpt2_tokenizer()
+    raise InputError(
+        f"--model {name}: has no {TOKENIZER_FILE}, and with {vocab_size} tokens it is not GPT-2's "
+        "vocabulary; put the tokenizer's file beside the weights."
+    )
+
+
+def save_policy(policy: Policy, folder: Path) -> None:
+    """Write a run's result, model/, the weights last: where they are, all is."""
+    (folder / MODEL).mkdir(exist_ok=True)
+    save_tokenizer(policy.tokenizer, folder / MODEL)
+    save_model(policy.model, folder / MODEL, eos=policy.tokenizer.eot)
+
+
+def count_parameters(model: GPT) -> int:
+    """How many numbers a model has learnt, the tied head counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def context_of(options: argparse.Namespace, context: int) -> int:
+    """The tokens a row may have in a model of so many. Raises InputError where --max-length asks for more."""
+    if options.max_length is None:
+        return context
+    if options.max_length > context:
+        raise InputError(f"--max-length {options.max_length}: the model reads {context} tokens; lower it.")
+    return options.max_length
+
+
+def sample_length(given: int | None, context: int) -> int:
+    """--max-new-tokens, by default half of the context and 128 at most.
+
+    Raises InputError where no room would be left for a prompt.
+    """
+    if given is None:
+        return max(1, min(128, context // 2))
+    if given >= context:
+        raise InputError(
+            f"--max-new-tokens {given}: leaves no room for a prompt in a context of {context}; lower it."
+        )
+    return given
+
+
+def read_rows(options: argparse.Namespace, kind: str) -> Dataset:
+    """The rows of --data."""
+    return load_dataset(options.data, kind, skip_bad_rows=bool(options.skip_bad_rows))
+
+
+def prepare(
+    options: argparse.Namespace, dataset: Dataset, policy: Policy
+) -> tuple[list[Example], list[Example]]:
+    """Rows as tokens, (training, held out); the audit is printed."""
+    examples, audit = tokenize(
+        dataset,
+        policy.tokenizer,
+        max_length=context_of(options, policy.model.config.block_size),
+        max_prompt_length=options.max_prompt_length,
+        skip_bad_rows=bool(options.skip_bad_rows),
+    )
+    print(f"{audit}\n", flush=True)
+    fraction = options.held_out
+    if fraction is None:
+        fraction = min(HELD_OUT, MOST_HELD_OUT / len(examples))
+    return split_by_prompt(examples, fraction, seed=options.seed)
+
+
+# ---------------------------------------------------------------------------------------------- run folder
+
+
+def begin(options: argparse.Namespace) -> None:
+    """Refuse an unusable --output-dir before any work; set up the process."""
+    if options.resume is None:
+        refuse_used_folder(options.output_dir)
+    if options.data is None and options.model is None:
+        torch.set_num_threads(1)  # a model this small gains little from a second core
+    keep_freed_memory()
+
+
+def open_folder(options: argparse.Namespace, command: str) -> Path:
+    """The run's folder with its config.json: a new one, or the one to go on with."""
+    if options.resume is not None:
+        torch.set_num_threads(read_run_config(options.resume)["threads"])  # sums depend on it
+        return options.resume
+    folder = new_run_folder(options.output_dir, command)
+    config = {"command": command, "options": vars(options), "threads": torch.get_num_threads(), **versions()}
+    write_json(folder / CONFIG_FILE, config)
+    return folder
+
+
+@contextlib.contextmanager
+def resumable(command: str, folder: Path) -> Iterator[None]:
+    """Says after Ctrl-C how to go on; where a run is part of another, the outer one says it."""
+    try:
+        yield
+    except KeyboardInterrupt as interruption:
+        reason = str(interruption).partition(";")[0] or "interrupted"
+        how = f"dpo-minimal {command} --resume {folder}"
+        raise Interrupted(f"{reason}; go on with `{how}`.") from None
+
+
+def pin_start(folder: Path, **facts: Any) -> None:
+    """Note what a run starts from; when it goes on, require that it still is the same.
+
+    Raises InputError naming what has changed: the data or the model under a run that is half done.
+    """
+    config = read_run_config(folder)
+    facts = json.loads(json.dumps(facts))
+    before = config.setdefault("start", facts)
+    for name, value in facts.items():
+        if before.get(name) != value:
+            raise InputError(
+                f"--resume {folder}: its {name.replace('_', ' ')} is not what it was when the run began; put "
+                "that back or start a new run."
+            )
+    write_json(folder / CONFIG_FILE, config)
+
+
+def rows_fingerprint(dataset: Dataset) -> str:
+    """SHA-256 of the rows as texts."""
+    return hashlib.sha256(json.dumps(dataset.rows).encode()).hexdigest()

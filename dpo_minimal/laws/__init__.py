@@ -1,0 +1,1 @@
+"""What finite data determine, and the laws that samples follow. Imports the book and zoo/."""

@@ -1,0 +1,328 @@
+"""What DPO is compared with, on tables: the same optimum by reinforcement learning, and other aims.
+
+    policy_gradient, natural_gradient_step      the gradient of Eq. 3, exactly, and the step that is enough
+    reinforce_variance, best_baseline           what one sample of that gradient is worth
+    clipped_surrogate, AdaptiveKL, ppo          PPO, on anything whose call returns the table of log pi
+    preferred_ft_logps, unlikelihood_logps      where fine-tuning on chosen completions ends
+    best_of_n_reward, best_of_n_kl_bound        best of n from samples, and what it can cost
+
+A reward model followed by the closed form needs no code of its own: it is `optimal_logps` of the rewards that
+`maximum_likelihood` estimates. A reward model made of a GPT lives in reward_model.py, PPO for a GPT that
+writes in ppo.py.
+
+Shapes: X prompts, Y completions, n samples of each prompt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..closed_form import kl_divergence, soft_value
+from ..preferences import Rankings, win_counts
+from ..train import Record
+from ..validation import (
+    InputError,
+    check_count,
+    check_finite,
+    check_log_distribution,
+    check_not_negative,
+    check_positive,
+    check_same_shape,
+)
+
+# ------------------------------------------------------------------------- the gradient of the objective
+
+
+def penalised_rewards(logps: Tensor, ref_logps: Tensor, rewards: Tensor, *, beta: float) -> Tensor:
+    """r - beta log(pi / pi_ref): what reinforcement learning maximises the mean of (Eq. 3) [D7.2].
+
+    It is the same for all completions, namely beta log Z, exactly where pi = pi*.
+
+    Args: logps, ref_logps, rewards of one shape, finite; beta > 0. Returns that shape, in units of reward.
+    """
+    check_same_shape(logps=logps, ref_logps=ref_logps, rewards=rewards)
+    check_finite(logps=logps, ref_logps=ref_logps, rewards=rewards)
+    check_positive("beta", beta)
+    return rewards - beta * (logps - ref_logps)
+
+
+def policy_gradient(logps: Tensor, ref_logps: Tensor, rewards: Tensor, *, beta: float) -> Tensor:
+    """The gradient of J (Eq. 3) in the logits of a table: pi (R - E_pi R), R penalised [D7.3].
+
+    Args: (..., Y) tables, finite; logps a distribution; beta > 0. Returns (..., Y); it sums to zero.
+    """
+    check_log_distribution(logps=logps)
+    penalised = penalised_rewards(logps, ref_logps, rewards, beta=beta)
+    return logps.exp() * (penalised - (logps.exp() * penalised).sum(-1, keepdim=True))
+
+
+def natural_gradient_step(
+    logps: Tensor, ref_logps: Tensor, rewards: Tensor, *, beta: float, learning_rate: float
+) -> Tensor:
+    """One step of natural gradient ascent on J: log pi + eta R, normalised [D7.5].
+
+    Implicit rewards approach the rewards as (1 - eta beta)^t: eta = 1 / beta reaches pi* in one step.
+
+    Args: as `policy_gradient`; learning_rate > 0. Returns (..., Y) log-probabilities.
+    """
+    check_positive("learning_rate", learning_rate)
+    check_log_distribution(logps=logps)
+    return (logps + learning_rate * penalised_rewards(logps, ref_logps, rewards, beta=beta)).log_softmax(-1)
+
+
+def reinforce_variance(
+    logps: Tensor, ref_logps: Tensor, rewards: Tensor, baseline: Tensor, *, beta: float
+) -> Tensor:
+    """Trace of the covariance of REINFORCE's estimate (R(y) - b)(e_y - pi) from one sample y [D7.4].
+
+    The baseline b moves the mean nowhere, and the variance along a parabola around `best_baseline`. At pi*
+    the soft value, beta log Z, makes it zero; away from there it may be worse than none.
+
+    Args: as `policy_gradient`; baseline (...,). Returns (...,) in squared units of reward.
+    """
+    if baseline.shape != logps.shape[:-1]:
+        raise InputError(f"baseline must have shape {tuple(logps.shape[:-1])}, got {tuple(baseline.shape)}.")
+    length = _squared_step(logps)
+    advantages = penalised_rewards(logps, ref_logps, rewards, beta=beta) - baseline.unsqueeze(-1)
+    gradient = policy_gradient(logps, ref_logps, rewards, beta=beta)
+    return (logps.exp() * advantages**2 * length).sum(-1) - gradient.square().sum(-1)
+
+
+def best_baseline(logps: Tensor, ref_logps: Tensor, rewards: Tensor, *, beta: float) -> Tensor:
+    """The baseline of least variance: the mean of R weighted by pi |e_y - pi|^2 [D7.4].
+
+    Args: as `policy_gradient`. Returns (...,).
+    """
+    weight = logps.exp() * _squared_step(logps)
+    penalised = penalised_rewards(logps, ref_logps, rewards, beta=beta)
+    return (weight * penalised).sum(-1) / weight.sum(-1)
+
+
+def _squared_step(logps: Tensor) -> Tensor:
+    """|e_y - pi|^2 for each y: (..., Y)."""
+    p = logps.exp()
+    return 1 - 2 * p + p.square().sum(-1, keepdim=True)
+
+
+def kl_estimates(logps: Tensor, ref_logps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """k1, k2, k3 of samples y ~ pi: log ratio, half its square, and pi_ref/pi - 1 + log ratio [D7.6].
+
+    k1 and k3 have mean KL(pi || pi_ref), k3 is never negative. Their derivatives are another matter: that of
+    k1 has mean zero, only k2's has that of the divergence.
+
+    Args: log-probabilities of the samples under both, of one shape. Returns three tensors of that shape.
+    """
+    check_same_shape(logps=logps, ref_logps=ref_logps)
+    check_finite(logps=logps, ref_logps=ref_logps)
+    ratio = logps - ref_logps
+    return ratio, ratio.square() / 2, torch.expm1(-ratio) + ratio
+
+
+# ----------------------------------------------------------------------------------------------------- PPO
+
+
+def clipped_surrogate(logps: Tensor, old_logps: Tensor, advantages: Tensor, *, clip: float) -> Tensor:
+    """PPO's loss of each sample: -min(rho A, clip(rho, 1 - c, 1 + c) A), rho = pi / pi_old [D7.7].
+
+    Where pi = pi_old its gradient is the policy gradient's, -A grad log pi; it vanishes once the ratio has
+    gone further than c in the direction that the advantage asks for.
+
+    Args:
+        logps, old_logps: log-probabilities of actions under the policy and under the one that drew them.
+        advantages: of the same shape; no gradient flows through them nor through old_logps.
+        clip: c, > 0.
+    Returns: losses of that shape.
+    Source: Schulman et al. (2017), "Proximal Policy Optimization Algorithms".
+    """
+    check_same_shape(logps=logps, old_logps=old_logps, advantages=advantages)
+    check_finite(logps=logps, old_logps=old_logps, advantages=advantages)
+    check_positive("clip", clip)
+    ratio, advantages = (logps - old_logps.detach()).exp(), advantages.detach()
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+
+
+@dataclass
+class AdaptiveKL:
+    """The coefficient of the KL penalty: fixed, or steered until the divergence meets a target [D7.7].
+
+    coefficient *= exp(rate * clip(KL / target - 1, -1, 1)) after each iteration, as in Ziegler et al.
+    (2019), who write 1 + rate * error, with a smaller clip. Where it comes to rest, the policy
+    maximises Eq. 3 for beta = coefficient, and so is a point of the frontier.
+
+    Fields: coefficient > 0, the start; target in nats, None to keep the coefficient; rate of steering.
+    """
+
+    coefficient: float
+    target: float | None = None
+    rate: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_positive("coefficient", self.coefficient)
+        check_positive("rate", self.rate)
+        if self.target is not None:
+            check_positive("target", self.target)
+
+    def update(self, kl: float) -> None:
+        """Take in the divergence of the last iteration, nats."""
+        if not math.isfinite(kl):
+            raise InputError(f"the divergence is {kl}; lower the learning rate.")
+        if self.target is not None:
+            error = min(max(kl / self.target - 1, -1.0), 1.0)
+            self.coefficient *= math.exp(self.rate * error)
+
+
+def ppo(
+    policy: nn.Module,
+    ref_logps: Tensor,
+    rewards: Tensor,
+    optimizer: torch.optim.Optimizer,
+    controller: AdaptiveKL,
+    *,
+    iterations: int,
+    samples: int,
+    epochs: int = 4,
+    clip: float = 0.2,
+    baseline: str = "learned",
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[Record]:
+    """PPO on a policy whose call returns its table: draw completions, score them, climb [D7.7].
+
+    Completions are single actions here, drawn with the policy's exact probabilities, so that nothing is
+    approximate but the sampling. Advantages are penalised rewards minus a baseline. They are not divided by
+    their deviation, as implementations often do: at the optimum that deviation is zero, and dividing by it
+    would turn rounding into a random walk. As they are, the noise fades as pi* comes near. With one epoch the
+    ratio stays one and nothing is clipped: that is REINFORCE with a baseline.
+
+    Args:
+        policy: () -> (X, Y) log-probabilities; optimizer and scheduler over its parameters, the latter
+            stepped once an iteration.
+        ref_logps, rewards: (X, Y); rewards learned or true.
+        controller: of the KL coefficient, updated with the exact divergence, a mean over prompts.
+        iterations: rounds of sampling; samples: completions of each prompt and round; epochs: gradient steps
+            on each round's samples.
+        baseline: "learned": each prompt's running mean of penalised rewards, i.e. a value function of the
+            prompt; "soft": beta log Z of the given rewards, which only a table knows.
+    Yields:
+        A record an iteration, after its gradient steps, of the policy before them: step, reward (of
+        `rewards`, exact), kl/policy_reference (exact), kl/coefficient.
+    Raises:
+        InputError: an option out of range.
+    """
+    check_count("iterations", iterations)
+    check_count("samples", samples)
+    check_count("epochs", epochs)
+    if baseline not in ("learned", "soft"):
+        raise InputError(f"baseline must be learned or soft, got {baseline!r}.")
+    value = None
+    for step in range(1, iterations + 1):
+        with torch.no_grad():
+            old = policy()
+            exact = old.double()
+            drawn = torch.multinomial(exact.exp(), samples, replacement=True, generator=generator)  # (X, n)
+            beta = controller.coefficient
+            old_logps = old.gather(-1, drawn)
+            penalised = penalised_rewards(
+                old_logps, ref_logps.gather(-1, drawn), rewards.gather(-1, drawn), beta=beta
+            )
+            if baseline == "soft":
+                value = soft_value(ref_logps, rewards, beta=beta)
+            elif value is None:
+                value = penalised.mean(-1)
+            advantages = penalised - value.unsqueeze(-1)
+            if baseline == "learned":  # after its use: a value that has seen its own sample is biased
+                value = value + VALUE_RATE * (penalised.mean(-1) - value)
+            kl = kl_divergence(exact, ref_logps.double()).mean().item()
+            reward = (exact.exp() * rewards).sum(-1).mean().item()
+        for _ in range(epochs):
+            optimizer.zero_grad(set_to_none=True)
+            loss = clipped_surrogate(policy().gather(-1, drawn), old_logps, advantages, clip=clip).mean()
+            loss.backward()
+            optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+        controller.update(kl)
+        yield {"step": step, "reward": reward, "kl/policy_reference": kl, "kl/coefficient": beta}
+
+
+VALUE_RATE = 0.3  # of the running mean: forgets the policy of ten rounds ago
+
+
+# --------------------------------------------------------------------------- fine-tuning on chosen ones
+
+
+def preferred_ft_logps(rankings: Rankings, exists: Tensor) -> Tensor:
+    """Where SFT on chosen completions ends: pi(y) = share of comparisons in which y was chosen [D10.4].
+
+    Where both completions of a pair are drawn from the reference, maybe the same one twice, none more than
+    doubles its probability. Where pairs must differ, as those of `reference_pairs`, rare ones may gain more.
+
+    Args: rankings with K = 2; exists (X, Y). Returns (X, Y) log-probabilities, -inf where never chosen.
+    Raises: InputError: a prompt without comparisons.
+    """
+    return unlikelihood_logps(rankings, exists, alpha=0.0)
+
+
+def unlikelihood_logps(rankings: Rankings, exists: Tensor, *, alpha: float) -> Tensor:
+    """The optimum of Unlikelihood, (w - alpha l) / (1 - alpha), where it exists [D12.7].
+
+    w(y) and l(y) are the shares of comparisons in which y was chosen and rejected.
+
+    Args: as `preferred_ft_logps`; alpha in [0, 1).
+    Returns: (X, Y) log-probabilities.
+    Raises: InputError: some w(y) < alpha l(y), so that the loss falls without limit; alpha out of range; a
+        prompt without comparisons.
+    """
+    check_not_negative("alpha", alpha)
+    if alpha >= 1:
+        raise InputError(f"alpha must lie in [0, 1), got {alpha}; at 1 there is no optimum.")
+    wins = win_counts(rankings, *exists.shape)
+    total = wins.sum((-2, -1))
+    if not (total > 0).all():
+        raise InputError(f"prompt {int((total == 0).nonzero()[0])} has no comparisons; leave it out.")
+    chosen, rejected = wins.sum(-1) / total[:, None], wins.sum(-2) / total[:, None]
+    share = (chosen - alpha * rejected) / (1 - alpha)
+    if (share < 0).any():
+        x, y = (share < 0).nonzero()[0].tolist()
+        raise InputError(
+            f"Unlikelihood has no optimum at alpha = {alpha:g}: completion {y} of prompt {x} was rejected "
+            f"more than {1 / alpha:.3g} times as often as chosen; lower alpha."
+        )
+    return share.log()
+
+
+# ------------------------------------------------------------------------------------------- best of n
+
+
+def best_of_n_reward(rewards: Tensor, *, n: int) -> Tensor:
+    """The expected best of n, from m >= n independent draws: the mean over all their subsets of n [D10.3].
+
+    Of m sorted draws the i-th is the best of C(i - 1, n - 1) of the C(m, n) subsets. So one set of draws
+    serves all n, without bias and without waste.
+
+    Args: rewards (..., m) of draws from the reference; n in [1, m]. Returns (...,).
+    """
+    check_same_shape(rewards=rewards)
+    check_finite(rewards=rewards)
+    check_count("n", n)
+    m = rewards.shape[-1]
+    if n > m:
+        raise InputError(f"n must be at most the number of draws, {m}, got {n}.")
+    i = torch.arange(1, m + 1, dtype=torch.float64, device=rewards.device)
+    log_choose = torch.lgamma(i) - torch.lgamma((i - n + 1).clamp(min=1))  # C(i-1, n-1), times (n-1)!
+    weight = torch.where(i >= n, log_choose, -math.inf).softmax(-1)
+    return (rewards.double().sort(-1).values * weight).sum(-1).to(rewards.dtype)
+
+
+def best_of_n_kl_bound(n: int) -> float:
+    """log n - (n - 1)/n nats: the most that KL(best of n || pi_ref) can be, reached as atoms vanish [D10.3].
+
+    Source: Beirami et al. (2024), "Theoretical guarantees on the best-of-n alignment policy".
+    """
+    check_count("n", n)
+    return math.log(n) - (n - 1) / n

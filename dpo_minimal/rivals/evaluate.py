@@ -1,0 +1,192 @@
+"""What a policy does when it speaks: its samples, their divergence from a reference, their reward, and how
+often it beats another.
+
+A loss on pairs says how well the policy orders other people's completions; only its own samples say what it
+has become.
+
+But: sampling is generation.py's, scoring policy.py's; here they are put together, in chunks.
+
+Shapes: N prompts, one sample each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..generation import generate, rows_at_once
+from ..model import GPT
+from ..policy import shared_prompt_batch, shared_prompt_logps
+from ..text.tokenizer import Tokenizer
+from ..validation import InputError, check_finite, check_log_distribution, check_same_shape
+
+
+class Mean(NamedTuple):
+    """A mean over independent draws and its standard error [D7.6]."""
+
+    value: float
+    error: float
+
+    def __str__(self) -> str:
+        return f"{self.value:z.2f}" + (f" ± {self.error:.2f}" if math.isfinite(self.error) else "")
+
+
+def mean_of(values: Tensor) -> Mean:
+    """(N,) -> mean and standard error, which is NaN for a single draw [D7.6]."""
+    values = values.double()
+    error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return Mean(values.mean().item(), error)
+
+
+class Samples(NamedTuple):
+    """One sample of each of N prompts [D7.6].
+
+    Fields:
+        prompts, texts: N strings each.
+        ended: (N,) whether it ended by itself, with end-of-text.
+        lengths: (N,) tokens, end-of-text included.
+        log_ratios: (N,) log pi(y|x) - log pi_ref(y|x), nats; their mean estimates KL(pi || pi_ref).
+        rewards: (N,) true rewards, or None where nobody knows them.
+    """
+
+    prompts: list[str]
+    texts: list[str]
+    ended: Tensor
+    lengths: Tensor
+    log_ratios: Tensor
+    rewards: Tensor | None
+
+
+def sample(
+    model: GPT,
+    reference: GPT,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    seed: int,
+    reward: Callable[[str], float] | None = None,
+) -> Samples:
+    """Sample each prompt once at temperature 1, and compare with the reference [D7.6].
+
+    Args:
+        model, reference: on one device; the reference may be the model itself.
+        prompts: N texts; an empty one starts from end-of-text. A prompt too long for the context loses its
+            left end, as in training.
+        max_new_tokens: where a sample is cut.
+        reward: completion text -> true reward.
+    """
+    generator = torch.Generator(model.wte.weight.device).manual_seed(seed)
+    room = model.config.block_size - max_new_tokens
+    ids = [(tokenizer.encode(prompt) or [tokenizer.eot])[-room:] for prompt in prompts]
+    completions: list[list[int]] = []
+    ratios = []
+    together = rows_at_once(model, max(map(len, ids)) + max_new_tokens)
+    for start in range(0, len(ids), together):
+        some = ids[start : start + together]
+        drawn = generate(model, some, max_new_tokens=max_new_tokens, eos=tokenizer.eot, generator=generator)
+        completions += drawn
+        batch = shared_prompt_batch(some, [[y] for y in drawn]).to(model.wte.weight.device)
+        with torch.no_grad():
+            ratios.append(shared_prompt_logps(model, batch) - shared_prompt_logps(reference, batch))
+    texts = [tokenizer.decode(y) for y in completions]
+    return Samples(
+        list(prompts),
+        texts,
+        torch.tensor([y[-1] == tokenizer.eot for y in completions]),
+        torch.tensor([len(y) for y in completions]),
+        torch.cat(ratios)[:, 0].cpu(),
+        None if reward is None else torch.tensor([reward(text) for text in texts]),
+    )
+
+
+# ---------------------------------------------------------------------------------------------- win rates
+
+
+class WinRate(NamedTuple):
+    """The share of comparisons that the first one wins, ties being half, and its 95 % interval [D10.5]."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.1%} ({self.low:.1%} to {self.high:.1%})"
+
+
+NORMAL_95 = 1.959964  # 95 % of a normal distribution lie within so many deviations
+
+
+def win_rate(first_rewards: Tensor, second_rewards: Tensor) -> WinRate:
+    """How often the first of two completions has the higher reward, a tie being half a win [D10.5].
+
+    With win, loss and tie of unknown probabilities w, l and t, the win rate is (1 + w - l) / 2. The interval
+    holds every value of it that a score test at 5 % does not reject, the share of ties being the likeliest
+    one under that value. It stays within [0, 1], has a width where all comparisons end alike, and is
+    Wilson's where there are no ties.
+
+    Args: (N,) rewards of N independent comparisons, finite.
+    Source: Tango (1998), "Equivalence test and confidence interval for the difference in proportions for the
+        paired-sample design"; its two proportions differ by w - l.
+
+    Example:
+        >>> str(win_rate(torch.tensor([3.0, 2.0, 1.0, 0.0]), torch.tensor([0.0, 0.0, 0.0, 0.0])))
+        '87.5% (44.6% to 97.7%)'
+    """
+    check_same_shape(first_rewards=first_rewards, second_rewards=second_rewards)
+    check_finite(first_rewards=first_rewards, second_rewards=second_rewards)
+    if first_rewards.dim() != 1:
+        raise InputError(f"rewards must have shape (N,), got {tuple(first_rewards.shape)}.")
+    wins, losses = (
+        (first_rewards > second_rewards).sum().item(),
+        (first_rewards < second_rewards).sum().item(),
+    )
+    count = len(first_rewards)
+    lead = (wins - losses) / count
+    low = -_furthest_lead(losses, wins, count)  # the same question with the roles exchanged
+    high = _furthest_lead(wins, losses, count)
+    return WinRate((1 + lead) / 2, (1 + low) / 2, (1 + high) / 2, count)
+
+
+def _furthest_lead(wins: int, losses: int, count: int) -> float:
+    """The highest w - l that the score test does not reject, by bisection: the statistic falls in w - l."""
+    accepted, rejected = (wins - losses) / count, 1.0
+    for _ in range(50):
+        lead = (accepted + rejected) / 2
+        # The likeliest l under w = l + lead: the positive root of 2 N l^2 + b l - losses lead (1 - lead).
+        b = (2 * count - wins + losses) * lead - wins - losses
+        l = (math.sqrt(b * b + 8 * count * losses * lead * (1 - lead)) - b) / (4 * count)
+        deviation = math.sqrt(max(0.0, count * (2 * l + lead - lead * lead)))
+        if count * lead - (wins - losses) <= NORMAL_95 * deviation:
+            accepted = lead
+        else:
+            rejected = lead
+    return accepted
+
+
+def exact_win_rate(logps: Tensor, other_logps: Tensor, rewards: Tensor) -> Tensor:
+    """P(r(y) > r(y')) + P(r(y) = r(y')) / 2 for y from one policy and y' from another [D10.5].
+
+    Args: three (..., Y) tables; both policies normalised, log 0 = -inf allowed; rewards finite.
+    Returns: (...,); the two ways round sum to 1.
+
+    Example:
+        >>> logps = torch.tensor([0.5, 0.25, 0.25]).log()
+        >>> exact_win_rate(logps, logps, torch.tensor([1.0, 2.0, 2.0]))
+        tensor(0.5000)
+    """
+    check_same_shape(logps=logps, other_logps=other_logps, rewards=rewards)
+    check_log_distribution(logps=logps, other_logps=other_logps)
+    check_finite(rewards=rewards)
+    ordered, order = rewards.sort(-1)
+    mass = other_logps.exp().gather(-1, order).cumsum(-1)
+    mass = torch.cat([torch.zeros_like(mass[..., :1]), mass], -1)  # (..., Y + 1): of the k lowest rewards
+    beaten = [
+        mass.gather(-1, torch.searchsorted(ordered, rewards.contiguous(), right=r)) for r in (False, True)
+    ]
+    return (logps.exp() * (beaten[0] + beaten[1]) / 2).sum(-1)

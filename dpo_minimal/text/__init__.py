@@ -1,0 +1,1 @@
+"""A GPT on preference files: tokenizer, files, rows, batches, objectives, runs, checkpoints."""

@@ -1,0 +1,300 @@
+"""Hugging Face GPT-2 folders, read and written: `config.json` beside `model.safetensors`.
+
+Hugging Face's GPT-2 keeps its linear maps as (in, out) matrices where torch's nn.Linear has (out, in), and
+puts `transformer.` before every name; else names and values are ours. A checkpoint is checked tensor by
+tensor before a model is made of it.
+
+But: no optimizer state (training_state.py), no tokenizer (tokenizer.py), nothing but GPT-2. Dropout rates in
+a config are ignored on purpose: policy and reference must give the same log-probability twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ..model import GPT, GPTConfig
+from ..validation import InputError
+from .runs import write_atomically, write_json
+
+CONFIG_FILE, WEIGHTS_FILE, PICKLED_WEIGHTS_FILE = "config.json", "model.safetensors", "pytorch_model.bin"
+NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+_TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+_BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks that older versions saved
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def load_model(folder_or_name: str | Path) -> GPT:
+    """Read a GPT-2 in Hugging Face's layout, as float32 on the CPU.
+
+    Args:
+        folder_or_name: a folder with config.json and model.safetensors or pytorch_model.bin; or the name of a
+            released model ("gpt2" to "gpt2-xl"), fetched by huggingface_hub where that is installed.
+    Raises:
+        InputError: no such folder or name, a file that is missing or damaged, a config that this GPT cannot
+            follow, a tensor that is missing, unknown, of another shape or not finite.
+    """
+    folder = _resolve(folder_or_name)
+    config = read_config(folder / CONFIG_FILE)
+    path, tensors = _read_tensors(folder)
+    with torch.device("meta"):  # names and shapes only: no time for random weights, no random numbers used up
+        model = GPT(config)
+    model.load_state_dict(_from_hugging_face(path, tensors, model.state_dict()), assign=True)
+    return model
+
+
+def save_model(model: GPT, folder: str | Path, *, eos: int | None = None) -> None:
+    """Write a GPT-2 so that `load_model` and Hugging Face's own classes read it.
+
+    Args:
+        model: its weights, written as float32.
+        folder: made where it is missing; files of an earlier model in it are replaced.
+        eos: the end-of-text id to name in config.json.
+    Raises:
+        InputError: a weight is not finite in float32, or the folder cannot be written; an earlier model in it
+            is then as it was.
+    """
+    folder = Path(folder)
+    tensors = {
+        f"transformer.{name}": (weight.T if name.endswith(_TRANSPOSED) else weight).float().cpu().contiguous()
+        for name, weight in model.state_dict().items()
+    }
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"{folder}: not written, because {name!r} holds NaN or infinity; train it anew.")
+
+    def write(path: Path) -> None:
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+        # Now that the larger file has room.
+        write_json(folder / CONFIG_FILE, _config_fields(model.config, eos))
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / WEIGHTS_FILE, write)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(
+            f"{folder}: the model cannot be written ({error}); make room or name another folder."
+        ) from None
+
+
+def state_fingerprint(model: GPT) -> str:
+    """SHA-256 of the shape of a model and every weight's name, dtype, shape and bytes.
+
+    Equal for equal models only; a head count, which no weight shows, counts too.
+    """
+    digest = hashlib.sha256(f"{model.config}\n".encode())
+    for name, weight in model.state_dict().items():
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
+        digest.update(weight.cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------- config
+
+
+def _config_fields(config: GPTConfig, eos: int | None) -> dict[str, Any]:
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.block_size,
+        "n_ctx": config.block_size,
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_inner": None,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-05,
+        "initializer_range": 0.02,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "bos_token_id": eos,
+        "eos_token_id": eos,
+        "tie_word_embeddings": True,
+    }
+
+
+# What this GPT does; a config that says otherwise is another model. None: where the field is absent, fine.
+_REQUIRED = {
+    "model_type": ("gpt2", None),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh", None),
+    "layer_norm_epsilon": (1e-5, None),
+    "scale_attn_weights": (True, None),
+    "scale_attn_by_inverse_layer_idx": (False, None),
+    "add_cross_attention": (False, None),
+    "tie_word_embeddings": (True, None),
+}
+
+
+_SIZES = {  # ours: theirs
+    "vocab_size": "vocab_size",
+    "block_size": "n_positions",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+}
+
+
+def read_config(path: Path) -> GPTConfig:
+    """The shape that a Hugging Face config.json names. Raises InputError naming file and field."""
+    fields = read_json_object(path)
+    for field, allowed in _REQUIRED.items():
+        if fields.get(field) not in allowed:
+            raise InputError(
+                f"{path}, field {field!r}: {fields[field]!r} is not what this GPT-2 does, which is "
+                f"{allowed[0]!r}; choose another model."
+            )
+    for field in _SIZES.values():
+        value = fields.get(field)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InputError(
+                f"{path}, field {field!r}: a positive integer is needed, got {value!r}; copy the model's own "
+                "config.json again."
+            )
+    if fields.get("n_inner") not in (None, 4 * fields["n_embd"]):
+        raise InputError(
+            f"{path}, field 'n_inner': {fields['n_inner']!r} is not 4 x n_embd, which this GPT-2 has; choose "
+            "another model."
+        )
+    try:
+        return GPTConfig(**{ours: fields[theirs] for ours, theirs in _SIZES.items()})
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The one object that a JSON file holds. Raises InputError where it is missing or anything else."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; name a folder that holds one.") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); see to its permissions.") from None
+    except (ValueError, RecursionError):  # not UTF-8, not JSON, nested too deeply
+        raise InputError(f"{path}: is not JSON; copy it again.") from None
+    if not isinstance(fields, dict):
+        raise InputError(f"{path}: must hold one JSON object; copy it again.")
+    return fields
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is Python's, not JSON's")
+
+
+# ------------------------------------------------------------------------------------------------- weights
+
+
+def _resolve(folder_or_name: str | Path) -> Path:
+    """A folder as it is; a released name as the folder into which huggingface_hub fetches it."""
+    folder = Path(folder_or_name)
+    if folder.is_dir():
+        return folder
+    name = str(folder_or_name).removeprefix("openai-community/")
+    if name not in NAMES:
+        raise InputError(
+            f"{folder_or_name}: no such folder; name the folder of a model or one of {', '.join(NAMES)}."
+        )
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise InputError(
+            f"{name} has to be fetched by huggingface_hub, which is not installed; "
+            "run `pip install huggingface_hub` or name a folder."
+        ) from None
+    try:
+        return Path(snapshot_download(f"openai-community/{name}", allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+    except Exception as error:  # its errors are those of whatever HTTP library it uses
+        raise InputError(
+            f"{name} cannot be fetched ({type(error).__name__}); go online once, or name a folder."
+        ) from None
+
+
+def _read_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    path = folder / WEIGHTS_FILE
+    if path.exists():
+        return path, read_safetensors(path)
+    path = folder / PICKLED_WEIGHTS_FILE
+    if not path.exists():
+        raise InputError(f"{folder}: holds neither {WEIGHTS_FILE} nor {PICKLED_WEIGHTS_FILE}; add one.")
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # what an unpickler raises on damaged bytes has no common class
+        raise InputError(
+            f"{path}: is truncated, damaged or holds more than tensors; copy it again or convert it to "
+            f"{WEIGHTS_FILE}."
+        ) from None
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in tensors.items()
+    ):
+        raise InputError(f"{path}: must hold a dictionary of tensors; save a state_dict.")
+    return path, tensors
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file, mapped from it: copy what is to outlive the file.
+
+    Raises InputError where it is missing, truncated or damaged.
+    """
+    try:
+        return safetensors.torch.load_file(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; copy the folder again.") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error}); see to its permissions.") from None
+    except safetensors.SafetensorError as error:
+        raise InputError(f"{path}: is truncated or damaged ({error}); copy it again.") from None
+
+
+def _from_hugging_face(
+    path: Path, tensors: dict[str, Tensor], expected: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Names without prefix, linear maps turned round, masks and the tied head dropped; all of it checked."""
+    found = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    if len(found) < len(tensors):
+        raise InputError(f"{path}: names occur with and without 'transformer.'; save each tensor once.")
+    found = {name: tensor for name, tensor in found.items() if not name.endswith(_BUFFERS)}
+    head = found.pop("lm_head.weight", None)
+    for name in expected:
+        if name not in found:
+            raise InputError(f"{path}: tensor {name!r} is missing; use the file that config.json belongs to.")
+    for name in found:
+        if name not in expected:
+            raise InputError(f"{path}: tensor {name!r} is none of this GPT-2's; use config.json's own file.")
+    weights = {name: _converted(path, name, found[name], expected[name]) for name in expected}
+    if head is not None and not torch.equal(head.float(), weights["wte.weight"]):
+        raise InputError(
+            f"{path}: tensor 'lm_head.weight' differs from 'wte.weight', to which this GPT-2 ties it; "
+            "choose another model."
+        )
+    return weights
+
+
+def _converted(path: Path, name: str, tensor: Tensor, expected: Tensor) -> Tensor:
+    """One tensor as float32 in memory of its own, turned round where it is a linear map."""
+    if tensor.dtype not in _DTYPES:
+        raise InputError(f"{path}: tensor {name!r} has dtype {tensor.dtype}; save it as float32.")
+    shape = tuple(expected.T.shape if name.endswith(_TRANSPOSED) else expected.shape)
+    if tuple(tensor.shape) != shape:
+        raise InputError(
+            f"{path}: tensor {name!r} has shape {tuple(tensor.shape)} where config.json asks for {shape}; "
+            "use the config.json that belongs to these weights."
+        )
+    if name.endswith(_TRANSPOSED):
+        tensor = tensor.T
+    weight = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    if not torch.isfinite(weight).all():
+        raise InputError(f"{path}: tensor {name!r} holds NaN or infinity; use an earlier checkpoint.")
+    return weight
+
+
+# A GPT that files were read for can be read and written by its own methods; model.py knows no files.
+GPT.from_pretrained = staticmethod(load_model)
+GPT.save_pretrained = save_model

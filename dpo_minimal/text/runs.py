@@ -1,0 +1,120 @@
+"""Run folders: one new folder a run, every file in it whole or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..validation import InputError
+from ..version import __version__
+
+
+def refuse_used_folder(output_dir: str | None) -> None:
+    """Raise InputError where `new_run_folder` would, leaving nothing behind: to be called before work."""
+    if output_dir == "":
+        raise InputError("--output-dir is empty; name a folder.")
+    folder = Path("runs" if output_dir is None else output_dir)
+    try:
+        blocking = next((path for path in (folder, *folder.parents) if path.exists()), None)
+        if blocking is not None and not blocking.is_dir():
+            raise InputError(f"--output-dir {folder}: {blocking} is a file; name a folder.")
+        if output_dir is not None and folder.exists() and any(folder.iterdir()):
+            raise InputError(
+                f"--output-dir {folder}: holds another run; name a new folder or empty this one."
+            )
+        with tempfile.TemporaryDirectory(dir=blocking):  # permission bits do not tell all
+            pass
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+
+
+def new_run_folder(output_dir: str | None, command: str) -> Path:
+    """Make the folder that a run writes into.
+
+    Args:
+        output_dir: the folder asked for, which must not exist or be empty; None takes the next free
+            `runs/COMMAND-NNN`.
+    Raises:
+        InputError: the folder holds something already, is a file, or cannot be written.
+    """
+    refuse_used_folder(output_dir)
+    folder = Path("runs" if output_dir is None else output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder if output_dir is not None else _next_free(folder, command)
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+
+
+def _next_free(parent: Path, command: str) -> Path:
+    number = 1
+    while True:
+        folder = parent / f"{command}-{number:03d}"
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            number += 1
+
+
+def _unwritable(folder: Path, error: OSError) -> InputError:
+    reason = error.strerror or str(error)
+    return InputError(f"--output-dir {folder}: cannot be written ({reason}); name another folder.")
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in place in one move."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())  # else a power cut may leave the new name with no content
+        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner may read
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file, indented, ending with a newline."""
+    write_atomically(path, lambda p: p.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+
+
+def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write an .npz file that numpy alone can read."""
+    write_atomically(path, lambda p: np.savez_compressed(p, **arrays))
+
+
+def write_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Write one `record_line` each."""
+    lines = map(record_line, records)
+    write_atomically(path, lambda p: p.write_text("".join(lines), encoding="utf-8"))
+
+
+def record_line(record: dict[str, Any]) -> str:
+    """A JSON object on a line; numbers that JSON has no word for (inf, nan) become null."""
+
+    def plain(value: Any) -> Any:
+        return None if isinstance(value, float) and not np.isfinite(value) else value
+
+    return json.dumps({key: plain(value) for key, value in record.items()}) + "\n"
+
+
+def versions() -> dict[str, str]:
+    """What a later reader needs to get the same numbers."""
+    return {
+        "dpo_minimal": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }

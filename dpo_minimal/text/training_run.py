@@ -1,0 +1,342 @@
+"""A training that people wait for: evaluation, progress, checkpoints, and going on after an interruption.
+
+`train` yields a record a step; here each is looked at, logged and now and then saved. Everything that a run
+does is a function of its settings and its data, so that a run which was interrupted, even killed, goes on
+from its last checkpoint to the same weights, bit for bit on a CPU with the same number of threads.
+
+    RUN/config.json       settings, versions, threads
+    RUN/metrics.jsonl     one record a logged step; eval_ records after the step that they name
+    RUN/checkpoints/      step-000100, ...: the newest two
+    RUN/model/            the result, in Hugging Face's layout
+
+But: what is trained on what (experiments/sft.py, dpo.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..model import GPT
+from ..train import Objective, Record, Window, average, make_optimizer, train, warm_up
+from ..validation import InputError
+from .batches import Example, windows
+from .objectives import make_window
+from .runs import record_line, write_records
+from .training_state import load_training_state, save_training_state
+
+METRICS_FILE, CHECKPOINTS = "metrics.jsonl", "checkpoints"
+RECENT = 10  # steps over which displacement is judged
+KEEP = 2  # checkpoints: the newest, and the one before it, to go back to by deleting the newest
+
+
+class Settings(NamedTuple):
+    """How to train; the names are those of the flags.
+
+    Fields with a unit: *_steps are optimizer steps; eval_steps 0 looks before and after only, save_steps 0
+    saves at the end only.
+    """
+
+    learning_rate: float
+    optimizer: str
+    per_device_train_batch_size: int  # rows that go through the model together
+    gradient_accumulation_steps: int  # such micro-batches a step
+    num_train_epochs: int
+    max_steps: int | None
+    warmup_steps: int
+    max_grad_norm: float | None
+    logging_steps: int
+    eval_steps: int
+    save_steps: int
+    seed: int
+    dtype: str
+    device: str
+
+    @property
+    def window_size(self) -> int:
+        """Rows of an optimizer step."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+
+class Data(NamedTuple):
+    """Rows to learn from and rows to look at; reference log-probabilities (N, K), or None for SFT."""
+
+    train: Sequence[Example]
+    held_out: Sequence[Example]
+    train_reference: Tensor | None = None
+    held_out_reference: Tensor | None = None
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, after the run was saved; the message says where."""
+
+
+def planned_steps(settings: Settings, data: Data) -> int:
+    """How many optimizer steps the run takes."""
+    epoch = len(_epoch(settings, data, 0))
+    steps = epoch * settings.num_train_epochs
+    return steps if settings.max_steps is None else min(steps, settings.max_steps)
+
+
+def _epoch(settings: Settings, data: Data, epoch: int) -> list[list[list[int]]]:
+    return windows(
+        data.train,
+        window_size=settings.window_size,
+        micro_size=settings.per_device_train_batch_size,
+        seed=settings.seed,
+        epoch=epoch,
+    )
+
+
+def _windows_from(settings: Settings, data: Data, first_step: int, last_step: int) -> Iterator[Window]:
+    """The windows of steps first_step to last_step: the same whether or not the run began earlier."""
+    step, epoch = 0, 0
+    while step < last_step:
+        for rows in _epoch(settings, data, epoch):
+            step += 1
+            if first_step <= step <= last_step:
+                reference = data.train_reference
+                yield make_window(data.train, rows, reference, dtype=settings.dtype, device=settings.device)
+        epoch += 1
+
+
+def evaluate(objective: Objective, settings: Settings, data: Data) -> Record:
+    """Loss and metrics on the held-out rows, named eval_...; nothing where none are held out."""
+    if not data.held_out:
+        return {}
+    size = settings.per_device_train_batch_size
+    held_out = data.held_out
+    (rows,) = windows(
+        held_out, window_size=len(held_out), micro_size=min(size, len(held_out)), seed=0, epoch=0
+    )
+    window = make_window(
+        held_out, rows, data.held_out_reference, dtype=settings.dtype, device=settings.device
+    )
+    with torch.no_grad():
+        return {f"eval_{name}": value for name, value in average(objective, window).items()}
+
+
+def run_training(
+    folder: Path,
+    model: GPT,
+    objective: Objective,
+    data: Data,
+    settings: Settings,
+    *,
+    name: str,
+    check_first: Callable[[Window], None] | None = None,
+    look: Callable[[], Record] = dict,
+    resume: bool = False,
+) -> list[Record]:
+    """Train a model, writing metrics and checkpoints into a run folder.
+
+    Args:
+        folder: exists; holds nothing of a training yet unless resume.
+        model: altered in place.
+        objective: as `train` takes it, on this model.
+        name: for the progress bar.
+        check_first: called with the first window, before the first step.
+        look: further measurements at each evaluation, by their names.
+        resume: go on from the newest checkpoint, from the beginning where there is none.
+    Returns:
+        All records of metrics.jsonl.
+    Raises:
+        InputError: no steps to take, loss or gradient not finite, a damaged checkpoint, a full disk.
+        Interrupted: Ctrl-C; the state after the last whole step is saved.
+    """
+    last_step = planned_steps(settings, data)
+    optimizer = make_optimizer(model.parameters(), settings.optimizer, settings.learning_rate)
+    done, records = _go_on(folder, model, optimizer) if resume else (0, [])
+    log = _Log(folder / METRICS_FILE, records)
+    if settings.warmup_steps > last_step:
+        print(
+            f"note: all {last_step} steps are warm-up, up to {last_step / settings.warmup_steps:.0%} of "
+            f"--learning-rate {settings.learning_rate:g}; lower --warmup-steps for more."
+        )
+    if done == 0:
+        if check_first is not None:
+            check_first(next(_windows_from(settings, data, 1, 1)))
+        log.add({"step": 0, **evaluate(objective, settings, data), **look()})
+    stream = train(
+        objective,
+        optimizer,
+        _windows_from(settings, data, done + 1, last_step),
+        scheduler=warm_up(optimizer, settings.learning_rate, settings.warmup_steps, first_step=done + 1),
+        max_grad_norm=settings.max_grad_norm,
+        first_step=done + 1,
+    )
+    rows = min(settings.window_size, len(data.train))
+    with _Interrupt() as interrupt, _Progress(name, done, last_step, rows) as progress:
+        for record in stream:
+            step = int(record["step"])
+            progress.show(record)
+            if step % settings.logging_steps == 0 or step in (1, last_step):
+                log.add(record)
+            if _due(step, settings.eval_steps, last_step):
+                log.add({"step": step, **evaluate(objective, settings, data), **look()})
+            stop = interrupt.asked  # read once: the signal may come between saving and stopping
+            if _due(step, settings.save_steps, last_step) or stop:
+                _save(folder, model, optimizer, step)
+            if stop:
+                raise Interrupted(f"saved after step {step} of {last_step}")
+            progress.resume()
+    return log.records
+
+
+def _due(step: int, every: int, last_step: int) -> bool:
+    return step == last_step or (every > 0 and step % every == 0)
+
+
+# ---------------------------------------------------------------------------------------------- going on
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Oldest first; another folder there, such as a copy that a user keeps, is none of ours."""
+    found = [path for path in (folder / CHECKPOINTS).glob("step-*") if path.name[5:].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def _save(folder: Path, model: GPT, optimizer: torch.optim.Optimizer, step: int) -> None:
+    target = folder / CHECKPOINTS / f"step-{step:06d}"
+    if target.exists():  # an interruption right after the planned save of the same step
+        return
+    target.parent.mkdir(exist_ok=True)
+    save_training_state(target, model, optimizer, {"step": step})
+    for old in _checkpoints(folder)[:-KEEP]:
+        shutil.rmtree(old)
+
+
+def _go_on(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) -> tuple[int, list[Record]]:
+    """Restore the newest checkpoint; (steps done, records up to there)."""
+    found = _checkpoints(folder)
+    if not found:
+        return 0, []
+    done = int(load_training_state(found[-1], model, optimizer)["step"])
+    path = folder / METRICS_FILE
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    records = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # the line at which the run was killed
+            break
+        if record["step"] <= done:
+            records.append(record)
+    return done, records
+
+
+class _Log:
+    """metrics.jsonl: rewritten at the start, then a line a record."""
+
+    def __init__(self, path: Path, records: list[Record]):
+        self.path, self.records = path, list(records)
+        write_records(path, records)
+
+    def add(self, record: Record) -> None:
+        if len(record) == 1:  # no held-out rows to evaluate
+            return
+        self.records.append(record)
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(record_line(record))
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be written ({error.strerror}); make room there.") from None
+
+
+class _Interrupt:
+    """Ctrl-C sets a flag that is looked at between steps; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> _Interrupt:
+        self.main = threading.current_thread() is threading.main_thread()
+        if self.main:
+            self.before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        # Not print, which the signal may have interrupted.
+        os.write(2, b"\nStopping after this step; once more to stop at once.\n")
+
+    def __exit__(self, *_: Any) -> None:
+        if self.main:
+            signal.signal(signal.SIGINT, self.before)
+
+
+def is_displaced(recent: Sequence[Record]) -> bool:
+    """Do the chosen completions lose probability, by number and on average, over a whole spell of steps?
+
+    Single windows do so by chance.
+    """
+    if len(recent) < RECENT or "dpo/displacement" not in recent[-1]:
+        return False
+    share, reward = (sum(r[key] for r in recent) / RECENT for key in ("dpo/displacement", "rewards/chosen"))
+    return share > 0.5 and reward < 0
+
+
+class _Progress:
+    """A bar on a terminal; elsewhere a line now and then. Says once when likelihoods are displaced."""
+
+    LINES = 10
+
+    def __init__(self, name: str, done: int, last_step: int, rows: int):
+        self.name, self.last_step, self.rows, self.warned = name, last_step, rows, False
+        self.done, self.seconds, self.resumed = 0, 0.0, time.perf_counter()
+        self.recent: deque[Record] = deque(maxlen=RECENT)
+        self.bar = tqdm(
+            total=last_step, initial=done, desc=name, unit="step", disable=not sys.stderr.isatty()
+        )
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.bar.close()
+
+    def resume(self) -> None:
+        """Start the clock again: what is looked at and saved between two steps does not count."""
+        self.resumed = time.perf_counter()
+
+    def show(self, record: Record) -> None:
+        step = int(record["step"])
+        self.done += 1
+        self.seconds += time.perf_counter() - self.resumed
+        rate = self.done * self.rows / self.seconds
+        shown = {"loss": f"{record['loss']:.3f}"}
+        if "rewards/margins" in record:
+            shown["accuracy"] = f"{record['rewards/accuracies']:.2f}"
+            shown["margin"] = f"{record['rewards/margins']:.2f}"
+        shown["pairs/s" if len(shown) > 1 else "rows/s"] = f"{rate:.0f}"
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+        if self.bar.disable and (step * self.LINES // self.last_step) > (
+            (step - 1) * self.LINES // self.last_step
+        ):
+            text = ", ".join(f"{name} {value}" for name, value in shown.items())
+            print(f"{self.name}: step {step} of {self.last_step}, {text}", flush=True)
+        self.recent.append(record)
+        if not self.warned and is_displaced(self.recent):
+            self.warned = True
+            tqdm.write(
+                f"Displacement: in the last {RECENT} steps to {step}, most chosen completions were less "
+                "likely than under the reference. The loss sees only the margin; if samples get worse, lower "
+                "the learning rate or raise beta (derivations.md, D13.1)."
+            )
