@@ -1,37 +1,20 @@
 """`check("3.1", dpo_loss)`: right, or wrong with the smallest counterexample and a guess at the mistake.
 
-A check compares the student's function with brute force, an identity or autograd on many random draws.
-Known mistakes are functions too: an answer that agrees with one of them everywhere has made it.
+But: how an answer is judged (dpo_minimal/bench/checks.py).
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import math
-import warnings
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
-import torch
-from hypothesis.errors import HypothesisException
-from torch import Tensor
+from dpo_minimal.bench import checks
+from dpo_minimal.bench.checks import Verdict
+from dpo_minimal.bench.exercises import Exercise
 
 from .exercises import CHAPTERS, of_chapter
-from .exercises.base import SINGLE, Exercise, Given, samples, smallest
 
 __all__ = ["Verdict", "check", "judge"]
-
-
-class Verdict(NamedTuple):
-    """What a check found.
-
-    Fields: status; message, several lines for the student; mistake, the name of a known one or None.
-    """
-
-    status: Literal["right", "wrong", "not solved yet"]
-    message: str
-    mistake: str | None = None
 
 
 def check(number: str, function: Callable[..., Any]) -> None:
@@ -48,57 +31,7 @@ def check(number: str, function: Callable[..., Any]) -> None:
 
 def judge(number: str, function: Callable[..., Any]) -> Verdict:
     """What `check` prints, as a `Verdict`."""
-    exercise = find_exercise(number)
-    name = f"{number} {exercise.function}"
-    if not callable(function):
-        return Verdict("wrong", f"{name}: give the check the function itself, without calling it.")
-    try:
-        with _silence():
-            counterexample = smallest(
-                exercise.inputs, lambda given: complain(exercise, function, given) is not None
-            )
-    except NotImplementedError:
-        return Verdict("not solved yet", f"{name}: not solved yet.")
-    except HypothesisException:
-        return _undecided(name)
-    if counterexample is None:
-        right = f"{name}: right. Compared with {exercise.source}."
-        return Verdict("right", "\n".join([right, *_strained(exercise, function)]))
-    complaint = complain(exercise, function, counterexample)  # here its own prints are shown, once
-    with _silence():
-        if complaint is None or complain(exercise, function, counterexample) != complaint:
-            return _undecided(name)
-        mistake = recognise(exercise, function)
-    lines = [f"{name}: not right yet.", *_rows("smallest input", _show_given(counterexample)), *complaint]
-    if mistake is not None:
-        lines += _rows("looks like", [mistake])
-    return Verdict("wrong", "\n".join(lines), mistake)
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """A search calls a function hundreds of times; its prints and warnings would fill the notebook."""
-    nowhere = io.StringIO()
-    with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _strained(exercise: Exercise, function: Callable[..., Any]) -> list[str]:
-    """Where a right formula overflows: told to the student, but no mistake."""
-    if exercise.strain is None:
-        return []
-    with _silence():
-        answer = _outcome(function, exercise.strain)
-    numbers = _tensor(answer)
-    if numbers is not None and bool(numbers.isfinite().all()):
-        return []
-    told = _rows("but here", _show_given(exercise.strain)) + _rows("it gives", [show(answer)])
-    return [*told, *_rows("", ["the exponentials leave the range of numbers; stay with logarithms"])]
-
-
-def _undecided(name: str) -> Verdict:
-    return Verdict("wrong", f"{name}: not right yet.\n  It answers the same question differently each time.")
+    return checks.judge(find_exercise(number), function)
 
 
 def find_exercise(number: str) -> Exercise:
@@ -108,132 +41,3 @@ def find_exercise(number: str) -> Exercise:
         known = f"this notebook has {', '.join(exercises)}" if exercises else "numbers are 1.1 to 9.9"
         raise ValueError(f"there is no exercise {number!r}; {known}.")
     return exercises[number]
-
-
-def complain(exercise: Exercise, function: Callable[..., Any], given: Given) -> list[str] | None:
-    """What is wrong with the answer to one input, as lines of text; None if it is right."""
-    arguments = copy(given)
-    try:
-        answer = function(*arguments.values())
-    except NotImplementedError:
-        raise
-    except (Exception, SystemExit) as error:
-        return _rows("it raises", [f"{type(error).__name__}: {error}"[:300]])
-    if not _equal(arguments, given):
-        return _rows("but", ["the function has changed its own input; work on a copy"])
-    if exercise.complaint is not None:
-        complaint = exercise.complaint(answer, **copy(given))
-        return None if complaint is None else [*_rows("yours", [show(answer)]), *_rows("but", [complaint])]
-    expected = exercise.expected(**copy(given))
-    nothing = ["it returns nothing: is the return missing?"]
-    misfits = nothing if answer is None else _misfits(answer, expected)
-    if not misfits and agrees(answer, expected, exercise.within):
-        return None
-    rows = [*_rows("expected", [show(expected)]), *_rows("yours", [show(answer)])]
-    return rows + _rows("but", misfits)
-
-
-def recognise(exercise: Exercise, function: Callable[..., Any]) -> str | None:
-    """The name of the known mistake that answers as `function` does, on every one of many inputs."""
-    drawn = samples(exercise.inputs)
-    answers = [_outcome(function, given) for given in drawn]
-    for name, mistake in exercise.mistakes.items():
-        theirs = (_outcome(mistake, given) for given in drawn)
-        if all(agrees(a, b, exercise.within) for a, b in zip(answers, theirs)):
-            return name
-    return None
-
-
-def _outcome(function: Callable[..., Any], given: Given) -> Any:
-    """The answer; where there is none, the kind of error."""
-    try:
-        return function(*copy(given).values())
-    except (Exception, SystemExit) as error:
-        return f"raises {type(error).__name__}"
-
-
-# ---------------------------------------------------------------------------------------- comparing
-
-
-def agrees(answer: Any, expected: Any, within: float) -> bool:
-    """Same structure, same shape, and every number within `within * (1 + |expected|)`.
-
-    Answers in float32, such as `torch.tensor` of Python's numbers, have seven digits and lose some on the
-    way: for them it is `SINGLE`, which no known mistake stays below either.
-    """
-    if isinstance(expected, tuple):
-        alike = isinstance(answer, (tuple, list)) and len(answer) == len(expected)
-        return alike and all(agrees(a, b, within) for a, b in zip(answer, expected))
-    if expected is None or isinstance(expected, (str, bool, dict, list)):
-        return type(answer) is type(expected) and answer == expected
-    left, right = _tensor(answer), _tensor(expected)
-    if left is None or right is None or left.shape != right.shape:
-        return False
-    same = (left == right) | (left.isnan() & right.isnan())  # infinities; a mistake's NaN is recognised
-    within = max(within, SINGLE) if isinstance(answer, Tensor) and answer.dtype == torch.float32 else within
-    close = right.isfinite() & ((left - right).abs() <= within * (1 + right.abs()))
-    return bool((same | close).all())
-
-
-def _tensor(value: Any) -> Tensor | None:
-    if isinstance(value, (str, dict)) or value is None:
-        return None
-    try:
-        return torch.as_tensor(value, dtype=torch.float64).detach()  # not float32, as for plain floats
-    except (TypeError, ValueError, RuntimeError):
-        return None
-
-
-def _misfits(answer: Any, expected: Any) -> list[str]:
-    """What is wrong whatever the numbers are: not as many parts, another shape, no booleans."""
-    if isinstance(expected, tuple):
-        if not isinstance(answer, (tuple, list)) or len(answer) != len(expected):
-            order = ", ".join(["first", "second", "third"][: len(expected)])
-            return [f"{len(expected)} tensors are asked for: return ({order})"]
-        parts = enumerate(zip(answer, expected), start=1)
-        return [f"part {place}: {misfit}" for place, part in parts for misfit in _misfits(*part)]
-    left, right = _tensor(answer), _tensor(expected)
-    if not isinstance(expected, Tensor) or right is None:
-        return []
-    shape = tuple(right.shape)
-    if left is None or (isinstance(answer, tuple) and left.shape != shape):
-        return [f"one tensor of shape {shape} is asked for, yours is of type {type(answer).__name__}"]
-    if left.shape != shape:
-        return [f"the shape should be {shape}, yours is {tuple(left.shape)}"]
-    kind = torch.as_tensor(answer).dtype
-    if expected.dtype == torch.bool and kind != torch.bool:
-        return [f"a mask of booleans is asked for, yours is {str(kind).removeprefix('torch.')}"]
-    return []
-
-
-def copy(given: Given) -> Given:
-    """The same arguments, for a function that may write into them."""
-    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in given.items()}
-
-
-def _equal(left: Given, right: Given) -> bool:
-    pairs = [(left[name], right[name]) for name in right]
-    return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
-
-
-# ------------------------------------------------------------------------------------------ printing
-
-
-def show(value: Any) -> str:
-    """A value as a student would write it: `[0, -1.5]` rather than a tensor's repr."""
-    if isinstance(value, Tensor):
-        return show(value.detach().tolist())
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(show(entry) for entry in value) + "]"
-    if isinstance(value, float) and not isinstance(value, bool):
-        return f"{value:.5g}" if math.isfinite(value) else str(value)
-    return repr(value)[:300]
-
-
-def _show_given(given: Given) -> list[str]:
-    return [f"{name} = {show(value)}" for name, value in given.items()]
-
-
-def _rows(label: str, entries: list[str]) -> list[str]:
-    """Entries under one another, the label beside the first."""
-    return [f"  {label if place == 0 else '':<15} {entry}" for place, entry in enumerate(entries)]

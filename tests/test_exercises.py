@@ -8,10 +8,11 @@ import pytest
 import student_answers
 import torch
 
+from dpo_minimal.bench.checks import agrees, complain, copy, recognise, show
+from dpo_minimal.bench.exercises import samples
 from notebooks import build
-from notebooks.checks import agrees, check, complain, copy, find_exercise, judge, recognise, show
+from notebooks.checks import check, find_exercise, judge
 from notebooks.exercises import CHAPTERS, all_exercises
-from notebooks.exercises.base import samples
 
 EXERCISES = all_exercises()
 MISTAKES = [(number, name) for number, exercise in EXERCISES.items() for name in exercise.mistakes]

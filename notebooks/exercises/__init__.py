@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the names of the notebooks are known without loading torch
-    from .base import Exercise
+    from dpo_minimal.bench.exercises import Exercise
 
 CHAPTERS = {
     "1": "preferences",

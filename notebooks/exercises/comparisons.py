@@ -7,7 +7,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from .base import Exercise, log_distribution, vector
+from dpo_minimal.bench.exercises import Exercise, log_distribution, vector
 
 # ------------------------------------------------------------------------- 8.1 a point of the frontier
 

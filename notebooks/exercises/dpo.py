@@ -8,8 +8,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dpo_minimal import dpo_loss
-
-from .base import Exercise, betas, completion_logps, log_distribution, table, tenths, vector
+from dpo_minimal.bench.exercises import (
+    Exercise,
+    betas,
+    completion_logps,
+    log_distribution,
+    table,
+    tenths,
+    vector,
+)
 
 # -------------------------------------------------------------------------------------- 3.1 dpo_loss
 

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dpo_minimal import dpo_loss
-
-from .base import Exercise, betas, completion_logps, log_distribution, vector
+from dpo_minimal.bench.exercises import Exercise, betas, completion_logps, log_distribution, vector
 
 # ------------------------------------------------------------------------------- 4.1 gradient_weights
 

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dpo_minimal import dpo_loss
-
-from .base import Exercise, completion_logps, vector
+from dpo_minimal.bench.exercises import Exercise, completion_logps, vector
 
 # ------------------------------------------------------------------------- 7.1 flipped_probability
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from .base import Exercise, betas, log_distribution, table
+from dpo_minimal.bench.exercises import Exercise, betas, log_distribution, table
 
 # Where exponentials leave the range of float64: a long completion, and rewards of hundreds of nats.
 LONG_COMPLETIONS = {

@@ -7,7 +7,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from .base import Exercise, betas, table, vector
+from dpo_minimal.bench.exercises import Exercise, betas, table, vector
 
 # ------------------------------------------------------------------------- 5.1 plackett_luce_logprob
 

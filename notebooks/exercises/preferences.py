@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
-from .base import SINGLE, Exercise, vector
+from dpo_minimal.bench.exercises import SINGLE, Exercise, vector
 
 # ------------------------------------------------------------------- 1.1 the probability of a preference
 

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dpo_minimal import optimal_logps, rlhf_objective
-
-from .base import Exercise, betas, log_distribution, table
+from dpo_minimal.bench.exercises import Exercise, betas, log_distribution, table
 
 # ------------------------------------------------------------------------------- 6.1 completion_mask
 

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dpo_minimal import enumerate_completions
-
-from .base import Exercise, betas, table, tenths, vector
+from dpo_minimal.bench.exercises import Exercise, betas, table, tenths, vector
 
 # ------------------------------------------------------------- the exhibits, as the notebook shows them
 

@@ -1,8 +1,7 @@
-"""What an exercise is, and how its inputs are drawn.
+"""What an exercise is, how its inputs are drawn, and the search for the smallest input that fails.
 
-Inputs are Hypothesis strategies, so a counterexample is shrunk to the smallest one before a student sees
-it. Hence numbers are tenths and betas stand in an order of preference: what shrinks should be pleasant to
-read, and to check on paper.
+Inputs are Hypothesis strategies, so a counterexample is shrunk to the smallest one before it is shown. Hence
+numbers are tenths and betas stand in an order of preference: a shrunk input should be easy to check on paper.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ SINGLE = 1e-5  # a hundred roundings of float32
 
 
 class Exercise(NamedTuple):
-    """One exercise of the course.
+    """A function to be written, and what decides whether it is right.
 
     Fields:
         number: "3.1" is the first of notebook 3.
-        function: the name that its answer has in the notebook.
+        function: the name that the answer has.
         inputs: a strategy of dictionaries: the arguments of one call, in the order of the parameters.
         expected: from the same arguments to what must come out: by brute force, an identity or autograd,
             never by the formula that is asked for written a second time.
@@ -38,8 +37,8 @@ class Exercise(NamedTuple):
             few million roundings of float64, which no right answer needs and no mistake stays below.
         complaint: for questions with many right answers: from (answer, **arguments) to what is wrong with
             it, or None. It replaces the comparison with `expected`, which then is one right answer.
-        strain: an input at which a right formula overflows if it leaves the logarithms; a right answer is
-            told so if it does.
+        strain: an input at which a right formula overflows if it leaves the logarithms; the message for a
+            right answer then says so.
         central: one of the course's main results, for which five mistakes at least are known.
     """
 
@@ -75,7 +74,7 @@ def vector(size: int, low: float = -5, high: float = 5) -> st.SearchStrategy[Ten
 
 
 def completion_logps(size: int, low: float = -5) -> st.SearchStrategy[Tensor]:
-    """(size,) log-probabilities of completions, each below one half, so that a prompt has room for two."""
+    """(size,) log-probabilities of completions, each below log 1/2, so that two sum to less than one."""
     return vector(size, low, -0.7)
 
 
@@ -88,15 +87,12 @@ def log_distribution(*shape: int) -> st.SearchStrategy[Tensor]:
     """Log-probabilities that sum to one along the last axis; they shrink to the uniform ones."""
     size = torch.Size(shape).numel()
     parts = st.lists(st.integers(1, 20), min_size=size, max_size=size)
-    return parts.map(
-        lambda flat: (lambda t: (t / t.sum(-1, keepdim=True)).log())(
-            torch.tensor(flat, dtype=torch.float64).view(shape)
-        )
-    )
+    counts = parts.map(lambda flat: torch.tensor(flat, dtype=torch.float64).view(shape))
+    return counts.map(lambda t: (t / t.sum(-1, keepdim=True)).log())
 
 
 def betas() -> st.SearchStrategy[float]:
-    """Strengths of the KL penalty; 1 first, for where it hides nothing it is easiest to follow."""
+    """Strengths of the KL penalty; they shrink to 1, with which a counterexample is easiest to follow."""
     return st.sampled_from([1.0, 2.0, 0.5, 0.1, 3.0, 0.2, 5.0])
 
 
@@ -104,11 +100,11 @@ def betas() -> st.SearchStrategy[float]:
 
 
 def smallest(
-    strategy: st.SearchStrategy[Given], fails: Callable[[Given], bool], tries: int = 100
+    strategy: st.SearchStrategy[Given], fails: Callable[[Given], Any], tries: int = 100
 ) -> Given | None:
     """The smallest input that fails, found and shrunk by Hypothesis; None where `tries` draws do not fail.
 
-    The same function gets the same draws every time: a check is no lottery.
+    The same function gets the same draws every time.
     """
     search = settings(max_examples=tries, derandomize=False, database=None, deadline=None)
     try:
