@@ -48,6 +48,12 @@ def check_seed(name: str, value: int) -> None:
         raise InputError(f"{name} must lie in [0, 2^60), got {value}.")
 
 
+def check_range(name: str, value: float, low: float, high: float, reason: str) -> None:
+    """Require low <= value <= high; the message gives the reason."""
+    if not low <= value <= high:  # NaN fails as well
+        raise InputError(f"{name} must lie between {low:g} and {high:g} ({reason}), got {value}.")
+
+
 def check_flip_probability(value: float, name: str = "flip_probability") -> None:
     """Require a label-noise rate in [0, 1/2): from 1/2 on, labels carry no or the opposite information."""
     if not isinstance(value, Real) or not 0 <= value < 0.5:

@@ -29,7 +29,7 @@ import torch
 
 from ...laws.sampling_laws import kl_law
 from ...text.runs import new_run_folder, refuse_used_folder, versions, write_arrays, write_json, write_records
-from ...validation import InputError, check_count, check_positive, check_seed
+from ...validation import InputError, check_range, check_seed
 from .replicates import Law, Settings, Size, Truth, make_truth, simulate
 
 PAIRS = (100, 400, 1600, 6400, 25600)  # 2 to 500 times rho^2 in the default world
@@ -73,11 +73,11 @@ def run(args: argparse.Namespace) -> Path:
     settings = _settings(args)
     truth = make_truth(settings)
     refuse_used_folder(args.output_dir)
-    rewards = ((100 * truth.world.rewards[0]).round() / 100 + 0.0).tolist()  # -0.0 + 0.0 is 0.0
+    rewards = " ".join(f"{reward:z.2f}" for reward in truth.world.rewards[0])
     print(
         f"{settings.replicates} data sets for each number N of pairs. One prompt, {settings.completions} "
-        f"completions, beta = {settings.beta:g}, rho^2 = {truth.resistance:.1f}, true rewards "
-        f"{' '.join(f'{reward:.2f}' for reward in rewards)} nats.",
+        f"completions, beta = {settings.beta:g}, rho^2 = {truth.resistance:.1f}, "
+        f"true rewards {rewards} nats.",
         flush=True,
     )
     sizes = []
@@ -88,28 +88,19 @@ def run(args: argparse.Namespace) -> Path:
     print("\n".join(verdict(sizes)))
     # Only now: an interrupted run leaves no folder behind.
     folder = new_run_folder(args.output_dir, "statistics")
-    config = {"command": "statistics", **vars(args), **asdict(settings), **versions()}
-    write_json(folder / "config.json", config)
+    write_json(
+        folder / "config.json", {"command": "statistics", **vars(args), **asdict(settings), **versions()}
+    )
     _write(folder, truth, sizes)
     print(f"\nWrote {folder}/statistics.png, result.npz, metrics.jsonl and config.json.")
     return folder
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    check_count("--completions", args.completions, minimum=2)
-    if args.completions > 16:
-        raise InputError(
-            f"--completions must be at most 16, all groups of them are listed; got {args.completions}."
-        )
-    check_positive("--beta", args.beta)
-    if not 0.01 <= args.beta <= 100:
-        raise InputError(
-            f"--beta must lie between 0.01 and 100, where a KL has digits left, got {args.beta}."
-        )
+    check_range("--completions", args.completions, 2, 16, "all groups of them are listed")
+    check_range("--beta", args.beta, 0.01, 100, "a KL has too few digits beyond")
     for num_pairs in args.pairs:
-        check_count("--pairs", num_pairs)
-    if max(args.pairs) > 10**9:
-        raise InputError(f"--pairs must be at most 10^9, where N KL has digits left, got {max(args.pairs)}.")
+        check_range("--pairs", num_pairs, 1, 10**9, "N KL has too few digits beyond")
     if len(args.pairs) > 8 or list(args.pairs) != sorted(set(args.pairs)):
         listed = " ".join(map(str, args.pairs))
         raise InputError(f"--pairs takes one to eight numbers, each above the one before, got {listed}.")
@@ -118,9 +109,9 @@ def _settings(args: argparse.Namespace) -> Settings:
     replicates = args.replicates
     if replicates is None:
         replicates = QUICK_REPLICATES if args.quick else REPLICATES
-    check_count("--replicates", replicates, minimum=1000)  # with fewer, the standard errors are too rough
-    if replicates > 10**6:
-        raise InputError(f"--replicates must be at most 1000000, or memory runs out, got {replicates}.")
+    check_range(
+        "--replicates", replicates, 1000, 10**6, "standard errors are rough below, memory short above"
+    )
     check_seed("--seed", args.seed)
     return Settings(args.completions, args.beta, tuple(args.pairs), replicates, args.seed)
 
@@ -144,18 +135,14 @@ def results_table(truth: Truth, sizes: list[Size]) -> str:
     """The table that the command prints: a row for each quantity, a column for each N, and explanations."""
     rows = [["", "theory", *(f"N = {size.pairs}" for size in sizes)]]
     rows.append(["N / rho^2", "", *(f"{size.pairs / truth.resistance:.3g}" for size in sizes)])
-    for same in zip(*(size.laws for size in sizes)):
-        if same[0].key.endswith(("/90", "/99")):
-            continue  # in the figure and in metrics.jsonl
-        cells = [_cell(law, size) for law, size in zip(same, sizes)]
-        rows.append([same[0].label, f"{same[0].theory:.4g}", *cells])
+    for law, *others in zip(*(size.laws for size in sizes)):
+        if not law.key.endswith(("/90", "/99")):  # those are in the figure and in metrics.jsonl
+            cells = map(_cell, (law, *others), sizes)
+            rows.append([law.label, f"{law.theory:.4g}", *cells])
     rows.append(["share without an estimate", "", *map(_share, sizes)])
     rows.append(["  at most, by the union bound", "", *(f"{min(size.bound, 1):.3g}" for size in sizes)])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
-        for row in rows
-    ]
+    width, *widths = (max(map(len, column)) for column in zip(*rows))
+    lines = ["  ".join([label.ljust(width), *map(str.rjust, cells, widths)]) for label, *cells in rows]
     lines.insert(1, "-" * len(lines[0]))
     lines += [
         "",
@@ -191,50 +178,50 @@ def verdict(sizes: list[Size]) -> list[str]:
     law = {law.key: law for law in last.laws}
     lines = [f"At N = {last.pairs} fewer than 90 % of the data sets have an estimate."]
     if not last.few_estimates:
-        wald, ratio = law["wald/95"], law["likelihood_ratio/95"]
+        wald, ratio, efficiency, kl = (
+            law[key] for key in ("wald/95", "likelihood_ratio/95", "efficiency", "kl")
+        )
         lines = [
             f"At N = {last.pairs}: squared error / Cramer-Rao bound "
-            f"{measured(law['efficiency'].measured, law['efficiency'].error)}; 95 % regions cover "
+            f"{measured(efficiency.measured, efficiency.error)}; 95 % regions cover "
             f"{100 * wald.measured:.1f} % (Wald) and {100 * ratio.measured:.1f} % (likelihood ratio; "
             f"Monte-Carlo error {100 * ratio.error:#.2g} %); "
-            f"N KL {measured(law['kl'].measured, law['kl'].error)}, limit {law['kl'].theory:.4g}."
+            f"N KL {measured(kl.measured, kl.error)}, limit {kl.theory:.4g}."
         ]
     outside = [f"{law.label} at N = {size.pairs}" for size in sizes for law in size.laws if law.outside]
     outside += [f"share without an estimate at N = {size.pairs}" for size in sizes if size.too_many_missing]
-    judged = sum(law.judged for size in sizes for law in size.laws) + sum(size.bounded for size in sizes)
+    judged = sum(law.judged for size in sizes for law in size.laws) + sum(size.bound < 1 for size in sizes)
     allowed = "4 standard errors"
     slack = max((law.slack / abs(law.theory) for law in last.laws if law.judged), default=0)
     if slack > 0:
         allowed += f" plus second-order slack (at most {100 * slack:.2g} % at N = {last.pairs})"
-    lines.append(
-        f"OUTSIDE {allowed}: {'; '.join(outside)}."
-        if outside
-        else f"All {judged} measurements judged lie within {allowed}."
-    )
-    unripe = {key: _unripe(sizes, key) for key in ("kl", "efficiency", "wald/95", "score/variance")}
-    if unripe["wald/95"] == unripe["efficiency"]:
-        unripe["wald/95"] = ""
-    names = ("the KL", "the other limits", "coverage", "the score's variance")
-    few = [f"{name} at N = {listed}" for name, listed in zip(names, unripe.values()) if listed]
+    lines.append(f"All {judged} measurements judged lie within {allowed}.")
+    if outside:
+        lines[1] = f"OUTSIDE {allowed}: {'; '.join(outside)}."
+    few = {}
+    for key, name in (
+        ("kl", "the KL"), ("efficiency", "the other limits"), ("wald/95", "coverage"),
+        ("score/variance", "the score's variance"),
+    ):  # fmt: skip
+        unripe = [str(s.pairs) for s in sizes for law in s.laws if law.key == key and not law.judged]
+        if unripe and (name != "coverage" or unripe != few.get("the other limits")):
+            few[name] = unripe
     if few:
-        lines.append(f"Not judged, for want of pairs or estimates: {'; '.join(few)}.")
+        listed = "; ".join(f"{name} at N = {', '.join(unripe)}" for name, unripe in few.items())
+        lines.append(f"Not judged, for want of pairs or estimates: {listed}.")
     return lines
 
 
-def _unripe(sizes: list[Size], key: str) -> str:
-    return ", ".join(
-        str(size.pairs) for size in sizes for law in size.laws if law.key == key and not law.judged
-    )
-
-
 def _record(size: Size) -> dict:
-    record = {"pairs": size.pairs, "data_sets": len(size.sample["score"]), "without_estimate": size.missing}
-    record["without_estimate/bound"] = size.bound
+    record = {
+        "pairs": size.pairs, "data_sets": len(size.sample["score"]), "without_estimate": size.missing,
+        "without_estimate/bound": size.bound,
+    }  # fmt: skip
     for law in size.laws:
-        values = {"": law.measured, "/error": law.error, "/theory": law.theory, "/slack": law.slack}
-        record |= {law.key + suffix: value for suffix, value in values.items()} | {
-            law.key + "/judged": law.judged
-        }
+        record |= {
+            law.key: law.measured, f"{law.key}/error": law.error, f"{law.key}/theory": law.theory,
+            f"{law.key}/slack": law.slack, f"{law.key}/judged": law.judged,
+        }  # fmt: skip
     return record
 
 

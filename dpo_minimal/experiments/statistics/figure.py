@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
-from ..figures import COLOURS, STYLE, save_figure
+from ..figures import BLUE, GREEN, ORANGE, STYLE, save_figure
 from .replicates import Law, Size
 
 
@@ -18,12 +18,12 @@ def statistics_figure(sizes: list[Size], degrees: int, path: Path) -> None:
     with plt.rc_context(STYLE | {"font.size": 18, "axes.titlesize": 20, "legend.fontsize": 17}):
         figure, axes = plt.subplots(2, 2, figsize=(16, 12), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
+        title = f"{count} simulated data sets for each N; error bars are two standard errors"
         left_out = [f"{size.missing} at N = {size.pairs}" for size in sizes if size.missing]
-        left_out = ", ".join(left_out[:3]) + (", …" if len(left_out) > 3 else "")
-        figure.suptitle(
-            f"{count} simulated data sets for each N; error bars are two standard errors"
-            + (f"\nno estimate, hence only a score statistic: {left_out}" if left_out else "")
-        )
+        if left_out:
+            more = ", …" if len(left_out) > 3 else ""
+            title += f"\nno estimate, hence only a score statistic: {', '.join(left_out[:3])}{more}"
+        figure.suptitle(title)
         _kl_panel(axes[0, 0], sizes)
         _coverage_panel(axes[0, 1], sizes)
         _score_panel(axes[1, 0], sizes, degrees)
@@ -47,10 +47,10 @@ def _measured(axis, sizes: list[Size], key: str, *, shift: float = 1.0, **style)
 def _pairs_axis(axis, sizes: list[Size]) -> None:
     axis.set(xscale="log", xlabel="N, pairs in a data set")
     axis.set_xlim(sizes[0].pairs / 1.5, sizes[-1].pairs * 1.5)
-    room = (1.5**2 * sizes[-1].pairs / sizes[0].pairs) ** 0.12  # of one label, as a factor
+    label_width = (1.5**2 * sizes[-1].pairs / sizes[0].pairs) ** 0.12  # as a factor
     labels, last = [], 0.0
     for size in sizes:
-        fits = size.pairs >= room * last
+        fits = size.pairs >= label_width * last
         labels.append(str(size.pairs) if fits else "")
         last = size.pairs if fits else last
     axis.set_xticks([size.pairs for size in sizes], labels)
@@ -71,11 +71,9 @@ def _kl_panel(axis, sizes: list[Size]) -> None:
     shown = _estimated(axis, sizes)
     theory = r"theory, $\mathrm{tr}(\Sigma\, I^+) / 2\beta^2$"
     axis.axhline(_laws(sizes, "kl")[0].theory, color="black", linewidth=1.5, label=theory)
-    for key, shift, outcome, line, label in (
-        ("kl", 0.96, "tabular", "o-", r"KL$(\hat\pi \| \pi^*)$"),
-        ("reverse_kl", 1.04, "finite", "s--", r"KL$(\pi^* \| \hat\pi)$"),
-    ):
-        _measured(axis, shown, key, shift=shift, color=COLOURS[outcome], fmt=line, label=label)
+    forward, reverse = r"KL$(\hat\pi \| \pi^*)$", r"KL$(\pi^* \| \hat\pi)$"
+    _measured(axis, shown, "kl", shift=0.96, color=BLUE, fmt="o-", label=forward)
+    _measured(axis, shown, "reverse_kl", shift=1.04, color=ORANGE, fmt="s--", label=reverse)
     _pairs_axis(axis, sizes)
     axis.set(ylabel="N × mean KL, nats")
     axis.margins(y=0.15)
@@ -89,18 +87,13 @@ def _coverage_panel(axis, sizes: list[Size]) -> None:
     for level in (90, 95, 99):
         theory, laws = level / 100, _laws(shown, f"wald/{level}")
         chance = [2 * law.error for law in (*laws[:1], *laws, *laws[-1:])] or [0.0, 0.0]
-        first = level == 90  # one legend for all levels
-        axis.fill_between(
-            edges, [theory - e for e in chance], [theory + e for e in chance], color="0.82", zorder=0,
-            label="theory, and chance" if first else None,
-        )  # fmt: skip
+        names = ["theory, and chance", "Wald region", "likelihood-ratio region"]
+        band, wald, ratio = names if level == 90 else [None] * 3  # one legend for all levels
+        low, high = [theory - e for e in chance], [theory + e for e in chance]
+        axis.fill_between(edges, low, high, color="0.82", zorder=0, label=band)
         axis.axhline(theory, color="black", linewidth=1.5)
-        for key, shift, outcome, line, label in (
-            ("wald", 0.96, "finite", "s--", "Wald region"),
-            ("likelihood_ratio", 1.04, "tabular", "o-", "likelihood-ratio region"),
-        ):
-            colour, label = COLOURS[outcome], label if first else None
-            _measured(axis, sizes, f"{key}/{level}", shift=shift, color=colour, fmt=line, label=label)
+        _measured(axis, sizes, f"wald/{level}", shift=0.96, color=ORANGE, fmt="s--", label=wald)
+        _measured(axis, sizes, f"likelihood_ratio/{level}", shift=1.04, color=BLUE, fmt="o-", label=ratio)
     _pairs_axis(axis, sizes)
     axis.set_yticks([0.90, 0.95, 0.99], ["90 %", "95 %", "99 %"])
     axis.set(ylabel="coverage of the true rewards")
@@ -112,12 +105,10 @@ def _score_panel(axis, sizes: list[Size], degrees: int) -> None:
     axis.set_title(rf"Score statistic, and its limit $\chi^2$ ({degrees} d.o.f.)")
     end = degrees + 6 * math.sqrt(2 * degrees)
     bins = torch.linspace(0, end, 41).numpy()
-    for size, outcome in zip(
-        sizes[:: len(sizes) - 1 or 1], ("finite", "tabular")
-    ):  # the smallest, the largest
+    for size, colour in zip(sizes[:: len(sizes) - 1 or 1], (ORANGE, BLUE)):  # the smallest and the largest
         axis.hist(
             size.sample["score"].numpy(), bins=bins, density=True, histtype="step", linewidth=2.5,
-            color=COLOURS[outcome], label=f"N = {size.pairs}",
+            color=colour, label=f"N = {size.pairs}",
         )  # fmt: skip
     q = torch.linspace(1e-3, end, 400, dtype=torch.float64)
     half = torch.tensor(degrees / 2, dtype=torch.float64)
@@ -133,7 +124,7 @@ def _efficiency_panel(axis, sizes: list[Size]) -> None:
     axis.set_title("Squared error, and the best possible")
     axis.axhline(1, color="black", linewidth=1.5, label="theory, the Cramér–Rao bound")
     label = r"mean of $|\hat r - r|^2$"
-    _measured(axis, _estimated(axis, sizes), "efficiency", color=COLOURS["gpt"], fmt="o-", label=label)
+    _measured(axis, _estimated(axis, sizes), "efficiency", color=GREEN, fmt="o-", label=label)
     _pairs_axis(axis, sizes)
     axis.set(ylabel="squared error / bound")
     axis.margins(y=0.15)

@@ -6,7 +6,7 @@ Everything is about one prompt. Replicates are the prompts of one `Rankings`, so
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -97,30 +97,23 @@ class Size(NamedTuple):
         return self.missing > 0.1 * len(self.sample["score"])
 
     @property
-    def bounded(self) -> bool:
-        """Does the union bound say anything?"""
-        return self.bound < 1
-
-    @property
     def too_many_missing(self) -> bool:
         """Do more data sets lack an estimate than the union bound allows, as surprising as 4 errors?"""
-        if not self.bounded or self.missing == 0:
+        if self.bound >= 1 or self.missing == 0:  # a bound of one and more says nothing
             return False
-        allowed, count = self.bound * len(self.sample["score"]), float(self.missing)
-        allowed, count = (torch.tensor(value, dtype=torch.float64) for value in (allowed, count))
-        return torch.special.gammainc(count, allowed).item() < 6e-5  # Poisson's tail
+        numbers = self.missing, self.bound * len(self.sample["score"])
+        return torch.special.gammainc(*torch.tensor(numbers, dtype=torch.float64)) < 6e-5  # Poisson's tail
 
 
 def make_truth(settings: Settings) -> Truth:
     """A random world, all pairs of whose completions are equally likely to be shown."""
     world = random_bandit(1, settings.completions, generator=torch.Generator().manual_seed(settings.seed))
-    rewards = world.rewards - world.rewards.mean()  # which changes neither comparisons nor pi*
-    world = Bandit(world.ref_logps, rewards, world.prompts, world.completions)
-    population = expected_pairs(rewards, all_sets(world.exists))
-    state = curvature(rewards, population)
-    optimal = optimal_logps(world.ref_logps, rewards, beta=settings.beta)
-    rho2 = largest_resistance(state).item()
-    return Truth(world, population, settings.beta, optimal, state.inverse, rho2)
+    # Subtracting the mean changes neither comparisons nor pi*.
+    world = replace(world, rewards=world.rewards - world.rewards.mean())
+    population = expected_pairs(world.rewards, all_sets(world.exists))
+    state = curvature(world.rewards, population)
+    optimal = optimal_logps(world.ref_logps, world.rewards, beta=settings.beta)
+    return Truth(world, population, settings.beta, optimal, state.inverse, largest_resistance(state).item())
 
 
 def simulate(truth: Truth, num_pairs: int, settings: Settings) -> Size:
@@ -133,9 +126,8 @@ def simulate(truth: Truth, num_pairs: int, settings: Settings) -> Size:
         count = min(at_once, settings.replicates - start)
         parts.append(measure(truth, draw(truth, num_pairs, count, generator)))
     sample = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-    chances = win_counts(truth.population, 1, truth.degrees + 1)[0]
+    bound = no_estimate_bound(win_counts(truth.population, 1, truth.degrees + 1)[0], num_pairs)
     missing = int(sample["kl"].isnan().sum())
-    bound = no_estimate_bound(chances, num_pairs)
     return Size(num_pairs, sample, laws(truth, num_pairs, sample), missing, bound)
 
 
@@ -205,8 +197,8 @@ def laws(truth: Truth, num_pairs: int, sample: dict[str, Tensor]) -> list[Law]:
     squared deviations have heavy tails below. The others are limits, judged where 99 % of the data sets have
     an estimate and N >= 16 rho^2, and granted a second-order slack: 2 rho^2 / N of the prediction (squared
     error, risk), 0.2 rho^2 / N of it (loss on the own data), (1 + 1 / beta^2) rho^2 / N of it (KL, judged
-    where that is at most 1/4); for coverage see `coverage_slack`. Simulations of many worlds stayed inside;
-    the slacks are not derived.
+    where that is at most 1/4), and 0.2 rho^2 / N of coverage, but never more than half of what the region
+    leaves out. Simulations of many worlds stayed inside; the slacks are not derived.
     """
     d, relative, number = truth.degrees, truth.resistance / num_pairs, len(sample["score"])
     rewards, population = truth.world.rewards, truth.population
@@ -223,9 +215,10 @@ def laws(truth: Truth, num_pairs: int, sample: dict[str, Tensor]) -> list[Law]:
         inside = (kept[key] <= chi_square_quantile(share, d)).double()
         # The error is the law's: the sample's own is 0 where all are inside.
         error = math.sqrt(share * (1 - share) / len(inside)) if len(inside) > 1 else math.nan
-        slack, fine = coverage_slack(d, relative, share)
-        return _mean(f"{key}/{level}", f"{level} % {region} region covers", inside, share, slack,
-                     many and fine, error)  # fmt: skip
+        # With two completions coverage jumps by the chance of one count of wins, of order 1 / sqrt(N).
+        slack = 0.2 * (relative if d > 1 else math.sqrt(relative))
+        return _mean(f"{key}/{level}", f"{level} % {region} region covers", inside, share,
+                     min(slack, (1 - share) / 2), many and (d > 1 or slack < 0.02), error)  # fmt: skip
 
     spread = (kept["score"] - score_mean) ** 2 / score_variance
     # The squares' own standard error is far too small where a sample lacks the rare large ones; that of the
@@ -248,25 +241,10 @@ def laws(truth: Truth, num_pairs: int, sample: dict[str, Tensor]) -> list[Law]:
     ]  # fmt: skip
 
 
-def coverage_slack(degrees: int, relative: float, share: float) -> tuple[float, bool]:
-    """By how much coverage may miss its level at rho^2 / N = `relative`, and is that little enough to judge?
-
-    0.2 rho^2 / N, never more than half the share left outside. With two completions coverage jumps by the
-    chance of one count of wins, which falls like 1 / sqrt(N): 0.2 rho / sqrt(N), judged below 0.02.
-    """
-    slack = 0.2 * (relative if degrees > 1 else math.sqrt(relative))
-    return min(slack, (1 - share) / 2), degrees > 1 or slack < 0.02
-
-
 def _mean(
-    key: str,
-    label: str,
-    values: Tensor,
-    theory: float,
-    slack: float,
-    judged: bool,
+    key: str, label: str, values: Tensor, theory: float, slack: float, judged: bool,
     error: float | None = None,
-) -> Law:
+) -> Law:  # fmt: skip
     """The mean, with the sample's standard error unless a better one is given. Values that are all equal,
     up to rounding, have none and are not judged."""
     measured = values.mean().item()
