@@ -19,7 +19,7 @@ from ...laws.finite_data import maximum_likelihood
 from ...laws.sampling_laws import finite_data_law
 from ...preferences import Rankings, all_sets, sample_pairs
 from ...text.runs import new_run_folder, refuse_used_folder, versions, write_arrays, write_json, write_records
-from ...validation import InputError, check_count, check_device, check_positive, check_seed
+from ...validation import InputError, check_count, check_device, check_positive, check_range, check_seed
 from . import ranking
 from .convergence import (
     GPT_PROMPTS,
@@ -140,30 +140,19 @@ def run(args: argparse.Namespace) -> Path:
 
 def _settings(args: argparse.Namespace) -> Settings:
     check_positive("--beta", args.beta)
-    if not 1e-4 <= args.beta <= 1e4:
-        raise InputError(
-            f"--beta must lie between 1e-4 and 1e4, where float64 has digits left, got {args.beta}."
-        )
+    check_range("--beta", args.beta, 1e-4, 1e4, "float64 has too few digits beyond")
     check_device(args.device)
-    pairs = 20_000 if args.pairs is None else args.pairs
+    pairs, seed = 20_000 if args.pairs is None else args.pairs, args.seed or 0
     check_count("--pairs", pairs)
     if args.steps is not None:
         check_count("--steps", args.steps)
-    seed = 0 if args.seed is None else args.seed
     check_seed("--seed", seed)
     if args.quick and args.steps is not None:
         raise InputError("--quick and --steps both set the number of steps; give one of them.")
     if args.quick and args.table is not None:
         raise InputError("--quick shortens only the GPT's training, which --table leaves out; leave it out.")
-    return Settings(
-        beta=args.beta,
-        pairs=pairs,
-        table_steps=args.steps or 2000,
-        gpt_steps=args.steps or (1000 if args.quick else 2500),
-        seed=seed,
-        device=args.device,
-        quick=args.quick,
-    )
+    gpt_steps = args.steps or (1000 if args.quick else 2500)
+    return Settings(args.beta, pairs, args.steps or 2000, gpt_steps, seed, args.device, args.quick)
 
 
 def _world(args: argparse.Namespace, settings: Settings) -> Bandit:
@@ -182,20 +171,24 @@ def _world(args: argparse.Namespace, settings: Settings) -> Bandit:
 # --------------------------------------------------------------------------------------------- reporting
 
 
+COLUMNS = "{:<21} {:>10} {:>9} {:>8} {:>8} {:>8} {:>8} {:>8} {:>9} {:>8} {:>16} {:>5}"
+
+
 def results_table(outcomes: list[Outcome]) -> str:
     """The table that the command prints, with a line of explanation for what is not obvious in it."""
-    header = (
-        f"{'experiment':<21} {'max|dlogp|':>10} {'bound':>9} {'TV':>8} {'KL(p|t)':>8} {'KL(t|p)':>8} "
-        f"{'reward':>8} {'(best)':>8} {'KL(p|ref)':>9} {'(best)':>8} {'weight':>16} {'sec':>5}"
-    )
+    header = COLUMNS.format(
+        "experiment", "max|dlogp|", "bound", "TV", "KL(p|t)", "KL(t|p)", "reward", "(best)", "KL(p|ref)",
+        "(best)", "weight", "sec",
+    )  # fmt: skip
     lines = [header, "-" * len(header)]
     for outcome in outcomes:
-        lines.append(
-            _row(outcome, outcome.logps, outcome.target_logps, f"{outcome.name} -> {outcome.target}")
-        )
+        first, last = (outcome.records[k]["dpo/gradient_weight"] for k in (0, -1))
+        trained = f"{outcome.logp_bound.max():.1e}", f"{first:.4g} -> {last:.4g}", f"{outcome.seconds:.1f}"
+        label = f"{outcome.name} -> {outcome.target}"
+        lines.append(_row(label, outcome, outcome.logps, outcome.target_logps, *trained))
         if outcome.target != "pi*":
             optimal = optimal_logps(outcome.ref_logps, outcome.rewards, beta=outcome.beta)
-            lines.append(_row(outcome, outcome.target_logps, optimal, f"  {outcome.target} -> pi*"))
+            lines.append(_row(f"  {outcome.target} -> pi*", outcome, outcome.target_logps, optimal))
     lines += [
         "",
         "max|dlogp|: largest |log p - log t| in nats, policy p against target t; bound: what p's gradient",
@@ -205,21 +198,18 @@ def results_table(outcomes: list[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def _row(outcome: Outcome, logps: Tensor, target: Tensor, label: str) -> str:
-    ref_logps, rewards = outcome.ref_logps, outcome.rewards
-    variation = ((logps.exp() - target.exp()).abs().sum(-1) / 2).max().item()
-    kls = (kl_divergence(logps, target).max().item(), kl_divergence(target, logps).max().item())
-    trained = logps is outcome.logps
-    bound = f"{outcome.logp_bound.max().item():.1e}" if trained else "-"
-    weights = [outcome.records[k]["dpo/gradient_weight"] for k in (0, -1)]
-    weight = f"{weights[0]:.4g} -> {weights[1]:.4g}" if trained else "-"
-    return (
-        f"{label:<21} {max_distance(logps, target):>10.1e} {bound:>9} "
-        f"{variation:>8.1e} {kls[0]:>8.1e} {kls[1]:>8.1e} "
-        f"{expected_reward(logps, rewards):>8.4f} {expected_reward(target, rewards):>8.4f} "
-        f"{kl_divergence(logps, ref_logps).mean():>9.4f} {kl_divergence(target, ref_logps).mean():>8.4f} "
-        f"{weight:>16} {f'{outcome.seconds:.1f}' if trained else '-':>5}"
-    )
+def _row(label, outcome: Outcome, logps: Tensor, target: Tensor, bound="-", weight="-", seconds="-") -> str:
+    """A policy beside its target; the last three are known of what was trained."""
+    variation = ((logps.exp() - target.exp()).abs().sum(-1) / 2).max()
+    kls = kl_divergence(logps, target).max(), kl_divergence(target, logps).max()
+    rewards, to_reference = [], []
+    for table in (logps, target):
+        rewards.append(f"{expected_reward(table, outcome.rewards):.4f}")
+        to_reference.append(f"{kl_divergence(table, outcome.ref_logps).mean():.4f}")
+    return COLUMNS.format(
+        label, f"{max_distance(logps, target):.1e}", bound, *(f"{x:.1e}" for x in (variation, *kls)),
+        *rewards, *to_reference, weight, seconds,
+    )  # fmt: skip
 
 
 def _statistical_line(world: Bandit, data: Rankings, estimate: Tensor, settings: Settings) -> str:
@@ -227,28 +217,28 @@ def _statistical_line(world: Bandit, data: Rankings, estimate: Tensor, settings:
     optimal = optimal_logps(world.ref_logps, world.rewards, beta=settings.beta)
     estimated = optimal_logps(world.ref_logps, estimate, beta=settings.beta)
     law = finite_data_law(optimal, world.ref_logps, data, beta=settings.beta)
-    distance = torch.where(law.logp_limit > 0, estimated - optimal, 0).abs()
-    share = (distance / law.logp_limit.clamp(min=1e-300)).max().item()
-    line = (
+    limited = law.logp_limit > 0
+    share = ((estimated - optimal).abs()[limited] / law.logp_limit[limited]).max()
+    worst = f"worst log-probability at {share:.0%} of its own limit"
+    return (
         f"MLE -> pi* at a false-alarm rate of 1e-6: score statistic {law.score:.1f}, expected {law.degrees}, "
         f"limit {law.score_limit:.1f}; "
+        f"{worst if law.plenty >= 8 else 'too few pairs for a limit on each log-probability'}."
     )
-    if law.plenty < 8:
-        return line + "too few pairs for a limit on each log-probability."
-    return line + f"worst log-probability at {share:.0%} of its own limit."
 
 
 def _verdict(outcomes: list[Outcome]) -> str:
     """Did every training arrive: KL <= 1e-6, 1e-3 nats where the target has 1e-4 or more, certified?"""
     late, false = [], []
     for outcome in outcomes:
-        likely = outcome.target_logps >= math.log(1e-4)
-        distance = torch.where(likely, outcome.logps - outcome.target_logps, 0).abs().max()
+        gap = torch.where(
+            outcome.logps == outcome.target_logps, 0, outcome.logps - outcome.target_logps
+        ).abs()
+        distance = gap[outcome.target_logps >= math.log(1e-4)].max()
         divergence = kl_divergence(outcome.logps, outcome.target_logps).max()
         if divergence > 1e-6 or distance > 1e-3 or not outcome.logp_bound.isfinite().all():
             late.append(outcome.name)
-        apart = torch.where(outcome.logps == outcome.target_logps, 0, outcome.logps - outcome.target_logps)
-        if (apart.abs().amax(-1) > outcome.logp_bound).any():
+        if (gap.amax(-1) > outcome.logp_bound).any():
             false.append(outcome.name)
     if false:
         return f"BEYOND ITS BOUND: {', '.join(false)}; a certificate was wrong, which is a bug in here."
@@ -265,13 +255,10 @@ def _write(folder: Path, outcomes: list[Outcome]) -> None:
 
     arrays = {}
     for outcome in outcomes:
-        tables = {
-            "ref_logps": outcome.ref_logps, "rewards": outcome.rewards, "logps": outcome.logps,
-            "beta": torch.tensor(outcome.beta, dtype=torch.float64), "logp_bound": outcome.logp_bound,
-            "prompt": outcome.rankings.prompt, "order": outcome.rankings.order,
-            "weight": outcome.rankings.weight,
-        }  # fmt: skip
-        arrays |= {f"{outcome.name}_{key}": table.numpy() for key, table in tables.items()}
+        fields = {key: getattr(outcome, key) for key in ("ref_logps", "rewards", "logps")}
+        fields |= {"beta": torch.tensor(outcome.beta, dtype=torch.float64), "logp_bound": outcome.logp_bound}
+        fields |= outcome.rankings._asdict()
+        arrays |= {f"{outcome.name}_{key}": table.numpy() for key, table in fields.items()}
     write_arrays(folder / "result.npz", arrays)
     write_records(
         folder / "metrics.jsonl",

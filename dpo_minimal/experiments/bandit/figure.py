@@ -42,12 +42,10 @@ def _policy_panel(axis, outcomes: list[Outcome]) -> None:
         x, y, start = (table[exists] / math.log(10) for table in (optimal, outcome.logps, outcome.ref_logps))
         if outcome.name in ("tabular", "gpt"):
             axis.scatter(x, start, s=14, color="0.75", zorder=1)
-        size = {"finite": 22, "gpt": 10, "plackett_luce": 70}.get(outcome.name, 30)
-        face = (
-            "none" if outcome.name == "plackett_luce" else COLOURS[outcome.name]
-        )  # rings: what is under shows
+        colour, ring = COLOURS[outcome.name], outcome.name == "plackett_luce"  # which shows what is under it
         axis.scatter(
-            x, y, s=size, edgecolor=COLOURS[outcome.name], facecolor=face, label=LABELS[outcome.name],
+            x, y, s={"finite": 22, "gpt": 10, "plackett_luce": 70}.get(outcome.name, 30), edgecolor=colour,
+            facecolor="none" if ring else colour, label=LABELS[outcome.name],
             zorder=2 if outcome.name == "finite" else 3,
         )  # fmt: skip
         lowest = min(lowest, x.min().item(), y.min().item())
@@ -67,8 +65,7 @@ def _distance_panel(axis, outcomes: list[Outcome]) -> None:
         target = "MLE" if outcome.target == "MLE" else r"$\pi^*$"
         label = f"{LABELS[outcome.name]}, to {target}: {last} steps"
         distances = [record["distance/max_logp"] for record in outcome.records]
-        bounds = [record["distance/bound"] for record in outcome.records]
-        bounds = [bound if math.isfinite(bound) else math.nan for bound in bounds]
+        bounds = [record["distance/bound"] for record in outcome.records]  # inf is not drawn
         axis.plot(share, distances, color=COLOURS[outcome.name], label=label)
         axis.plot(share, bounds, "--", color="black", linewidth=1.2)
     axis.plot([], [], "--", color="black", linewidth=1.2, label="certificate: proved upper bound")
@@ -87,9 +84,8 @@ def _weight_panel(axis, outcomes: list[Outcome]) -> None:
         label = LABELS[outcome.name] + (", best answer" if outcome.name == "plackett_luce" else "")
         axis.plot(steps, weights, color=COLOURS[outcome.name], label=label)
     axis.axhline(0.5, color="black", linewidth=1, linestyle=":")
-    axis.text(
-        0.98, 0.5, "½: a pair at the reference", ha="right", va="bottom", transform=axis.get_yaxis_transform()
-    )
+    place = {"ha": "right", "va": "bottom", "transform": axis.get_yaxis_transform()}
+    axis.text(0.98, 0.5, "½: a pair at the reference", **place)
     axis.set(xscale="log", xlabel="optimisation step (start at the left edge)", ylabel=r"weight $/\,\beta$")
     axis.set_ylim(0, None)
     axis.legend(loc="lower left")
@@ -98,24 +94,21 @@ def _weight_panel(axis, outcomes: list[Outcome]) -> None:
 def _frontier_panel(axis, outcomes: list[Outcome]) -> None:
     axis.set_title("The optimum lies on the reward–KL frontier")
     for outcome in outcomes:
-        if outcome.name not in ("tabular", "gpt"):
-            continue
-        betas = torch.logspace(-0.5, 3, 200, dtype=torch.float64) * outcome.beta
-        kl, reward = reward_kl_frontier(outcome.ref_logps, outcome.rewards, betas)
-        axis.plot(kl.mean(-1), reward.mean(-1), color="black", linewidth=1.5, zorder=1)
-        world = "GPT's world" if outcome.name == "gpt" else "table's world"
-        place = (kl[0].mean().item(), reward[0].mean().item())
-        axis.annotate(world, place, xytext=(8, 0), textcoords="offset points", va="center")
+        if world := {"tabular": "table's world", "gpt": "GPT's world"}.get(outcome.name):
+            betas = torch.logspace(-0.5, 3, 200, dtype=torch.float64) * outcome.beta
+            frontier = reward_kl_frontier(outcome.ref_logps, outcome.rewards, betas)
+            kl, reward = (numbers.mean(-1) for numbers in frontier)
+            axis.plot(kl, reward, color="black", linewidth=1.5, zorder=1)
+            axis.annotate(world, (kl[0], reward[0]), (8, 0), textcoords="offset points", va="center")
     axis.set_xlim(right=1.25 * axis.get_xlim()[1])  # room for the names
     axis.plot([], [], color="black", linewidth=1.5, label="frontier: most reward at this KL")
     for outcome in outcomes:
         path = [(record["kl/policy_reference"], record["reward"]) for record in outcome.records]
-        colour = COLOURS[outcome.name]
+        colour, ring = COLOURS[outcome.name], outcome.name == "plackett_luce"  # round the table's point
         axis.plot(*zip(*path), color=colour, linewidth=2, alpha=0.6, zorder=2)
-        size = 420 if outcome.name == "plackett_luce" else 130  # a ring around the table's point: they agree
         axis.scatter(
-            *path[-1], s=size, facecolor="none" if size > 130 else colour, edgecolor=colour, linewidth=2.5,
-            zorder=3, label=LABELS[outcome.name],
+            *path[-1], s=420 if ring else 130, facecolor="none" if ring else colour, edgecolor=colour,
+            linewidth=2.5, zorder=3, label=LABELS[outcome.name],
         )  # fmt: skip
     axis.set(xlabel=r"KL$(\pi \| \pi_{\rm ref})$, nats, mean over prompts", ylabel="expected reward")
     axis.legend(loc="lower right", markerscale=0.8)

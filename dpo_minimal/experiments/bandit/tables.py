@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from ...bandit import Bandit
 from ...preferences import Rankings, tally
@@ -34,14 +35,9 @@ def load_table(path: str | Path) -> Bandit:
     for prompt, completions in cells.items():
         if len(completions) < 2:
             raise InputError(f"{path}: prompt {prompt!r} has only one completion; give it two or more.")
-    width = max(len(completions) for completions in cells.values())
-    reference = torch.zeros(len(cells), width, dtype=torch.float64)
-    rewards = torch.zeros(len(cells), width, dtype=torch.float64)
-    for x, completions in enumerate(cells.values()):
-        numbers = torch.tensor(list(completions.values()), dtype=torch.float64)  # (completions, 2)
-        reference[x, : len(completions)], rewards[x, : len(completions)] = numbers.unbind(-1)
-    names = tuple(tuple(completions) for completions in cells.values())
-    return Bandit(reference.log().log_softmax(-1), rewards, tuple(cells), names)
+    tables = [torch.tensor([*completions.values()], dtype=torch.float64) for completions in cells.values()]
+    reference, rewards = pad_sequence(tables, batch_first=True).unbind(-1)  # zero where there is none
+    return Bandit(reference.log().log_softmax(-1), rewards, tuple(cells), tuple(map(tuple, cells.values())))
 
 
 def load_comparisons(path: str | Path) -> tuple[Bandit, Rankings]:
@@ -65,24 +61,22 @@ def load_comparisons(path: str | Path) -> tuple[Bandit, Rankings]:
         known = numbers.setdefault(prompt, {})
         orders.append([known.setdefault(name, len(known)) for name in (winner, loser)])
         counts.append(row.number("count", positive=True) if "count" in row.cells else 1.0)
-    width = max(len(known) for known in numbers.values())
-    exists = torch.tensor([[y < len(known) for y in range(width)] for known in numbers.values()])
-    ref_logps = torch.where(exists, 0.0, -math.inf).double().log_softmax(-1)
-    names = tuple(tuple(known) for known in numbers.values())
+    ones = [torch.ones(len(known), dtype=torch.float64) for known in numbers.values()]
+    ref_logps = pad_sequence(ones, batch_first=True).log().log_softmax(-1)
+    names = tuple(map(tuple, numbers.values()))
     world = Bandit(ref_logps, torch.zeros_like(ref_logps), tuple(numbers), names)
-    return world, tally(
-        torch.tensor(prompts), torch.tensor(orders), torch.tensor(counts, dtype=torch.float64)
-    )
+    counts = torch.tensor(counts, dtype=torch.float64)
+    return world, tally(torch.tensor(prompts), torch.tensor(orders), counts)
 
 
-class _Row:
+class _Row(NamedTuple):
     """One row of a CSV file, which knows where it stands when something is wrong with it."""
 
-    def __init__(self, path: str | Path, line: int, cells: dict[str, str]):
-        self.path, self.line, self.cells = path, line, cells
+    place: str
+    cells: dict[str, str]
 
     def error(self, field: str, problem: str) -> InputError:
-        return InputError(f"{self.path}, line {self.line}, column {field!r}: {problem}.")
+        return InputError(f"{self.place}, column {field!r}: {problem}.")
 
     def name(self, field: str) -> str:
         if not self.cells[field]:
@@ -100,36 +94,32 @@ class _Row:
         return value
 
 
-def _rows(path: str | Path, *, required: tuple[str, ...], optional: tuple[str, ...]) -> Iterator[_Row]:
+def _rows(path: str | Path, *, required: tuple[str, ...], optional: tuple[str, ...]) -> list[_Row]:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, strict=True)
             header = [cell.strip() for cell in next(reader, [])]
-            if missing := [column for column in required if column not in header]:
-                raise InputError(
-                    f"{path}: column {missing[0]!r} is missing; the first line must name the columns "
-                    f"{', '.join(required)} and may name {', '.join(optional)}."
-                )
-            if repeated := [column for column in header if header.count(column) > 1]:
-                raise InputError(f"{path}: column {repeated[0]!r} appears twice; keep one.")
-            found = False
-            for cells in reader:
-                if not any(cell.strip() for cell in cells):
-                    continue
-                if len(cells) != len(header):
-                    raise InputError(
-                        f"{path}, line {reader.line_num}: {len(cells)} cells where the header has "
-                        f"{len(header)}; quote cells that hold commas."
-                    )
-                found = True
-                yield _Row(path, reader.line_num, dict(zip(header, (cell.strip() for cell in cells))))
-            if not found:
-                raise InputError(f"{path}: has no rows below its header.")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file.") from None
+            lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}).") from None
+        raise InputError(f"{path}: cannot be read ({error.strerror.lower()}).") from None
     except UnicodeDecodeError:
         raise InputError(f"{path}: is not UTF-8 text; save it as CSV in UTF-8.") from None
     except csv.Error as error:
         raise InputError(f"{path}: is not valid CSV ({error}).") from None
+    if missing := [column for column in required if column not in header]:
+        raise InputError(
+            f"{path}: column {missing[0]!r} is missing; the first line must name the columns "
+            f"{', '.join(required)} and may name {', '.join(optional)}."
+        )
+    if repeated := [column for column in header if header.count(column) > 1]:
+        raise InputError(f"{path}: column {repeated[0]!r} appears twice; keep one.")
+    rows = [_Row(f"{path}, line {number}", cells) for number, cells in lines if any(cells)]
+    for place, cells in rows:
+        if len(cells) != len(header):
+            raise InputError(
+                f"{place}: {len(cells)} cells where the header has {len(header)}; "
+                "quote cells that hold commas."
+            )
+    if not rows:
+        raise InputError(f"{path}: has no rows below its header.")
+    return [_Row(place, dict(zip(header, cells))) for place, cells in rows]
