@@ -256,7 +256,7 @@ MUTANTS = {
         room.Audit.__str__, "if places:", "if places[1:]:", test_troubles_come_with_place_and_remedy,
     ),
     "end-of-text of the text not looked for": (
-        batches.tokenize, "any(eot_text in text", "any(eot_text == text",
+        batches._found_in_text, "any(eot_text in text", "any(eot_text == text",
         test_troubles_come_with_place_and_remedy,
     ),
     "the limit not passed on": (

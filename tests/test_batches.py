@@ -165,9 +165,7 @@ def test_ends_are_places_not_tokens():
     (step,) = windows(rows, window_size=2, micro_size=2, seed=0, epoch=0)
     train, held = split_by_prompt(rows, 0.5, seed=0)
     assert sorted(step[0]) == [0, 1] and sorted(train + held) == sorted(before) and rows == before
-    other = mismatched(rows, max_length=6)
-    assert [e.prompt for e in other] == [[EOT, 5, EOT], [4, 4]]
-    assert [e.completions for e in other] == [before[1].completions, before[0].completions]
+    assert mismatched(rows) == [before[1], before[0]]
 
 
 def test_the_data_set_is_left_as_it_was():
@@ -484,27 +482,22 @@ def test_no_prompt_keeps_its_own_completion(numbers):
     a completion written for it, also where prompts repeat, or some completions are used more than others
     without need."""
     rows = [Example([number], [[number, index, EOT]], f"row {index}") for index, number in enumerate(numbers)]
-    result = mismatched(rows, max_length=10)
-    assert [e.prompt for e in result] == [e.prompt for e in rows]
-    assert all(e.completions[0][0] != e.prompt[0] and e.completions[0][-1] == EOT for e in result)
+    result = mismatched(rows)
+    assert all(other in rows and other.prompt != row.prompt for other, row in zip(result, rows, strict=True))
     if max(Counter(numbers).values()) <= len(numbers) / 2:
         assert sorted(e.completions[0][1] for e in result) == list(range(len(numbers)))
-    assert mismatched(rows, max_length=10) == result
-    for new in result:
-        assert f"row {new.completions[0][1]}" in new.place and new.label is None
+    assert mismatched(rows) == result
 
 
 def test_mismatched_rows_fit_too():
     """Fails if a prompt with another's long completion exceeds the context, or the completion is cut."""
-    rows = [example([1, 2, 3, 4], 2), example([5, 6], 5)]
-    assert [(len(e.prompt), len(e.completions[0])) for e in mismatched(rows, max_length=6)] == [
-        (1, 5),
-        (2, 2),
-    ]
-    assert mismatched(rows, max_length=6)[0].prompt == [4]
-    refused(mismatched, rows, max_length=5, named=["--max-length 5"])
-    refused(mismatched, [example(1, 2), example(1, 3)], max_length=9, named=["other prompts"])
-    refused(mismatched, [], max_length=9, named=["other prompts"])
+    rows = [example([1, 2, 3, 4], 2, 2), example([5, 6], 5, 5)]
+    result = with_mismatched(rows, max_length=6)
+    assert [e.prompt for e in result] == [[4], [6]]
+    assert [list(map(len, e.completions)) for e in result] == [[2, 2, 5], [5, 5, 2]]
+    refused(with_mismatched, rows, max_length=5, named=["--max-length 5"])
+    refused(mismatched, [example(1, 2), example(1, 3)], named=["other prompts"])
+    refused(mismatched, [], named=["other prompts"])
 
 
 def test_a_third_completion_of_another_prompt():
@@ -565,7 +558,7 @@ MUTANTS = {
         test_one_end_of_text_whatever_the_text_says,
     ),
     "prompt cut on the right": (
-        batches.tokenize, "prompt[-room:]", "prompt[:room]",
+        batches.tokenize, "prompt[-limit:]", "prompt[:limit]",
         test_a_row_fits_keeps_its_completions_and_the_end_of_its_prompt,
     ),
     "completion cut to fit": (

@@ -401,7 +401,7 @@ MUTANTS = {
         training_run._save, "[:-KEEP]", "[:0]", test_checkpoints_are_the_newest_two_and_whole,
     ),
     "evaluation sees the first batch alone": (
-        training_run.evaluate, "held_out, rows, data", "held_out, rows[:1], data",
+        training_run.evaluate, "held_out, rows, reference", "held_out, rows[:1], reference",
         test_evaluation_is_the_mean_over_the_held_out_rows,
     ),
 }  # fmt: skip

@@ -1,31 +1,24 @@
-"""What became of a data set on its way to token ids: lengths, and everything that may be wrong with it.
+"""The audit of a tokenized data set: lengths, and everything that may be wrong with it.
 
 But: it only holds and shows the counts; `batches.tokenize` makes them.
 """
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 
 class Lengths(NamedTuple):
-    """Token counts, summed up."""
+    """Of token counts."""
 
     mean: float
     median: float
     max: int
 
 
-def lengths_of(counts: Sequence[int]) -> Lengths:
-    """Mean, median and maximum of at least one count."""
-    return Lengths(statistics.fmean(counts), statistics.median(counts), max(counts))
-
-
-# What an audit may find: the level, what it is and the remedy; {eot} is the text of end-of-text.
+# What an audit may find: level, description and remedy; {eot} is the text of end-of-text.
 FINDINGS = {
-    "skipped": ("warning", "bad and left out; mend them in the file"),
+    "skipped": ("warning", "bad and left out; correct them in the file"),
     "too_long": ("warning", "too long for max_length and left out, as no completion is ever cut; raise it"),
     "truncated": (
         "warning",
@@ -56,14 +49,14 @@ FEW = 3  # places shown of each finding
 
 
 class Audit(NamedTuple):
-    """What became of a data set; `print(audit)` shows it, `as_dict` records it.
+    """Counts of a tokenized data set; `print(audit)` shows them, `as_dict` records them.
 
     Fields:
         rows: how many are left.
         noun: what they are, such as "preference pairs".
         prompts: how many different ones they have.
-        lengths: of "prompt", "completion" (end-of-text included) and "row" (prompt and longest completion:
-            what has to fit into max_length), in tokens, before any cut, rows that do not fit included.
+        lengths: of "prompt", "completion" (end-of-text included) and "row" (prompt and longest completion,
+            which max_length bounds), in tokens, before any cut, rows that do not fit included.
         lead: of rows with several completions, the mean of the first's (best) tokens minus the last's.
         best_longer: the share of these rows in which the first is longer.
         good: of labelled completions, the share whose label is True.
@@ -83,14 +76,12 @@ class Audit(NamedTuple):
 
     def __str__(self) -> str:
         """A few lines; of the findings only those that were made."""
-        lines = [f"{self.noun}: {self.rows}, different prompts: {self.prompts}"]
-        lines.append(f"{'tokens, before any cut':<28} {'mean':>8} {'median':>8} {'max':>8}")
-        for key, name in (
-            ("prompt", "prompt"),
-            ("completion", "completion, with its end"),
-            ("row", "prompt + longest completion"),
-        ):
-            mean, median, largest = self.lengths[key]
+        lines = [
+            f"{self.noun}: {self.rows}, different prompts: {self.prompts}",
+            f"{'tokens, before any cut':<28} {'mean':>8} {'median':>8} {'max':>8}",
+        ]
+        names = ("prompt", "completion, with its end", "prompt + longest completion")
+        for name, (mean, median, largest) in zip(names, self.lengths.values()):
             lines.append(f"{name:<28} {mean:>8.1f} {median:>8g} {largest:>8}")
         if self.lead is not None:
             lines.append(

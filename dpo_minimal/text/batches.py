@@ -1,5 +1,5 @@
-"""Checked rows become token ids, a held-out part, and the optimizer steps of an epoch; the audit says what
-happened to them on the way.
+"""Checked rows become token ids, a held-out part, and the optimizer steps of an epoch; the audit counts what
+was cut, left out or suspicious.
 
 Prompt and completion are encoded apart and joined as ids, so no token spans the boundary. Exactly one
 end-of-text ends each completion. What does not fit is cut from the left of the prompt, never from a
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..validation import InputError, check_count
-from .audit import FINDINGS, Audit, lengths_of
+from .audit import FINDINGS, Audit, Lengths
 from .data import Dataset, Demonstration, LabelledCompletion, PreferencePair, Ranking
 from .tokenizer import Tokenizer
 
@@ -32,7 +32,7 @@ class Example(NamedTuple):
 
     Fields:
         prompt: at least one token.
-        completions: K lists, each ending with its one end-of-text: [chosen, rejected] of a pair, best
+        completions: K lists, each with one end-of-text, its last token: [chosen, rejected] of a pair, best
             first of a ranking, a single one of a demonstration or a labelled completion.
         place: where the row comes from, for messages.
         label: True (good) or False (bad) of a labelled completion, else None.
@@ -56,15 +56,14 @@ def tokenize(
 
     Args:
         dataset: from `load_dataset` or `dataset_from_rows`; it is not altered.
-        tokenizer: what encodes.
         max_length: tokens of a prompt with its longest completion, end-of-text included; at least 2.
-        max_prompt_length: tokens of a prompt; None leaves it what the completions leave.
+        max_prompt_length: most tokens of a prompt; None: only max_length limits it.
         skip_bad_rows: leave out and count a row that cannot fit, instead of stopping at it.
     Returns:
-        (examples, audit): in the order of the file.
+        (examples, audit), examples in the order of the file.
     Raises:
-        InputError: a completion that leaves no room for one token of its prompt, or a text that cannot be
-            encoded, naming its place; no row is left; an option out of range.
+        InputError: a completion of max_length tokens or more, or a text that cannot be encoded, naming its
+            place; no row is left; an option out of range.
     """
     check_limits(max_length, max_prompt_length)
     examples: list[Example] = []
@@ -87,27 +86,20 @@ def tokenize(
             problem = f"{place}: a completion of {longest} tokens with its end-of-text"
             if not skip_bad_rows:
                 raise InputError(
-                    f"{problem} leaves no room for a prompt within --max-length {max_length}; raise it, or "
-                    "leave such rows of a file out with --skip-bad-rows."
+                    f"{problem} leaves none of --max-length {max_length} for a prompt; raise it, or leave "
+                    "such rows of a file out with --skip-bad-rows."
                 )
             findings["too_long"].append(problem)
             continue
-        room = min(max_length - longest, max_prompt_length or max_length)
-        examples.append(Example(prompt[-room:], completions, place, label))
-        for name, found in (
-            ("truncated", len(prompt) > room),
-            ("empty_prompt", not prompt_text),
-            ("literal_end_of_text", any(eot_text in text for text in (prompt_text, *texts))),
-            ("merged", any(_merges(tokenizer, prompt_text, text) for text in texts)),
-        ):
-            if found:
-                findings[name].append(place)
+        limit = min(max_length - longest, max_prompt_length or max_length)
+        examples.append(Example(prompt[-limit:], completions, place, label))
+        if len(prompt) > limit:
+            findings["truncated"].append(place)
+        for name in _found_in_text(prompt_text, texts, tokenizer, eot_text):
+            findings[name].append(place)
     if not examples:
-        raise InputError(
-            f"none of {len(dataset.rows)} rows fits --max-length {max_length}; raise it."
-            if dataset.rows
-            else "the data hold no rows; add some."
-        )
+        none_fits = f"none of {len(dataset.rows)} rows fits --max-length {max_length}; raise it."
+        raise InputError(none_fits if dataset.rows else "the data hold no rows; add some.")
     _compare_rows(examples, findings)
     return examples, _audit(dataset, examples, sizes, findings, eot_text)
 
@@ -138,13 +130,21 @@ def _parts(row: Any) -> tuple[str, tuple[str, ...], bool | None]:
     raise InputError(f"a row is a {type(row).__name__}; load rows with load_dataset or dataset_from_rows.")
 
 
-def _merges(tokenizer: Tokenizer, prompt: str, completion: str) -> bool:
-    """Would encoding both in one go give other tokens? "costs " and "46" would become "costs" and " 46".
-
-    A few characters on either side decide, because no tokeniser here joins words across a space.
-    """
-    left, right = prompt[-_BOUNDARY:], completion[:_BOUNDARY]
-    return tokenizer.encode(left + right) != tokenizer.encode(left) + tokenizer.encode(right)
+def _found_in_text(
+    prompt: str, completions: Sequence[str], tokenizer: Tokenizer, eot_text: str
+) -> Iterator[str]:
+    """The findings that one row's text gives."""
+    if not prompt:
+        yield "empty_prompt"
+    if any(eot_text in text for text in (prompt, *completions)):
+        yield "literal_end_of_text"
+    # Encoded together, "costs " and "46" become "costs" and " 46". A few characters on either side decide,
+    # because no tokenizer here joins words across a space.
+    left = prompt[-_BOUNDARY:]
+    for right in (text[:_BOUNDARY] for text in completions):
+        if tokenizer.encode(left + right) != tokenizer.encode(left) + tokenizer.encode(right):
+            yield "merged"
+            return
 
 
 _BOUNDARY = 64
@@ -183,7 +183,7 @@ def _audit(
         LabelledCompletion: "labelled completions",
         Demonstration: "demonstrations",
     }
-    lengths = {
+    counts = {
         "prompt": [size[0] for size in sizes],
         "completion": [length for size in sizes for length in size[1:]],
         "row": [size[0] + max(size[1:]) for size in sizes],
@@ -194,7 +194,7 @@ def _audit(
         rows=len(examples),
         noun=nouns[type(dataset.rows[0])],
         prompts=len({tuple(e.prompt) for e in examples}),
-        lengths={key: lengths_of(counts) for key, counts in lengths.items()},
+        lengths={k: Lengths(statistics.fmean(c), statistics.median(c), max(c)) for k, c in counts.items()},
         lead=statistics.fmean(leads) if leads else None,
         best_longer=sum(lead > 0 for lead in leads) / len(leads) if leads else None,
         good=sum(labels) / len(labels) if labels else None,
@@ -263,11 +263,11 @@ def windows(
 ) -> list[list[list[int]]]:
     """The optimizer steps of one epoch: each a window of micro-batches of rows of similar length.
 
-    A shuffled epoch is cut into pools of a few windows. A pool, sorted by length, is dealt out: each
-    window gets one micro-batch from the short rows, one from the next longer ones, and so on. So rows that
-    are padded to one length hardly differ in it, while each step holds rows of all lengths, as a random
-    sample does; every row is equally likely at every step. Where a window is one micro-batch its rows are
-    of one length, and steps differ in it.
+    A shuffled epoch is cut into pools of a few windows. A pool is sorted by length, and each window gets one
+    micro-batch of its short rows, one of the next longer ones, and so on. So rows that are padded to one
+    length hardly differ in it, while each step holds rows of all lengths, as a random sample does; every row
+    is equally likely at every step. Where a window is one micro-batch, its rows are of one length, and steps
+    differ in it.
 
     Args:
         examples: N >= 1 rows.
@@ -295,9 +295,7 @@ def windows(
 
     generator = torch.Generator().manual_seed(int.from_bytes(_digest(seed, epoch)[:8]))
     order = torch.randperm(len(examples), generator=generator).tolist()
-    micro_sizes = [micro_size] * (window_size // micro_size)
-    if window_size % micro_size:
-        micro_sizes.append(window_size % micro_size)
+    micro_sizes = [min(micro_size, window_size - start) for start in range(0, window_size, micro_size)]
     steps: list[list[list[int]]] = []
     full = len(order) - len(order) % window_size
     for start in range(0, full, POOL * window_size):
@@ -322,7 +320,7 @@ POOL = 8
 
 
 def _deal(pool: list[int], micro_sizes: list[int], generator: torch.Generator) -> Iterator[list[list[int]]]:
-    """Cut a sorted pool into one block for each place of a window, and deal each block out at random."""
+    """Cut a sorted pool into one block for each place of a window; give each window a random part of each."""
     count = len(pool) // sum(micro_sizes)
     blocks, start = [], 0
     for size in micro_sizes:
@@ -332,25 +330,22 @@ def _deal(pool: list[int], micro_sizes: list[int], generator: torch.Generator) -
     return ([list(micro) for micro in window] for window in zip(*blocks))
 
 
-def mismatched(examples: Sequence[Example], *, max_length: int) -> list[Example]:
-    """Each prompt with the completions of another prompt: what KTO's KL estimate is computed on.
+def mismatched(examples: Sequence[Example]) -> list[Example]:
+    """For each row a row of another prompt, on whose completions KTO's KL estimate is computed.
 
-    A matched completion would tell how well the policy learnt its row, not how far it moved. Rows are put
-    in a circle, prompt by prompt, and each takes the completions a fixed number of rows further on: where no
-    prompt has more than half of the rows, all completions are used equally often.
+    A matched completion would measure how well the policy learnt its row, not how far it moved. Rows are put
+    in a circle, prompt by prompt, and each gets the row a fixed number of places further on: where no prompt
+    has more than half of the rows, all are used equally often.
 
     Args:
         examples: N rows with at least two different prompts.
-        max_length: as in `tokenize`; a prompt is cut on the left again where its new completion is longer.
-    Returns:
-        N examples, the i-th with the prompt of the i-th, without a label.
     Raises:
         InputError: all prompts are the same.
 
     Example:
         >>> rows = [Example([1], [[5, 0]], "row 1"), Example([2], [[6, 0]], "row 2")]
-        >>> [(example.prompt, example.completions) for example in mismatched(rows, max_length=3)]
-        [([1], [[6, 0]]), ([2], [[5, 0]])]
+        >>> [row.place for row in mismatched(rows)]
+        ['row 2', 'row 1']
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for index, example in enumerate(examples):
@@ -361,21 +356,13 @@ def mismatched(examples: Sequence[Example], *, max_length: int) -> list[Example]
             "prompts; add rows with other prompts."
         )
     circle = [index for group in groups.values() for index in group]
-    shift = max(map(len, groups.values()))  # so that it leads out of every group, and once round into none
-    result: list[Example] = [examples[0]] * len(circle)
+    shift = max(map(len, groups.values()))  # from its first row on, leads out of every group
+    result = list(examples)
     start = 0
     for group in groups.values():
         for offset, index in enumerate(group):
             step = shift + offset % (len(circle) - shift)
-            own, other = examples[index], examples[circle[(start + step) % len(circle)]]
-            room = max_length - max(map(len, other.completions))
-            if room < 1:
-                raise InputError(
-                    f"{other.place}: leaves no room for a prompt within --max-length {max_length}; give the "
-                    "number that the rows were tokenised with."
-                )
-            place = f"{own.place}, with the completion of {other.place}"
-            result[index] = Example(own.prompt[-room:], other.completions, place)
+            result[index] = examples[circle[(start + step) % len(circle)]]
         start += len(group)
     return result
 
@@ -386,22 +373,25 @@ def with_mismatched(
     """Rows of pairs with a third completion each, of another prompt: as KTO reads them.
 
     It is the chosen one of `mismatched` in every other row and the rejected one in between, because KTO's
-    estimate is to be made of the completions that it is trained on, which are both. A prompt that leaves the
-    longer one no room is cut on the left.
+    estimate needs the completions that it is trained on, which are both. A prompt is cut on the left to fit.
 
     Args:
         examples: N rows of [chosen, rejected].
         max_length: as in `tokenize`.
-        others: further rows that only lend their completions, where N are too few to have two prompts.
+        others: further rows of which only the completions are used, where N are too few to have two prompts.
     Returns:
         N examples of [chosen, rejected, another prompt's].
     Raises:
-        InputError: all prompts are the same.
+        InputError: all prompts are the same, or a completion of max_length tokens or more.
     """
     result = []
-    lent = mismatched([*examples, *others], max_length=max_length)
-    for number, (own, other) in enumerate(zip(examples, lent)):
+    for number, (own, other) in enumerate(zip(examples, mismatched([*examples, *others]))):
         completions = [*own.completions, other.completions[number % 2]]
-        room = max_length - max(map(len, completions))
-        result.append(own._replace(prompt=own.prompt[-room:], completions=completions))
+        limit = max_length - max(map(len, completions))
+        if limit < 1:
+            raise InputError(
+                f"{own.place} with the completion of {other.place}: leaves none of --max-length {max_length} "
+                "for a prompt; give the number that the rows were tokenised with."
+            )
+        result.append(own._replace(prompt=own.prompt[-limit:], completions=completions))
     return result

@@ -11,7 +11,6 @@ a config are ignored on purpose: policy and reference must give the same log-pro
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from ..model import GPT, GPTConfig
 from ..validation import InputError
-from .runs import write_atomically, write_json
+from .runs import read_json_object, write_atomically, write_json
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLED_WEIGHTS_FILE = "config.json", "model.safetensors", "pytorch_model.bin"
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -168,25 +167,6 @@ def read_config(path: Path) -> GPTConfig:
         return GPTConfig(**{ours: fields[theirs] for ours, theirs in _SIZES.items()})
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The one object that a JSON file holds. Raises InputError where it is missing or anything else."""
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; name a folder that holds one.") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); see to its permissions.") from None
-    except (ValueError, RecursionError):  # not UTF-8, not JSON, nested too deeply
-        raise InputError(f"{path}: is not JSON; copy it again.") from None
-    if not isinstance(fields, dict):
-        raise InputError(f"{path}: must hold one JSON object; copy it again.")
-    return fields
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is Python's, not JSON's")
 
 
 # ------------------------------------------------------------------------------------------------- weights

@@ -22,6 +22,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -109,8 +110,10 @@ def verb_phrase(pick: Pick, sign: int) -> Clause:
 
     Args: pick chooses; sign is +1 for praise, -1 for complaint, 0 for a fact.
     """
-    form = pick((_is, _is, _is_work, _does)) if sign else _fact
-    return form(pick, sign)
+    if sign == 0:
+        fact = pick(FACTS)
+        return Clause(fact, fact, 0.0)
+    return pick((_is, _is, _is_work, _does))(pick, sign)
 
 
 def remark(pick: Pick, sign: int) -> Clause:
@@ -119,24 +122,19 @@ def remark(pick: Pick, sign: int) -> Clause:
     return form(pick, sign)
 
 
-def _fact(pick: Pick, sign: int) -> Clause:
-    fact = pick(FACTS)
-    return Clause(fact, fact, 0.0)
+def _opinion(table, before, pattern: str, pick: Pick, sign: int, **choices: Sequence[str]) -> Clause:
+    """A clause that states an opinion of that sign.
 
-
-def _is(pick: Pick, sign: int) -> Clause:
-    degree, word, value = _opinion(pick, sign, ADJECTIVES, BEFORE_ADJECTIVES)
-    return Clause(f"is {_join(degree, word)}", word, value)
-
-
-def _is_work(pick: Pick, sign: int) -> Clause:
-    degree, word, value = _opinion(pick, sign, ADJECTIVES, BEFORE_ADJECTIVES)
-    return Clause(f"is {_article(degree, word)} {pick(WORKS)}", word, value)
-
-
-def _does(pick: Pick, sign: int) -> Clause:
-    _, phrase, value = _opinion(pick, sign, PHRASES, ("",))
-    return Clause(phrase, phrase, value)
+    Args: table of words with values; before, what may precede the word; pattern, of the clause, in which
+        {phrase} is the word with its degree or negation, {a_phrase} the same with its article, and any other
+        name is drawn from its choices.
+    """
+    degree = pick(before)
+    factor = (DEGREES | NEGATIONS).get(degree, 1.0)
+    word = pick([word for word, value in table.items() if value * factor * sign > 0])
+    phrases = {"word": word, "phrase": _join(degree, word), "a_phrase": _article(degree, word)}
+    text = pattern.format(**phrases, **{name: pick(words) for name, words in choices.items()})
+    return Clause(text, word, table[word] * factor)
 
 
 def _it(pick: Pick, sign: int) -> Clause:
@@ -145,32 +143,8 @@ def _it(pick: Pick, sign: int) -> Clause:
 
 
 def _part(pick: Pick, sign: int) -> Clause:
-    form = pick((_is, _is, _does))
-    clause = form(pick, sign)
+    clause = pick((_is, _is, _does))(pick, sign)
     return clause._replace(text=f"{pick(PARTS)} {clause.text}")
-
-
-def _there_is(pick: Pick, sign: int) -> Clause:
-    degree, word, value = _opinion(pick, sign, ADJECTIVES, BEFORE_MOMENTS)
-    return Clause(f"there is {_article(degree, word)} {pick(MOMENTS)}", word, value)
-
-
-def _someone(pick: Pick, sign: int) -> Clause:
-    degree, word, value = _opinion(pick, sign, VERBS, BEFORE_VERBS)
-    return Clause(f"{pick(PEOPLE)} {_join(degree, word)} {pick(PARTS)}", word, value)
-
-
-def _not_one(pick: Pick, sign: int) -> Clause:
-    negation, word, value = _opinion(pick, sign, ADJECTIVES, ("not one of",))
-    return Clause(f"{negation} the {pick(SEVERAL)} is {word}", word, value)
-
-
-def _opinion(pick: Pick, sign: int, table: dict[str, float], before: Sequence[str]) -> tuple[str, str, float]:
-    """A degree or negation ("" for neither), a word of the table, and the value of both, of that sign."""
-    degree = pick(before)
-    factor = (DEGREES | NEGATIONS).get(degree, 1.0)
-    word = pick([word for word, value in table.items() if value * factor * sign > 0])
-    return degree, word, table[word] * factor
 
 
 def _join(*words: str) -> str:
@@ -181,6 +155,16 @@ def _article(degree: str, word: str) -> str:
     """ "a dull", "an utterly dull", "never a dull": degrees follow the article, negations precede it."""
     negation, words = ("", _join(degree, word)) if degree not in NEGATIONS else (degree, word)
     return _join(negation, "an" if words[0] in "aeiou" else "a", words)
+
+
+_is = partial(_opinion, ADJECTIVES, BEFORE_ADJECTIVES, "is {phrase}")
+_is_work = partial(_opinion, ADJECTIVES, BEFORE_ADJECTIVES, "is {a_phrase} {work}", work=WORKS)
+_does = partial(_opinion, PHRASES, ("",), "{phrase}")
+_there_is = partial(_opinion, ADJECTIVES, BEFORE_MOMENTS, "there is {a_phrase} {moment}", moment=MOMENTS)
+_someone = partial(_opinion, VERBS, BEFORE_VERBS, "{person} {phrase} {part}", person=PEOPLE, part=PARTS)
+_not_one = partial(
+    _opinion, ADJECTIVES, ("not one of",), "not one of the {several} is {word}", several=SEVERAL
+)
 
 
 def _prompt(pick: Pick) -> str:
@@ -291,11 +275,8 @@ def demonstrations(count: int, *, seed: int) -> list[dict[str, str]]:
         'The second war film based on a novel is fresh, but we never enjoyed the music.'
     """
     pick = _picker("demonstrations", count, seed)
-    rows = []
-    for _ in range(count):
-        prompt = _prompt(pick)
-        rows.append({"prompt": prompt, "completion": completion(pick, prompt)[0]})
-    return rows
+    openings = (_prompt(pick) for _ in range(count))
+    return [{"prompt": prompt, "completion": completion(pick, prompt)[0]} for prompt in openings]
 
 
 def comparisons(count: int, *, seed: int) -> list[dict[str, str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import platform
@@ -18,7 +20,7 @@ from ..version import __version__
 
 
 def refuse_used_folder(output_dir: str | None) -> None:
-    """Raise InputError where `new_run_folder` would, leaving nothing behind: to be called before work."""
+    """Raise InputError where `new_run_folder` would, and make nothing: to be called before the work."""
     if output_dir == "":
         raise InputError("--output-dir is empty; name a folder.")
     folder = Path("runs" if output_dir is None else output_dir)
@@ -49,20 +51,14 @@ def new_run_folder(output_dir: str | None, command: str) -> Path:
     folder = Path("runs" if output_dir is None else output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return folder if output_dir is not None else _next_free(folder, command)
+        if output_dir is not None:
+            return folder
+        for number in itertools.count(1):
+            with contextlib.suppress(FileExistsError):
+                (numbered := folder / f"{command}-{number:03d}").mkdir()
+                return numbered
     except OSError as error:
         raise _unwritable(folder, error) from None
-
-
-def _next_free(parent: Path, command: str) -> Path:
-    number = 1
-    while True:
-        folder = parent / f"{command}-{number:03d}"
-        try:
-            folder.mkdir()
-            return folder
-        except FileExistsError:
-            number += 1
 
 
 def _unwritable(folder: Path, error: OSError) -> InputError:
@@ -90,6 +86,25 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, lambda p: p.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The one object that a JSON file holds. Raises InputError where it is missing or anything else."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; name a folder that holds one.") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); see to its permissions.") from None
+    except (ValueError, RecursionError):  # not UTF-8, not JSON, nested too deeply
+        raise InputError(f"{path}: is not JSON; copy it again.") from None
+    if not isinstance(fields, dict):
+        raise InputError(f"{path}: must hold one JSON object; copy it again.")
+    return fields
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is Python's, not JSON's")
+
+
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write an .npz file that numpy alone can read."""
     write_atomically(path, lambda p: np.savez_compressed(p, **arrays))
@@ -102,12 +117,11 @@ def write_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 
 def record_line(record: dict[str, Any]) -> str:
-    """A JSON object on a line; numbers that JSON has no word for (inf, nan) become null."""
-
-    def plain(value: Any) -> Any:
-        return None if isinstance(value, float) and not np.isfinite(value) else value
-
-    return json.dumps({key: plain(value) for key, value in record.items()}) + "\n"
+    """A JSON object on a line; numbers that JSON cannot write (inf, nan) become null."""
+    missing = {
+        key: None for key, value in record.items() if isinstance(value, float) and not np.isfinite(value)
+    }
+    return json.dumps(record | missing) + "\n"
 
 
 def versions() -> dict[str, str]:

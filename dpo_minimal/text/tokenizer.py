@@ -17,7 +17,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import heapq
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -28,7 +27,7 @@ from pathlib import Path
 import tiktoken
 
 from ..validation import InputError, check_count
-from .runs import write_json
+from .runs import read_json_object, write_json
 
 TOKENIZER_FILE = "tiktoken.json"
 END_OF_TEXT = "<|endoftext|>"
@@ -39,6 +38,7 @@ END_OF_TEXT = "<|endoftext|>"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 _LONGEST_SPACE = 100_000  # tiktoken's regular expression engine panics from some 700,000 on
+_BYTES = [bytes([value]) for value in range(256)]
 
 
 class Tokenizer:
@@ -73,13 +73,13 @@ class Tokenizer:
         return _fingerprint(self._encoding._pat_str, tokens)
 
     def encode(self, text: str) -> list[int]:
-        """Text to ids, never end-of-text: that is appended by who knows where a completion ends.
+        """Text to ids, never end-of-text: batches.py appends it where a completion ends.
 
         Raises:
-            InputError: a lone surrogate, which UTF-8 has no bytes for; an absurdly long run of spaces.
+            InputError: a lone surrogate, for which UTF-8 has no bytes; more than 100,000 spaces in a row.
         """
         try:
-            text.encode("utf-8")  # tiktoken would put U+FFFD in place of a surrogate without a word
+            text.encode("utf-8")  # tiktoken would put U+FFFD in place of a surrogate and say nothing
         except UnicodeEncodeError as error:
             raise InputError(
                 f"text: character {error.start} is the lone surrogate U+{ord(text[error.start]):04X}, which "
@@ -137,10 +137,7 @@ def gpt2_tokenizer() -> Tokenizer:
     """
     try:
         return Tokenizer("gpt2", tiktoken.get_encoding("gpt2"))
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # no network is an OSError of requests, a bad download a ValueError
+    except (OSError, ValueError) as error:  # OSError of requests: no network; ValueError: a bad download
         raise InputError(
             f"GPT-2's vocabulary: tiktoken could not fetch it ({type(error).__name__}); connect to the "
             "network once, or point TIKTOKEN_CACHE_DIR at a folder that holds tiktoken's files."
@@ -148,7 +145,7 @@ def gpt2_tokenizer() -> Tokenizer:
 
 
 def _tokenizer(kind: str, merged: list[bytes]) -> Tokenizer:
-    tokens = _single_bytes() + merged
+    tokens = [*_BYTES, *merged]
     encoding = tiktoken.Encoding(
         kind,
         pat_str=GPT2_PATTERN,
@@ -157,10 +154,6 @@ def _tokenizer(kind: str, merged: list[bytes]) -> Tokenizer:
         explicit_n_vocab=len(tokens) + 1,
     )
     return Tokenizer(kind, encoding)
-
-
-def _single_bytes() -> list[bytes]:
-    return [bytes([value]) for value in range(256)]
 
 
 def _fingerprint(pattern: str, tokens: Iterable[bytes]) -> str:
@@ -200,7 +193,7 @@ def train_bpe(text: str, vocab_size: int) -> Tokenizer:
             f"{vocab_size} ids are more than the text has pairs for; ask for at most "
             f"{257 + len(merges)}, or give more text."
         )
-    tokens = _single_bytes()
+    tokens = list(_BYTES)
     for left, right in merges:
         tokens.append(tokens[left] + tokens[right])
     return _tokenizer("bpe", tokens[256:])
@@ -283,7 +276,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             vocabulary, which cannot be fetched.
     """
     path = Path(folder) / TOKENIZER_FILE
-    content = _read_object(path)
+    content = read_json_object(path)
     kind = content.get("kind")
     if kind not in ("bytes", "bpe", "gpt2"):
         raise InputError(f'{path}: field "kind" must be "bytes", "bpe" or "gpt2", got {kind!r}.')
@@ -291,11 +284,11 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     for field in sorted(fields ^ set(content)):
         what = "is missing" if field in fields else f"is not one of a {kind} vocabulary"
         raise InputError(f'{path}: field "{field}" {what}; save the tokenizer again.')
+    if content.get("pattern", GPT2_PATTERN) != GPT2_PATTERN:
+        raise InputError(f'{path}: field "pattern" is not GPT-2\'s, the only one known here; restore it.')
     if kind == "gpt2":
         tokenizer = gpt2_tokenizer()
     else:
-        if content["pattern"] != GPT2_PATTERN:
-            raise InputError(f'{path}: field "pattern" is not GPT-2\'s, the only one known here; restore it.')
         tokenizer = _tokenizer(kind, _merged_tokens(path, kind, content["merged_tokens"]))
     if content["fingerprint"] != tokenizer.fingerprint:
         raise InputError(
@@ -303,21 +296,6 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             "file that was saved with the model."
         )
     return tokenizer
-
-
-def _read_object(path: Path) -> dict[str, object]:
-    try:
-        content = json.loads(path.read_bytes().decode("utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"{path}: the tokenizer cannot be read ({error.strerror}); name a folder that holds one."
-        ) from None
-    except (ValueError, RecursionError) as error:
-        reason = str(error).partition("\n")[0] if isinstance(error, ValueError) else "nested too deeply"
-        raise InputError(f"{path}: not whole JSON in UTF-8 ({reason}); save the tokenizer again.") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: must hold one JSON object, got {type(content).__name__}.")
-    return content
 
 
 def _merged_tokens(path: Path, kind: str, rows: object) -> list[bytes]:

@@ -1,19 +1,22 @@
-"""A training that people wait for: evaluation, progress, checkpoints, and going on after an interruption.
+"""A training run: evaluation, log, progress, checkpoints, and resuming after an interruption.
 
-`train` yields a record a step; here each is looked at, logged and now and then saved. Everything that a run
-does is a function of its settings and its data, so that a run which was interrupted, even killed, goes on
-from its last checkpoint to the same weights, bit for bit on a CPU with the same number of threads.
+`train` yields a record a step; here each is shown and logged, and every so many steps the state is saved.
+Everything that a run does is a function of its settings and its data, so that a run which was interrupted,
+even killed, goes on from its last checkpoint to the same weights, bit for bit on a CPU with the same number
+of threads.
 
     RUN/config.json       settings, versions, threads
     RUN/metrics.jsonl     one record a logged step; eval_ records after the step that they name
     RUN/checkpoints/      step-000100, ...: the newest two
     RUN/model/            the result, in Hugging Face's layout
 
-But: what is trained on what (experiments/sft.py, dpo.py).
+But: what is trained on what (experiments/text/sft.py, dpo.py).
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -47,8 +50,8 @@ KEEP = 2  # checkpoints: the newest, and the one before it, to go back to by del
 class Settings(NamedTuple):
     """How to train; the names are those of the flags.
 
-    Fields with a unit: *_steps are optimizer steps; eval_steps 0 looks before and after only, save_steps 0
-    saves at the end only.
+    Fields with a unit: *_steps are optimizer steps; eval_steps 0 evaluates before and after only, save_steps
+    0 saves at the end only.
     """
 
     learning_rate: float
@@ -73,7 +76,7 @@ class Settings(NamedTuple):
 
 
 class Data(NamedTuple):
-    """Rows to learn from and rows to look at; reference log-probabilities (N, K), or None for SFT."""
+    """Rows to train on and to evaluate on; reference log-probabilities (N, K) of each, or None for SFT."""
 
     train: Sequence[Example]
     held_out: Sequence[Example]
@@ -104,30 +107,21 @@ def _epoch(settings: Settings, data: Data, epoch: int) -> list[list[list[int]]]:
 
 def _windows_from(settings: Settings, data: Data, first_step: int, last_step: int) -> Iterator[Window]:
     """The windows of steps first_step to last_step: the same whether or not the run began earlier."""
-    step, epoch = 0, 0
-    while step < last_step:
-        for rows in _epoch(settings, data, epoch):
-            step += 1
-            if first_step <= step <= last_step:
-                reference = data.train_reference
-                yield make_window(data.train, rows, reference, dtype=settings.dtype, device=settings.device)
-        epoch += 1
+    all_steps = (rows for epoch in itertools.count() for rows in _epoch(settings, data, epoch))
+    for rows in itertools.islice(all_steps, first_step - 1, last_step):
+        reference = data.train_reference
+        yield make_window(data.train, rows, reference, dtype=settings.dtype, device=settings.device)
 
 
 def evaluate(objective: Objective, settings: Settings, data: Data) -> Record:
     """Loss and metrics on the held-out rows, named eval_...; nothing where none are held out."""
     if not data.held_out:
         return {}
-    size = settings.per_device_train_batch_size
-    held_out = data.held_out
-    (rows,) = windows(
-        held_out, window_size=len(held_out), micro_size=min(size, len(held_out)), seed=0, epoch=0
-    )
-    window = make_window(
-        held_out, rows, data.held_out_reference, dtype=settings.dtype, device=settings.device
-    )
-    with torch.no_grad():
-        return {f"eval_{name}": value for name, value in average(objective, window).items()}
+    held_out, reference, count = data.held_out, data.held_out_reference, len(data.held_out)
+    micro_size = min(settings.per_device_train_batch_size, count)
+    (rows,) = windows(held_out, window_size=count, micro_size=micro_size, seed=0, epoch=0)
+    window = make_window(held_out, rows, reference, dtype=settings.dtype, device=settings.device)
+    return {f"eval_{name}": value for name, value in average(objective, window).items()}
 
 
 def run_training(
@@ -145,7 +139,7 @@ def run_training(
     """Train a model, writing metrics and checkpoints into a run folder.
 
     Args:
-        folder: exists; holds nothing of a training yet unless resume.
+        folder: exists; without resume, it has no checkpoints yet.
         model: altered in place.
         objective: as `train` takes it, on this model.
         name: for the progress bar.
@@ -162,11 +156,7 @@ def run_training(
     optimizer = make_optimizer(model.parameters(), settings.optimizer, settings.learning_rate)
     done, records = _go_on(folder, model, optimizer) if resume else (0, [])
     log = _Log(folder / METRICS_FILE, records)
-    if settings.warmup_steps > last_step:
-        print(
-            f"note: all {last_step} steps are warm-up, up to {last_step / settings.warmup_steps:.0%} of "
-            f"--learning-rate {settings.learning_rate:g}; lower --warmup-steps for more."
-        )
+    _note_a_long_warm_up(settings, last_step)
     if done == 0:
         if check_first is not None:
             check_first(next(_windows_from(settings, data, 1, 1)))
@@ -179,8 +169,8 @@ def run_training(
         max_grad_norm=settings.max_grad_norm,
         first_step=done + 1,
     )
-    rows = min(settings.window_size, len(data.train))
-    with _Interrupt() as interrupt, _Progress(name, done, last_step, rows) as progress:
+    progress = _Progress(name, done, last_step, rows=min(settings.window_size, len(data.train)))
+    with _Interrupt() as interrupt, progress:
         for record in stream:
             step = int(record["step"])
             progress.show(record)
@@ -197,15 +187,23 @@ def run_training(
     return log.records
 
 
+def _note_a_long_warm_up(settings: Settings, last_step: int) -> None:
+    if settings.warmup_steps > last_step:
+        print(
+            f"note: all {last_step} steps are warm-up, up to {last_step / settings.warmup_steps:.0%} of "
+            f"--learning-rate {settings.learning_rate:g}; lower --warmup-steps for more."
+        )
+
+
 def _due(step: int, every: int, last_step: int) -> bool:
     return step == last_step or (every > 0 and step % every == 0)
 
 
-# ---------------------------------------------------------------------------------------------- going on
+# ----------------------------------------------------------------------------------------------- resuming
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Oldest first; another folder there, such as a copy that a user keeps, is none of ours."""
+    """Oldest first; a folder of another name, such as a copy that a user keeps, is left alone."""
     found = [path for path in (folder / CHECKPOINTS).glob("step-*") if path.name[5:].isdecimal()]
     return sorted(found, key=lambda path: int(path.name[5:]))
 
@@ -227,15 +225,12 @@ def _go_on(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) -> tuple[
         return 0, []
     done = int(load_training_state(found[-1], model, optimizer)["step"])
     path = folder / METRICS_FILE
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     records = []
-    for line in lines:
-        try:
+    with contextlib.suppress(json.JSONDecodeError):  # the line at which the run was killed
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
             record = json.loads(line)
-        except json.JSONDecodeError:  # the line at which the run was killed
-            break
-        if record["step"] <= done:
-            records.append(record)
+            if record["step"] <= done:
+                records.append(record)
     return done, records
 
 
@@ -254,11 +249,11 @@ class _Log:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(record_line(record))
         except OSError as error:
-            raise InputError(f"{self.path}: cannot be written ({error.strerror}); make room there.") from None
+            raise InputError(f"{self.path}: cannot be written ({error.strerror}); free some space.") from None
 
 
 class _Interrupt:
-    """Ctrl-C sets a flag that is looked at between steps; a second one stops at once."""
+    """Ctrl-C sets a flag that is read between steps; a second one stops at once."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -282,7 +277,7 @@ class _Interrupt:
 
 
 def is_displaced(recent: Sequence[Record]) -> bool:
-    """Do the chosen completions lose probability, by number and on average, over a whole spell of steps?
+    """Whether chosen completions lost probability, by number and on average, over the last `RECENT` steps.
 
     Single windows do so by chance.
     """
@@ -293,7 +288,7 @@ def is_displaced(recent: Sequence[Record]) -> bool:
 
 
 class _Progress:
-    """A bar on a terminal; elsewhere a line now and then. Says once when likelihoods are displaced."""
+    """A bar on a terminal, elsewhere `LINES` lines; one warning when likelihoods are displaced."""
 
     LINES = 10
 
@@ -301,9 +296,8 @@ class _Progress:
         self.name, self.last_step, self.rows, self.warned = name, last_step, rows, False
         self.done, self.seconds, self.resumed = 0, 0.0, time.perf_counter()
         self.recent: deque[Record] = deque(maxlen=RECENT)
-        self.bar = tqdm(
-            total=last_step, initial=done, desc=name, unit="step", disable=not sys.stderr.isatty()
-        )
+        silent = not sys.stderr.isatty()
+        self.bar = tqdm(total=last_step, initial=done, desc=name, unit="step", disable=silent)
 
     def __enter__(self) -> _Progress:
         return self
@@ -312,7 +306,7 @@ class _Progress:
         self.bar.close()
 
     def resume(self) -> None:
-        """Start the clock again: what is looked at and saved between two steps does not count."""
+        """Start the clock again: evaluating and saving between two steps is not counted."""
         self.resumed = time.perf_counter()
 
     def show(self, record: Record) -> None:
@@ -327,9 +321,8 @@ class _Progress:
         shown["pairs/s" if len(shown) > 1 else "rows/s"] = f"{rate:.0f}"
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
-        if self.bar.disable and (step * self.LINES // self.last_step) > (
-            (step - 1) * self.LINES // self.last_step
-        ):
+        before, after = ((s * self.LINES) // self.last_step for s in (step - 1, step))
+        if self.bar.disable and after > before:
             text = ", ".join(f"{name} {value}" for name, value in shown.items())
             print(f"{self.name}: step {step} of {self.last_step}, {text}", flush=True)
         self.recent.append(record)

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from ..model import GPT
 from ..validation import InputError
-from .checkpoint import load_model, read_json_object, read_safetensors, save_model
-from .runs import write_atomically, write_json
+from .checkpoint import load_model, read_safetensors, save_model
+from .runs import read_json_object, write_atomically, write_json
 
 OPTIMIZER_FILE, STATE_FILE, FORMAT = "optimizer.safetensors", "state.json", 1
 
