@@ -1,8 +1,8 @@
 """Hugging Face GPT-2 folders, read and written: `config.json` beside `model.safetensors`.
 
 Hugging Face's GPT-2 keeps its linear maps as (in, out) matrices where torch's nn.Linear has (out, in), and
-puts `transformer.` before every name; else names and values are ours. A checkpoint is checked tensor by
-tensor before a model is made of it.
+puts `transformer.` before every name; otherwise names and values are the same. A checkpoint is checked
+tensor by tensor before a model is made of it.
 
 But: no optimizer state (training_state.py), no tokenizer (tokenizer.py), nothing but GPT-2. Dropout rates in
 a config are ignored on purpose: policy and reference must give the same log-probability twice.
@@ -43,7 +43,7 @@ def load_model(folder_or_name: str | Path) -> GPT:
     folder = _resolve(folder_or_name)
     config = read_config(folder / CONFIG_FILE)
     path, tensors = _read_tensors(folder)
-    with torch.device("meta"):  # names and shapes only: no time for random weights, no random numbers used up
+    with torch.device("meta"):  # names and shapes only: no random numbers are drawn
         model = GPT(config)
     model.load_state_dict(_from_hugging_face(path, tensors, model.state_dict()), assign=True)
     return model
@@ -71,7 +71,7 @@ def save_model(model: GPT, folder: str | Path, *, eos: int | None = None) -> Non
 
     def write(path: Path) -> None:
         safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
-        # Now that the larger file has room.
+        # Only now, when the larger file is on the disk.
         write_json(folder / CONFIG_FILE, _config_fields(model.config, eos))
 
     try:
@@ -79,15 +79,12 @@ def save_model(model: GPT, folder: str | Path, *, eos: int | None = None) -> Non
         write_atomically(folder / WEIGHTS_FILE, write)
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(
-            f"{folder}: the model cannot be written ({error}); make room or name another folder."
+            f"{folder}: the model cannot be written ({error}); free some space or name another folder."
         ) from None
 
 
 def state_fingerprint(model: GPT) -> str:
-    """SHA-256 of the shape of a model and every weight's name, dtype, shape and bytes.
-
-    Equal for equal models only; a head count, which no weight shows, counts too.
-    """
+    """SHA-256 of a model's config and every weight's name, dtype, shape and bytes."""
     digest = hashlib.sha256(f"{model.config}\n".encode())
     for name, weight in model.state_dict().items():
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
@@ -131,15 +128,7 @@ _REQUIRED = {
     "add_cross_attention": (False, None),
     "tie_word_embeddings": (True, None),
 }
-
-
-_SIZES = {  # ours: theirs
-    "vocab_size": "vocab_size",
-    "block_size": "n_positions",
-    "n_layer": "n_layer",
-    "n_head": "n_head",
-    "n_embd": "n_embd",
-}
+_SIZES = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")  # in the order of GPTConfig
 
 
 def read_config(path: Path) -> GPTConfig:
@@ -151,7 +140,7 @@ def read_config(path: Path) -> GPTConfig:
                 f"{path}, field {field!r}: {fields[field]!r} is not what this GPT-2 does, which is "
                 f"{allowed[0]!r}; choose another model."
             )
-    for field in _SIZES.values():
+    for field in _SIZES:
         value = fields.get(field)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise InputError(
@@ -164,7 +153,7 @@ def read_config(path: Path) -> GPTConfig:
             "another model."
         )
     try:
-        return GPTConfig(**{ours: fields[theirs] for ours, theirs in _SIZES.items()})
+        return GPTConfig(*(fields[field] for field in _SIZES))
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
@@ -275,6 +264,6 @@ def _converted(path: Path, name: str, tensor: Tensor, expected: Tensor) -> Tenso
     return weight
 
 
-# A GPT that files were read for can be read and written by its own methods; model.py knows no files.
+# Methods of GPT that read and write files are added here, so that model.py needs no knowledge of files.
 GPT.from_pretrained = staticmethod(load_model)
 GPT.save_pretrained = save_model

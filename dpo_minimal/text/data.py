@@ -1,24 +1,7 @@
 """Preference files become checked rows of plain text: prompt, chosen, rejected.
 
-Files are JSON or JSON lines in UTF-8, gzipped or not. What a row may look like:
-
-    preferences     {prompt, chosen, rejected}, texts or chat messages
-                    {chosen, rejected}, whole transcripts with a common beginning, texts or chat messages
-                    {instruction, input (may be absent, null or empty), chosen, rejected}
-    rankings        {prompt, responses: [...], ranking: [...]}: one rank a response, 1 is best, no ties
-    labels          {prompt, completion, label}: true or 1 (good), false or 0 (bad), for KTO
-    demonstrations  {prompt, completion}, {instruction, input, output}, a row of preferences, of which the
-                    chosen completion is taken, {messages}, of which the last is the completion, or {text};
-                    a row that fits several of these is read as the first
-
-A JSON file holds a list of rows, or one object of equally long columns. Further columns are ignored.
-
-Templates, exactly, because every log-probability depends on them. Texts are taken as they stand; no space is
-added or removed. An instruction becomes "### Instruction:\\n...\\n\\n### Input:\\n...\\n\\n### Response:\\n",
-without the input's two lines where there is none. Chat messages become "\\n\\nHuman: ...",
-"\\n\\nAssistant: ..." and "\\n\\nSystem: ..."; the prompt ends with "\\n\\nAssistant:" and the completion
-starts with a space. All that follows the prompt is the completion, further turns included. Messages may
-repeat those of the prompt, which are then taken off, and a plain text may answer a prompt of messages.
+README.md lists the kinds of rows, the forms that each may have, and the templates that turn instructions and
+chat messages into text. A template is part of the data: every log-probability depends on it.
 
 But: no tokens (batches.py); a row is checked as text only.
 """
@@ -141,10 +124,9 @@ def _dataset(name: str, located: Iterable[Located], kind: str, skip_bad_rows: bo
 
 
 def _refuse_repeated_prompts(name: str, rows: list[Any]) -> None:
-    """Completions that hold their prompt once more, as exports of whole transcripts do.
+    """Refuse a file in which most completions begin with their prompt, as exports of whole transcripts do.
 
-    One row may do so by chance, a short prompt above all, and is then right as it stands: so most rows must.
-    Such a file is refused and not repaired, because only its owner knows where the answers begin.
+    A single row may do so by chance. The file is not repaired: only its owner knows where the answers begin.
     """
     prompted = [row for row in rows if row.prompt.strip()]
     repeating = sum(map(_repeats_prompt, prompted))

@@ -18,7 +18,7 @@ Located = tuple[str, Callable[[], Any]]  # "FILE, row 3", and what parses the ro
 
 
 class Row:
-    """A row's columns, which knows where it stands when something is wrong with it."""
+    """A row's columns and its place, for messages."""
 
     def __init__(self, place: str, columns: Any):
         self.place = place

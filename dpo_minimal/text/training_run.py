@@ -146,8 +146,7 @@ def run_training(
         check_first: called with the first window, before the first step.
         look: further measurements at each evaluation, by their names.
         resume: go on from the newest checkpoint, from the beginning where there is none.
-    Returns:
-        All records of metrics.jsonl.
+    Returns: all records of metrics.jsonl.
     Raises:
         InputError: no steps to take, loss or gradient not finite, a damaged checkpoint, a full disk.
         Interrupted: Ctrl-C; the state after the last whole step is saved.

@@ -32,21 +32,28 @@ OPTIMIZER_FILE, STATE_FILE, FORMAT = "optimizer.safetensors", "state.json", 1
 def save_training_state(
     folder: Path, model: GPT, optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> None:
-    """Write a new folder with model, optimizer and `state`, put in place in one move.
+    """Write a new folder with model, optimizer and `state`, by one rename.
 
     Args:
         folder: must not exist; its parent must.
         model: in float32.
-        optimizer: of this model's parameters; all it remembers of them must be tensors (RMSprop, AdamW).
-        state: what else the run needs to go on, in JSON's words.
+        optimizer: of this model's parameters; its state must consist of tensors (RMSprop, AdamW).
+        state: what else the run needs to go on, as JSON.
     Raises:
         InputError: the folder exists or cannot be written, a number is not finite, a weight is not float32;
             then nothing of it is left.
     """
     if folder.exists():
         raise InputError(f"{folder}: exists already; a state is never overwritten.")
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise InputError(
+                f"{folder}: not written, because {name!r} is {parameter.dtype}; a state is kept in float32."
+            )
     tensors = _optimizer_tensors(model, optimizer)
-    _check_before_saving(folder, model, tensors)
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"{folder}: not written, because the optimizer's {name!r} is not finite.")
     content = {
         "format": FORMAT,
         "optimizer": type(optimizer).__name__,
@@ -69,7 +76,7 @@ def save_training_state(
         os.replace(temporary, folder)
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(
-            f"{folder}: the checkpoint cannot be written ({error}); make room or name another folder."
+            f"{folder}: the checkpoint cannot be written ({error}); free some space or name another folder."
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -111,17 +118,6 @@ def _optimizer_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str
         for index, entries in optimizer.state_dict()["state"].items()
         for key, value in entries.items()
     }
-
-
-def _check_before_saving(folder: Path, model: GPT, tensors: dict[str, Tensor]) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.dtype != torch.float32:
-            raise InputError(
-                f"{folder}: not written, because {name!r} is {parameter.dtype}; a state is kept in float32."
-            )
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise InputError(f"{folder}: not written, because the optimizer's {name!r} is not finite.")
 
 
 # ---------------------------------------------------------------------------------------- checks on loading
