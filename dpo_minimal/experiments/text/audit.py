@@ -24,65 +24,59 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 
 from ...text.audit import Audit
 from ...text.batches import Example, tokenize
-from ...text.data import KINDS, Dataset, dataset_from_rows, load_dataset
-from ...text.reviews import comparisons, demonstrations
-from ...text.tokenizer import Tokenizer, byte_tokenizer, gpt2_tokenizer, train_bpe
+from ...text.data import KINDS, Dataset
+from ...text.tokenizer import Tokenizer
 from ...validation import InputError
-from .setup import load_policy_tokenizer
+from .options import COMMON, TOKENIZERS, Option, add_options, resolve
+from .setup import load_policy_tokenizer, load_rows, make_tokenizer
 
 REVIEWS = 1000  # rows where there is no file
 VOCABULARY = 512  # of a BPE trained on the data
 UNLIMITED = 2**31 - 1
 BARS, BAR_WIDTH, LINE, SHOWN = 10, 40, 100, 48
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's options."""
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--data", metavar="FILE",
-        help=f"JSON or JSONL, gzipped or not (default: {REVIEWS} reviews that the package generates)",
-    )  # fmt: skip
-    data.add_argument(
-        "--kind", choices=KINDS, default="preferences",
-        help="what the rows are: pairs of chosen and rejected (default), rankings with the best first, "
-        "completions with a label, or prompts with one completion to imitate",
-    )  # fmt: skip
-    data.add_argument(
-        "--skip-bad-rows",
-        action="store_true",
-        help="leave out and count bad rows instead of stopping at the first",
-    )
-    reading = parser.add_argument_group("reading")
-    vocabulary = reading.add_mutually_exclusive_group()
-    vocabulary.add_argument(
-        "--tokenizer", choices=("bytes", "bpe", "gpt2"),
-        help=f"raw bytes (default), a BPE of {VOCABULARY} tokens learnt from the data, or GPT-2's own",
-    )  # fmt: skip
-    vocabulary.add_argument(
-        "--model", metavar="MODEL", help="the tokenizer of this folder, run, or released name"
-    )
-    reading.add_argument(
-        "--max-length", type=int, metavar="N",
-        help="see what a limit of N tokens for prompt and longest completion does (default: no limit); rows "
-        "that cannot fit, at which training would stop, are counted",
-    )  # fmt: skip
-    reading.add_argument(
-        "--max-prompt-length", type=int, metavar="N", help="and a limit for the prompt alone"
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print everything as one JSON object, with every place"
-    )
+GROUPS = {
+    "data": {
+        "data": Option(
+            f"JSON or JSONL, gzipped or not (default: {REVIEWS} film reviews that the package generates)",
+            str, metavar="FILE",
+        ),
+        "kind": Option(
+            "what the rows are: pairs of chosen and rejected, rankings with the best first, completions with "
+            "a label, or prompts with one completion to imitate", str, None, "preferences", choices=KINDS,
+        ),
+        "skip_bad_rows": COMMON["skip_bad_rows"],
+    },
+    "reading": {
+        "tokenizer": Option(
+            f"raw bytes (default), a BPE of {VOCABULARY} tokens learnt from the data, or GPT-2's own", str,
+            choices=TOKENIZERS,
+        ),
+        "model": COMMON["model"]._replace(help="the tokenizer of this run, folder, or released name"),
+        "max_length": Option(
+            "what a limit of N tokens for prompt and longest completion would do (default: no limit); rows "
+            "that cannot fit, at which training would stop, are counted"
+        ),
+        "max_prompt_length": Option("and a limit for the prompt alone"),
+    },
+    "output": {"json": COMMON["json"]._replace(help="print one JSON object, with every place")},
+}  # fmt: skip
+add_arguments = partial(add_options, groups=GROUPS)
 
 
 def run(args: argparse.Namespace) -> Audit:
     """Read, tokenise, print; nothing is written. Returns the audit."""
-    if args.max_prompt_length is not None and args.max_length is None:
-        raise InputError("--max-prompt-length is used only with --max-length; give both.")
-    dataset = _dataset(args)
+    args = resolve(
+        args, GROUPS,
+        ("max_prompt_length", args.max_length is None, "{} is used only with --max-length; give both."),
+        ("tokenizer", args.model is not None, "{} is given by the model of --model; leave it out."),
+        ("kind", args.data is None and args.kind in ("rankings", "labels"),
+         f"{{}} {args.kind} needs --data: the generated reviews have no {args.kind}."),
+    )  # fmt: skip
+    dataset = load_rows(args, args.kind, REVIEWS)
     tokenizer = _tokenizer(args, dataset)
     examples, audit = tokenize(
         dataset, tokenizer, max_length=UNLIMITED if args.max_length is None else args.max_length,
@@ -108,32 +102,15 @@ def run(args: argparse.Namespace) -> Audit:
     return audit
 
 
-def _dataset(args: argparse.Namespace) -> Dataset:
-    if args.data is not None:
-        return load_dataset(args.data, args.kind, skip_bad_rows=args.skip_bad_rows)
-    made = {"preferences": comparisons, "demonstrations": demonstrations}
-    if args.kind not in made:
-        raise InputError(f"--kind {args.kind} needs --data: the generated reviews have no {args.kind}.")
-    if args.skip_bad_rows:
-        raise InputError(
-            "--skip-bad-rows is used only with --data, as the generated reviews have no bad rows."
-        )
-    return dataset_from_rows(made[args.kind](REVIEWS, seed=0), "reviews", args.kind)
-
-
 def _tokenizer(args: argparse.Namespace, dataset: Dataset) -> Tokenizer:
     if args.model is not None:
         return load_policy_tokenizer(args.model)
-    if args.tokenizer == "gpt2":
-        return gpt2_tokenizer()
-    if args.tokenizer == "bpe":
-        try:
-            return train_bpe("\n".join(_texts(dataset)), VOCABULARY)
-        except InputError:
-            raise InputError(
-                f"--tokenizer bpe: the data are too few to learn {VOCABULARY} tokens from; use bytes or gpt2."
-            ) from None
-    return byte_tokenizer()
+    try:
+        return make_tokenizer(args.tokenizer or "bytes", _texts(dataset), VOCABULARY)
+    except InputError:
+        raise InputError(
+            f"--tokenizer bpe: the data are too few to learn {VOCABULARY} tokens from; use bytes or gpt2."
+        ) from None
 
 
 def _texts(dataset: Dataset) -> Iterator[str]:

@@ -8,23 +8,23 @@ starts from. The loss of a pair is
 and its optimum is pi_ref exp(r / beta) / Z for the reward r behind the preferences (derivations.md).
 
   dpo-minimal dpo                                            film reviews: SFT, then DPO on judged samples
-                                                             of the SFT model, in a minute or two
+                                                             of the SFT model, in about two minutes
   dpo-minimal dpo --data pairs.jsonl --model runs/sft-001    your pairs, from your SFT model
   dpo-minimal dpo --data pairs.jsonl --model gpt2 --dtype bfloat16
   dpo-minimal dpo --data pairs.jsonl --model runs/sft-001 --loss-type kto          one of DPO's relatives
   dpo-minimal dpo --resume runs/dpo-001                      go on where Ctrl-C or a crash stopped it
 
 What to watch. Before the first step every log-ratio must be 0 and so the loss ln 2 = 0.693, which is checked.
-rewards/accuracies is the share of pairs ordered rightly: 0.5 is guessing, and 1 on held-out pairs is not to
-be had, because people disagree. rewards/chosen and rewards/rejected may both fall, as only their difference
-is trained (displacement). kl/policy_reference, measured on the policy's own samples, is what beta limits;
-where it runs off while samples get worse, raise beta or stop earlier.
+rewards/accuracies is the share of pairs in the right order: 0.5 is guessing, and 1 cannot be reached on
+held-out pairs, because people disagree. rewards/chosen and rewards/rejected may both fall, as only their
+difference is trained (displacement). kl/policy_reference, measured on the policy's own samples, is what beta
+limits; where it grows while samples get worse, raise beta or stop earlier.
 
 The other losses (derivations.md, chapter 12) are trained in the same way on the same pairs. simpo, orpo and
 unlikelihood have no reference: it is kept all the same, to show how far they go from it. kto takes each
 chosen completion for a good one and each rejected for a bad one, and reads a third, of another prompt, to
-estimate how far the policy has gone; each micro-batch makes that estimate for itself, so that for kto, and
-only for it, --gradient-accumulation-steps changes more than rounding.
+estimate the policy's divergence from the reference. Each micro-batch makes that estimate for itself, so that
+for kto, and only for it, --gradient-accumulation-steps changes more than rounding.
 
 With --data the defaults are the paper's, where it gives one. The reviews need others: a model of a million
 weights, 90 steps from its reference, learns little from RMSprop at 1e-6.
@@ -41,11 +41,10 @@ import math
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ...rivals.evaluate import Samples, mean_of, sample
+from ...rivals.evaluate import Samples, mean_of
 from ...text.batches import Example, check_limits, with_mismatched
 from ...text.checkpoint import WEIGHTS_FILE, state_fingerprint
 from ...text.data import Dataset, load_dataset
@@ -62,47 +61,26 @@ from ...text.objectives import (
 )
 from ...text.reviews import sentiment
 from ...text.runs import write_records
-from ...text.training_run import Data, run_training
+from ...text.training_run import Data
 from ...train import Record
 from ...validation import InputError, check_count
-from . import sft
+from . import setup, sft
 from .judged import as_pairs, judged_samples
 from .options import (
     COMMON,
-    CONFIG_FILE,
-    Defaults,
-    add_data_options,
-    add_run_options,
-    add_training_options,
+    DATA,
+    RUN,
+    TRAINING,
+    Option,
+    add_options,
+    altered,
+    declared,
+    from_zero,
     resolve,
-    settings_of,
 )
-from .report import side_by_side, summary
-from .setup import (
-    MODEL,
-    REFERENCE_FILE,
-    Policy,
-    begin,
-    context_of,
-    count_parameters,
-    load_policy,
-    open_folder,
-    pin_start,
-    prepare,
-    read_rows,
-    resumable,
-    rows_fingerprint,
-    sample_length,
-    save_policy,
-)
+from .report import sample_lines, summary
+from .setup import CONFIG_FILE, MODEL, Policy, Rows, load_policy
 
-DEFAULTS = Defaults(
-    file=COMMON
-    | {"loss_type": "dpo", "learning_rate": 1e-6, "optimizer": "rmsprop", "rows": None,
-       "eval_samples": 16},
-    reviews={"rows": 6000, "learning_rate": 2e-4, "optimizer": "adamw",
-             "warmup_steps": 20, "eval_steps": 25, "eval_samples": 256},
-)  # fmt: skip
 # What a loss's options are where nobody gives them. DPO's beta is the paper's, SimPO's two are those of its
 # own paper for Llama-3-Base. No paper can name a share of wrong labels, and this one names no alpha.
 LOSS_DEFAULTS = {
@@ -118,57 +96,61 @@ LOSS_DEFAULTS = {
 REVIEWS_BETA, SIMPO_BETA = 0.5, 2.0
 RANKED = 4  # samples of a generated ranking
 SHOWN = 5
-PREFERENCES_FILE = "preferences.jsonl"
+PREFERENCES_FILE, REFERENCE_FILE = "preferences.jsonl", "reference_logps.safetensors"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's options."""
-    add_data_options(parser, DEFAULTS, "preference pairs (rankings for plackett_luce)")
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model", metavar="MODEL",
-        help="policy and reference start as this folder, run, or released name (gpt2 to gpt2-xl); needed "
-        "with --data (default: one that sft makes on the reviews)",
-    )  # fmt: skip
-    training = add_training_options(parser, DEFAULTS)
-    training.add_argument(
-        "--loss-type", choices=LOSS_TYPES, metavar="NAME",
-        help="dpo; cdpo and robust, for labels that may be wrong; ipo, whose log-ratio margin has the finite "
-        "target 1 / (2 beta), and averaged_ipo, the same per token; kto, for single completions; simpo, orpo "
-        "and unlikelihood, without a reference; unweighted_dpo, a warning; or plackett_luce for rankings "
-        f"({DEFAULTS.text('loss_type')})",
-    )  # fmt: skip
-    _add_loss_options(parser)
-    looking = parser.add_argument_group("samples")
-    looking.add_argument(
-        "--eval-samples", type=int, metavar="N",
-        help="of the policy at each look, one a held-out row at most; 0 draws none "
-        f"({DEFAULTS.text('eval_samples')})",
-    )  # fmt: skip
-    looking.add_argument(
-        "--max-new-tokens", type=int, metavar="N",
-        help="where a sample is cut (default: half of the model's context, 128 at most)",
-    )  # fmt: skip
-    add_run_options(parser, DEFAULTS, "dpo")
+def _loss_option(name: str, text: str) -> Option:
+    """An option that single losses take; one that the chosen loss does not is refused."""
+    return Option(text if name == "beta" else f"{text} (default {LOSS_DEFAULTS[name]})", float)
 
 
-def _add_loss_options(parser: argparse.ArgumentParser) -> None:
-    """What single losses take; an option that the chosen one does not is refused."""
-    group = parser.add_argument_group("options of the loss")
-    for name, text in (
-        ("beta", f"strength of the pull towards the reference (default {LOSS_DEFAULTS['beta']}; reviews "
-         f"{REVIEWS_BETA}, for which 0.1 would leave the language behind); for simpo, which has none, a "
-         f"factor of its rewards (default {SIMPO_BETA}); orpo and unlikelihood have no beta"),
-        ("label_smoothing", "for cdpo: share of labels that may be wrong, below 1/2"),
-        ("flip_probability", "for robust: share of labels that are wrong, below 1/2"),
-        ("gamma", "for simpo: the margin that is wanted, 0 or more; its paper's for Llama-3-Base, like beta"),
-        ("lam", "for orpo: weight of the odds, 0 or more"),
-        ("alpha", "for unlikelihood: weight of the rejected completion, from 0 to 1"),
-        ("desirable_weight", "for kto: weight of chosen completions"),
-        ("undesirable_weight", "for kto: weight of rejected completions"),
-    ):  # fmt: skip
-        default = "" if name == "beta" else f" (default {LOSS_DEFAULTS[name]})"
-        group.add_argument("--" + name.replace("_", "-"), type=float, metavar="X", help=text + default)
+GROUPS = {
+    "data": altered(
+        DATA, data={"help": f"preference pairs (rankings for plackett_luce): {sft.FILES}"},
+        rows={"reviews": 6000},
+    ),
+    "model": {
+        "model": COMMON["model"]._replace(
+            help="policy and reference start as this run, folder, or released name (gpt2 to gpt2-xl); needed "
+            "with --data (default: a model that sft trains on the reviews)"
+        ),
+    },
+    "training": altered(
+        TRAINING, learning_rate={"default": 1e-6, "reviews": 2e-4}, warmup_steps={"reviews": 20},
+        optimizer={"default": "rmsprop", "reviews": "adamw"},
+    ) | {
+        "loss_type": Option(
+            "dpo; cdpo and robust, for labels that may be wrong; ipo, whose log-ratio margin has the finite "
+            "target 1 / (2 beta), and averaged_ipo, the same per token; kto, for single completions; simpo, "
+            "orpo and unlikelihood, without a reference; unweighted_dpo, a warning; or plackett_luce for "
+            "rankings", str, None, "dpo", metavar="NAME", choices=LOSS_TYPES,
+        ),
+    },
+    "options of the loss": {name: _loss_option(name, text) for name, text in {
+        "beta": f"strength of the pull towards the reference (default {LOSS_DEFAULTS['beta']}; reviews "
+        f"{REVIEWS_BETA}, as 0.1 would let the language get lost); for simpo, which has none, a factor of "
+        f"its rewards (default {SIMPO_BETA}); orpo and unlikelihood have no beta",
+        "label_smoothing": "for cdpo: share of labels that may be wrong, below 1/2",
+        "flip_probability": "for robust: share of labels that are wrong, below 1/2",
+        "gamma": "for simpo: the wanted margin, 0 or more; its paper's for Llama-3-Base, like beta",
+        "lam": "for orpo: weight of the odds, 0 or more",
+        "alpha": "for unlikelihood: weight of the rejected completion, from 0 to 1",
+        "desirable_weight": "for kto: weight of chosen completions",
+        "undesirable_weight": "for kto: weight of rejected completions",
+    }.items()},
+    "samples": {
+        "eval_samples": Option(
+            "samples drawn at each evaluation, at most one a held-out row; 0 draws none", int, from_zero,
+            16, 256,
+        ),
+        "max_new_tokens": Option(
+            "tokens of a sample at most (default: half of the model's context, but at most 128)",
+            int, check_count,
+        ),
+    },
+    "run": altered(RUN, eval_steps={"reviews": 25}),
+}  # fmt: skip
+add_arguments = partial(add_options, groups=GROUPS)
 
 
 def _loss_of(options: argparse.Namespace) -> dict[str, float]:
@@ -190,59 +172,53 @@ def _default_beta(options: argparse.Namespace) -> float:
 
 def run(args: argparse.Namespace) -> Path:
     """Check everything, train, and write the run folder, which is returned."""
-    options = resolve(args, "dpo", DEFAULTS)
+    no_samples = args.eval_samples == 0
+    options = resolve(
+        args, GROUPS,
+        ("rows", args.data is not None, sft.NO_ROWS),
+        ("data", args.model is None, "{} needs --model, the SFT model that is policy and reference at the "
+         f"start; make one by `dpo-minimal sft --data {args.data}`, or name a folder or gpt2."),
+        ("max_new_tokens", no_samples and args.data is not None,
+         "{} is not used with --eval-samples 0; leave it out."),
+        ("eval_steps", no_samples and args.held_out == 0,
+         "{} is not used with --held-out 0 and --eval-samples 0; leave it out."),
+        command="dpo",
+    )  # fmt: skip
     loss = _loss_of(options)
     if LOSS_TYPES[options.loss_type].mismatched and options.per_device_train_batch_size < 2:
         raise InputError(
             f"--loss-type {options.loss_type} needs --per-device-train-batch-size 2 or more: it estimates a "
             "divergence from the rows that go through the model together."
         )
-    check_count("--eval-samples", options.eval_samples, minimum=0)
-    if options.max_new_tokens is not None:
-        check_count("--max-new-tokens", options.max_new_tokens)
-    if options.data is not None and options.model is None:
-        raise InputError(
-            "--data needs --model, the SFT model that is policy and reference at the start; make one by "
-            f"`dpo-minimal sft --data {options.data}`, or name a folder or gpt2."
-        )
-    if options.max_new_tokens is not None and options.data is not None and options.eval_samples == 0:
-        raise InputError("--max-new-tokens is not used with --eval-samples 0; leave it out.")
-    if args.eval_steps is not None and options.held_out == options.eval_samples == 0:
-        raise InputError("--eval-steps is not used with --held-out 0 and --eval-samples 0; leave it out.")
-    begin(options)
-    if options.data is not None:  # all that can be wrong with the input, before anything is written
-        policy, dataset = load_policy(options.model), read_rows(options, LOSS_TYPES[options.loss_type].rows)
-        sample_length(options.max_new_tokens, policy.model.config.block_size)
-        train, held_out = _rows(options, dataset, policy)
-        folder = open_folder(options, "dpo")
-        with resumable("dpo", folder):
-            return _train(options, loss, folder, policy, dataset, train, held_out)
+    setup.begin(options)
+    # All that can be wrong with the input is checked before anything is written.
     policy = None if options.model is None else load_policy(options.model)
-    context = sft.DEFAULTS.reviews["context"] if policy is None else policy.model.config.block_size
-    check_limits(context_of(options, context), options.max_prompt_length)
-    sample_length(options.max_new_tokens, context)
-    folder = open_folder(options, "dpo")
-    with resumable("dpo", folder):
-        policy = policy or load_policy(str(_fine_tune(options, folder)))
-        policy.model.to(options.device)
-        dataset = _judged_reviews(options, folder, policy)
-        train, held_out = _rows(options, dataset, policy)
-        return _train(options, loss, folder, policy, dataset, train, held_out)
+    kind = LOSS_TYPES[options.loss_type].rows
+    dataset = None if options.data is None else setup.load_rows(options, kind, options.rows)
+    context = sft.REVIEWS_CONTEXT if policy is None else policy.model.config.block_size
+    setup.sample_length(options.max_new_tokens, context)
+    check_limits(setup.context_of(options, context), options.max_prompt_length)
+    rows = None if dataset is None else _rows(options, dataset, policy)
+    with setup.resumable("dpo", setup.open_folder(options, "dpo")) as folder:
+        if rows is None:
+            policy = policy or load_policy(str(_fine_tune(options, folder)))
+            policy.model.to(options.device)
+            rows = _rows(options, _judged_reviews(options, folder, policy), policy)
+        return _train(options, loss, folder, policy, rows)
 
 
-def _rows(
-    options: argparse.Namespace, dataset: Dataset, policy: Policy
-) -> tuple[list[Example], list[Example]]:
-    """Rows as tokens, (training, held out), as the loss reads them."""
-    train, held_out = prepare(options, dataset, policy)
+def _rows(options: argparse.Namespace, dataset: Dataset, policy: Policy) -> Rows:
+    """Rows as tokens, as the loss reads them."""
+    rows = setup.prepare(options, dataset, policy)
     if not LOSS_TYPES[options.loss_type].mismatched:
-        return train, held_out
+        return rows
     micro = options.per_device_train_batch_size
-    train = _without_a_single_row(train, micro * options.gradient_accumulation_steps, micro)
-    held_out = _without_a_single_row(held_out, len(held_out) + 1, micro)  # all at once
-    length = context_of(options, policy.model.config.block_size)
-    of_train = with_mismatched(train, max_length=length)
-    return of_train, with_mismatched(held_out, max_length=length, others=train) if held_out else []
+    train = _without_a_single_row(rows.train, micro * options.gradient_accumulation_steps, micro)
+    held_out = _without_a_single_row(rows.held_out, len(rows.held_out) + 1, micro)  # all at once
+    length = setup.context_of(options, policy.model.config.block_size)
+    if held_out:
+        held_out = with_mismatched(held_out, max_length=length, others=train)
+    return rows._replace(train=with_mismatched(train, max_length=length), held_out=held_out)
 
 
 def _without_a_single_row(rows: list[Example], window: int, micro: int) -> list[Example]:
@@ -254,33 +230,43 @@ def _without_a_single_row(rows: list[Example], window: int, micro: int) -> list[
 
 
 def _train(
-    options: argparse.Namespace,
-    loss: dict[str, float],
-    folder: Path,
-    policy: Policy,
-    dataset: Dataset,
-    train: list[Example],
-    held_out: list[Example],
+    options: argparse.Namespace, loss: dict[str, float], folder: Path, policy: Policy, rows: Rows
 ) -> Path:
     model = policy.model.to(options.device)
     reference = copy.deepcopy(model).requires_grad_(False)
-    fingerprint = state_fingerprint(reference)
-    vocabulary = policy.tokenizer.fingerprint
-    pin_start(folder, data=rows_fingerprint(dataset), vocabulary=vocabulary, model=fingerprint)
-    print(f"{count_parameters(model):,} parameters; loss {options.loss_type}, {_listed(loss)}.", flush=True)
-    logps = _reference(options, folder, policy, [*train, *held_out])
-    data = Data(train, held_out, logps[: len(train)], logps[len(train) :])
-    look = _Samples(options, policy, reference, held_out or train)
-    before = look.draw(reference)
-    records = run_training(
-        folder, model, preference_objective(model, options.loss_type, dtype=options.dtype, **loss), data,
-        settings_of(options), name=options.loss_type.upper(), resume=options.resume is not None,
-        check_first=partial(check_start, model, dtype=options.dtype), look=look.record,
+    fingerprint = setup.pin_start(folder, policy, rows)
+    listed = ", ".join(f"{name} {value:g}" for name, value in loss.items())
+    print(f"{setup.count_parameters(model):,} parameters; loss {options.loss_type}, {listed}.", flush=True)
+    logps = _reference(options, folder, policy, [*rows.train, *rows.held_out])
+    data = Data(rows.train, rows.held_out, logps[: len(rows.train)], logps[len(rows.train) :])
+    length = setup.sample_length(options.max_new_tokens, model.config.block_size)
+    draw = partial(
+        setup.draw_samples, options, reference=reference, rows=rows, count=options.eval_samples, length=length
+    )
+    drawn = [draw(policy._replace(model=reference))]
+
+    def measure_samples() -> Record:
+        drawn.append(draw(policy))
+        return _sample_metrics(drawn[-1])
+
+    records = setup.train_in(
+        folder, options, policy, preference_objective(model, options.loss_type, dtype=options.dtype, **loss),
+        data, name=options.loss_type.upper(), check_first=partial(check_start, model, dtype=options.dtype),
+        look=measure_samples,
     )  # fmt: skip
     if state_fingerprint(reference) != fingerprint:
         raise AssertionError("the reference has moved in training, which is a bug in here")
-    save_policy(policy, folder)
-    after = look.latest or look.draw(model)  # a run that was finished already has looked at nothing
+    if len(drawn) == 1:  # a run that was finished already, in which nothing was evaluated
+        drawn.append(draw(policy))
+    _report(options, loss, folder, rows.train, records, drawn[0], drawn[-1])
+    return folder
+
+
+def _report(
+    options: argparse.Namespace, loss: dict[str, float], folder: Path, train: list[Example],
+    records: list[Record], before: Samples | None, after: Samples | None,
+) -> None:  # fmt: skip
+    """The figure, and on the screen samples before and after."""
     from .figure import preference_figure  # matplotlib is slow to import: not before it is needed
 
     start_of = LOSS_TYPES[options.loss_type].start
@@ -290,13 +276,22 @@ def _train(
     if before is not None:
         # Losses without a reference, whose beta is none or another thing, are measured like the others.
         beta = REVIEWS_BETA if start_of is None else options.beta
-        print("\n".join(["", *side_by_side(before, after, SHOWN), "", *summary(before, after, beta)]))
+        texts = sample_lines(SHOWN, {"before": before, "after": after})
+        print("\n".join(["", *texts, "", *summary(before, after, beta)]))
     print(f"\nWrote {folder}/model, training.png, metrics.jsonl and config.json.", flush=True)
-    return folder
 
 
-def _listed(loss: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in loss.items())
+def _sample_metrics(samples: Samples | None) -> Record:
+    """What is logged of samples: divergence, length, and the true reward where it is known."""
+    if samples is None:
+        return {}
+    divergence, length = mean_of(samples.log_ratios), mean_of(samples.lengths)
+    found = {"kl/policy_reference": divergence.value, "kl/error": divergence.error}
+    found |= {"samples/length": length.value, "samples/ended": samples.ended.double().mean().item()}
+    if samples.rewards is not None:
+        reward = mean_of(samples.rewards)
+        found |= {"samples/reward": reward.value, "samples/reward_error": reward.error}
+    return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 # -------------------------------------------------------------------------------------- without --data
@@ -307,19 +302,14 @@ def _fine_tune(options: argparse.Namespace, folder: Path) -> Path:
     target = folder / "sft"
     if (target / MODEL / WEIGHTS_FILE).exists():
         return target
-    flags = ["--resume", str(target)] if (target / CONFIG_FILE).exists() else _sft_flags(options, target)
-    parser = argparse.ArgumentParser()
-    sft.add_arguments(parser)
+    given = {"resume": str(target)}
+    if not (target / CONFIG_FILE).exists():
+        given = {name: getattr(options, name) for name in ("seed", "device", "dtype")}
+        given["output_dir"] = str(target)
     print("Supervised fine-tuning first: the reference has to speak the language.\n", flush=True)
-    sft.run(parser.parse_args(flags))
+    sft.run(argparse.Namespace(**dict.fromkeys(declared(sft.GROUPS)) | given))
     print("\nNow preferences between its own samples.\n", flush=True)
     return target
-
-
-def _sft_flags(options: argparse.Namespace, target: Path) -> list[str]:
-    flags = {"--output-dir": target, "--seed": options.seed}
-    flags |= {"--device": options.device, "--dtype": options.dtype}
-    return [str(word) for pair in flags.items() for word in pair]
 
 
 def _judged_reviews(options: argparse.Namespace, folder: Path, policy: Policy) -> Dataset:
@@ -329,7 +319,7 @@ def _judged_reviews(options: argparse.Namespace, folder: Path, policy: Policy) -
     if not path.exists():
         rows = judged_samples(
             policy, options.rows, 2 if kind == "preferences" else RANKED, reward=sentiment,
-            max_new_tokens=sample_length(options.max_new_tokens, policy.model.config.block_size),
+            max_new_tokens=setup.sample_length(options.max_new_tokens, policy.model.config.block_size),
             seed=options.seed, progress=partial(tqdm, desc="sampling", disable=None, leave=False),
         )  # fmt: skip
         write_records(path, as_pairs(rows) if kind == "preferences" else rows)
@@ -351,37 +341,3 @@ def _reference(options: argparse.Namespace, folder: Path, policy: Policy, exampl
         )  # fmt: skip
         save_reference_logps(path, logps, key)
     return logps
-
-
-class _Samples:
-    """Draws the policy's answers to the same prompts again and again, with the same random numbers."""
-
-    def __init__(
-        self, options: argparse.Namespace, policy: Policy, reference: torch.nn.Module, rows: list[Example]
-    ):
-        self.options, self.reference = options, reference
-        self.latest: Samples | None = None
-        self.model, self.tokenizer = policy
-        self.prompts = [policy.tokenizer.decode(example.prompt) for example in rows[: options.eval_samples]]
-
-    def draw(self, model) -> Samples | None:
-        if not self.prompts:
-            return None
-        return sample(
-            model, self.reference, self.tokenizer, self.prompts, seed=self.options.seed,
-            max_new_tokens=sample_length(self.options.max_new_tokens, model.config.block_size),
-            reward=sentiment if self.options.data is None else None,
-        )  # fmt: skip
-
-    def record(self) -> Record:
-        """What is logged at each look: divergence, length, and the true reward where it is known."""
-        self.latest = samples = self.draw(self.model)
-        if samples is None:
-            return {}
-        divergence, length = mean_of(samples.log_ratios), mean_of(samples.lengths)
-        found = {"kl/policy_reference": divergence.value, "kl/error": divergence.error}
-        found |= {"samples/length": length.value, "samples/ended": samples.ended.double().mean().item()}
-        if samples.rewards is not None:
-            reward = mean_of(samples.rewards)
-            found |= {"samples/reward": reward.value, "samples/reward_error": reward.error}
-        return {name: value for name, value in found.items() if math.isfinite(value)}

@@ -1,208 +1,192 @@
-"""The options that sft and dpo share: declared, given their defaults, checked, and read back on --resume.
+"""The options of the text commands: each is declared once, for parser, help, checks, defaults and --resume.
 
-Every option is None until it is given, so that two things can be told apart: a flag that contradicts the run
-to go on with, and a default. Defaults stand in one table a command: those for a file, and those for the
-generated reviews.
+An option is None until `resolve` fills in its default. So what is given, but of no use or against the run to
+resume, can be told from a default.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...text.objectives import DTYPES
-from ...text.training_run import Settings
 from ...train import OPTIMIZERS
-from ...validation import InputError, check_count, check_device, check_positive, check_seed
+from ...validation import (
+    InputError,
+    check_count,
+    check_device,
+    check_not_negative,
+    check_positive,
+    check_seed,
+)
 
 CONFIG_FILE = "config.json"
+HELD_OUT, MOST_HELD_OUT = 0.05, 500  # more rows would make evaluations longer than their precision is worth
 
 
-HELD_OUT, MOST_HELD_OUT = 0.05, 500  # more rows would cost more time at each look than they tell
-
-
-class Defaults(NamedTuple):
-    """What an option is where nobody gives it.
+class Option(NamedTuple):
+    """An option of a command.
 
     Fields:
-        file: with --data.
-        reviews: what differs for the generated reviews.
+        help: what it is for, to which its default is added.
+        kind: int, float or str; bool for a flag without a value; list for a text that may be repeated.
+        check: (flag, value) -> None, raises InputError; None where no value is out of range.
+        default: its value where it is not given; None where something else decides, as its help then says.
+        reviews: the same for the generated reviews, without --data, where that differs.
+        metavar: what its value is called in the help, if not N or X; choices, required: as in argparse.
     """
 
-    file: dict[str, Any]
-    reviews: dict[str, Any]
+    help: str
+    kind: type = int
+    check: Callable[[str, Any], None] | None = None
+    default: Any = None
+    reviews: Any = None
+    metavar: str | None = None
+    choices: Collection[str] | None = None
+    required: bool = False
 
-    def of(self, data: str | None) -> dict[str, Any]:
-        return self.file if data is not None else self.file | self.reviews
+    def arguments(self) -> dict[str, Any]:
+        """Keywords for argparse's add_argument."""
+        texts = [str(value) for value in (self.default, self.reviews) if value is not None]
+        text = f"{self.help} (default {'; reviews '.join(texts)})" if texts else self.help
+        if self.kind is bool:
+            return {"help": text, "action": "store_true", "default": None}
+        metavar = self.metavar or {int: "N", float: "X"}.get(self.kind)
+        found = {"help": text, "metavar": metavar, "choices": self.choices, "required": self.required}
+        return found | ({"action": "append"} if self.kind is list else {"type": self.kind})
 
-    def text(self, name: str) -> str:
-        """The defaults of an option, for its help."""
-        file = self.file[name]
-        found = f"default {'off' if file is None else file}"
-        if name in self.reviews and self.reviews[name] != file:
-            found += f"; reviews {self.reviews[name]}"
-        return found
+
+Group = dict[str, Option]  # by their names, which are the flags with _ for -
+from_zero = partial(check_count, minimum=0)
 
 
-# What sft and dpo have in common. Batch and warm-up are the paper's.
-COMMON = {
-    "per_device_train_batch_size": 8,
-    "gradient_accumulation_steps": 8,
-    "num_train_epochs": 1,
-    "max_steps": None,
-    "warmup_steps": 150,
-    "max_grad_norm": 1.0,
-    "held_out": None,
-    "max_length": None,
-    "max_prompt_length": None,
-    "logging_steps": 1,
-    "eval_steps": 50,
-    "save_steps": 200,
-    "dtype": "float32",
-    "device": "cpu",
-    "seed": 0,
+def _check_fraction(flag: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise InputError(f"{flag} must lie in [0, 1), got {value}.")
+
+
+# ------------------------------------------------------------- what several commands have; batch and warm-up
+# are the paper's
+
+COMMON: Group = {
+    "model": Option("a run, a folder, or a released name (gpt2 to gpt2-xl)", str, metavar="MODEL"),
+    "skip_bad_rows": Option("leave out and list bad rows of --data instead of stopping at the first", bool),
+    "device": Option("cpu or cuda", str, lambda _, value: check_device(value), "cpu", metavar="DEVICE"),
+    "seed": Option("the same seed gives the same run", int, check_seed, 0),
+    "json": Option("print everything as JSON", bool),
 }
+TOKENIZERS = ("bytes", "bpe", "gpt2")
+DATA: Group = {
+    "data": Option("", str, metavar="FILE"),
+    "rows": Option("without --data: how many rows to generate", int, partial(check_count, minimum=100)),
+    "skip_bad_rows": COMMON["skip_bad_rows"],
+    "max_length": Option(
+        "tokens of a prompt with its longest completion; a longer prompt loses its left end, a completion "
+        "is never cut (default: the model's context)", int, check_count,
+    ),
+    "max_prompt_length": Option("tokens of the prompt alone (default: no such limit)", int, check_count),
+    "held_out": Option(
+        "share of the rows kept for evaluation, whole prompts at a time; 0 keeps none (default "
+        f"{HELD_OUT}, but {MOST_HELD_OUT} rows at most)", float, _check_fraction, metavar="SHARE",
+    ),
+}  # fmt: skip
+TRAINING: Group = {
+    "learning_rate": Option("reached at the end of the warm-up, then constant", float, check_positive),
+    "per_device_train_batch_size": Option("rows that go through the model together", int, check_count, 8),
+    "gradient_accumulation_steps": Option(
+        "such batches in an optimizer step, whose gradients are summed exactly to rounding",
+        int, check_count, 8,
+    ),
+    "num_train_epochs": Option("passes over the data", int, check_count, 1),
+    "max_steps": Option("optimizer steps at most (default: no limit)", int, check_count),
+    "warmup_steps": Option("steps in which the learning rate grows linearly", int, from_zero, 150),
+    "max_grad_norm": Option(
+        "clip the gradient to this norm; 0 clips nothing", float, check_not_negative, 1.0
+    ),
+    "optimizer": Option("without weight decay", str, choices=OPTIMIZERS),
+}  # fmt: skip
+RUN: Group = {
+    "output_dir": Option("new folder (default: the next free runs/COMMAND-NNN)", str, metavar="DIR"),
+    "resume": Option(
+        "go on with an interrupted run, to the same weights as if it had not been interrupted; all other "
+        "options are then those of the run", str, metavar="DIR",
+    ),
+    "dtype": Option(
+        "of the matrix products; weights, log-softmax and loss are float32 in any case",
+        str, None, "float32", choices=DTYPES,
+    ),
+    "device": COMMON["device"],
+    "seed": COMMON["seed"],
+    "logging_steps": Option(
+        "write every Nth step, the first and the last to metrics.jsonl", int, check_count, 1
+    ),
+    "eval_steps": Option(
+        "evaluate every N steps; 0: only before and after the training", int, from_zero, 50
+    ),
+    "save_steps": Option("write a checkpoint every N steps; 0: only at the end", int, from_zero, 200),
+}  # fmt: skip
 
 
-def add_data_options(
-    parser: argparse.ArgumentParser, defaults: Defaults, rows: str, context_note: str = ""
-) -> None:
-    """--data and what is done to its rows; `rows` says what they are."""
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data", metavar="FILE",
-        help=f"{rows}: JSON or JSONL, gzipped or not; see `dpo-minimal audit --data FILE` first "
-        "(default: film reviews that the package makes up itself)",
-    )  # fmt: skip
-    group.add_argument(
-        "--rows", type=int, metavar="N",
-        help=f"without --data: how many rows to make up (default {defaults.reviews['rows']})",
-    )  # fmt: skip
-    group.add_argument(
-        "--skip-bad-rows", action="store_true", default=None,
-        help="leave out and list bad rows instead of stopping at the first",
-    )  # fmt: skip
-    group.add_argument(
-        "--max-length", type=int, metavar="N",
-        help="tokens of a prompt with its longest completion; a longer prompt loses its left end, a "
-        f"completion never loses anything (default: the model's context{context_note})",
-    )  # fmt: skip
-    group.add_argument("--max-prompt-length", type=int, metavar="N", help="and of the prompt alone")
-    group.add_argument(
-        "--held-out", type=float, metavar="FRACTION",
-        help="part of the rows kept for evaluation, whole prompts at a time; 0 keeps none (default "
-        f"{HELD_OUT}, but {MOST_HELD_OUT} rows at most)",
-    )  # fmt: skip
+def altered(group: Group, **changes: dict[str, Any]) -> Group:
+    """The group with other fields of some of its options."""
+    return group | {name: group[name]._replace(**fields) for name, fields in changes.items()}
 
 
-def add_training_options(parser: argparse.ArgumentParser, defaults: Defaults) -> argparse._ArgumentGroup:
-    """The optimizer and its steps; returns the group, for more of them."""
-    group = parser.add_argument_group("training")
-    for flag, kind, text in (
-        ("--learning-rate", float, "reached at the end of the warm-up, then constant"),
-        ("--per-device-train-batch-size", int, "rows that go through the model together"),
-        ("--gradient-accumulation-steps", int, "such batches an optimizer step, exact to rounding"),
-        ("--num-train-epochs", int, "passes over the data"),
-        ("--max-steps", int, "optimizer steps at most"),
-        ("--warmup-steps", int, "steps in which the learning rate grows linearly"),
-        ("--max-grad-norm", float, "clip the gradient to this norm; 0 clips nothing"),
-    ):
-        group.add_argument(
-            flag, type=kind, metavar="N" if kind is int else "X",
-            help=f"{text} {_in(defaults, flag[2:].replace('-', '_'))}",
-        )  # fmt: skip
-    group.add_argument(
-        "--optimizer", choices=OPTIMIZERS, help="without weight decay " + _in(defaults, "optimizer")
-    )
-    return group
+# -------------------------------------------------------------------------------- from declaration to values
 
 
-def add_run_options(parser: argparse.ArgumentParser, defaults: Defaults, command: str) -> None:
-    """Where and how often."""
-    group = parser.add_argument_group("run")
-    group.add_argument("--output-dir", metavar="DIR", help=f"new folder (default runs/{command}-NNN)")
-    group.add_argument(
-        "--resume", metavar="DIR",
-        help="go on with an interrupted run, to the same weights as if it had not been interrupted; all "
-        "other options are then those of the run",
-    )  # fmt: skip
-    group.add_argument(
-        "--dtype", choices=DTYPES,
-        help="of the matrix products; weights, log-softmax and loss are float32 in any case "
-        + _in(defaults, "dtype"),
-    )  # fmt: skip
-    group.add_argument("--device", help="cpu or cuda " + _in(defaults, "device"))
-    group.add_argument("--seed", type=int, help="the same seed gives the same run " + _in(defaults, "seed"))
-    for flag, text in (
-        ("--logging-steps", "write every Nth step, the first and the last to metrics.jsonl"),
-        ("--eval-steps", "look at the held-out rows every N steps; 0 only before and after"),
-        ("--save-steps", "write a checkpoint every N steps; 0 only at the end"),
-    ):
-        group.add_argument(
-            flag, type=int, metavar="N", help=f"{text} {_in(defaults, flag[2:].replace('-', '_'))}"
-        )
+def add_options(parser: argparse.ArgumentParser, groups: dict[str, Group]) -> None:
+    """Declare a command's options, by the titles of their groups."""
+    needed = []
+    for title, group in groups.items():
+        section = parser.add_argument_group(title)
+        for name, option in group.items():
+            section.add_argument(flag_of(name), **option.arguments())
+            needed += [f"{flag_of(name)} {option.metavar}"] if option.required else []
+    parser.usage = " ".join(["%(prog)s", *needed, "[options]"])
 
 
-def _in(defaults: Defaults, name: str) -> str:
-    return f"({defaults.text(name)})"
+def declared(groups: dict[str, Group]) -> dict[str, Option]:
+    """All options, by their names."""
+    return {name: option for group in groups.values() for name, option in group.items()}
 
 
-def resolve(args: argparse.Namespace, command: str, defaults: Defaults) -> argparse.Namespace:
-    """All options with a value: of the run to resume, else given, else default.
-
-    `resume` is then a Path or None.
-
-    Raises InputError: an option out of range or without use here, or one that contradicts the resumed run.
-    """
-    if args.resume is not None:
-        return _resumed(args, command)
-    if args.data is not None:
-        if args.rows is not None:
-            raise InputError("--rows is used only without --data, for the generated reviews; leave it out.")
-    elif args.skip_bad_rows is not None:
-        raise InputError("--skip-bad-rows is used only with --data: the generated reviews have no bad rows.")
-    values = defaults.of(args.data)
-    options = argparse.Namespace(
-        **{name: values.get(name) if value is None else value for name, value in vars(args).items()}
-    )
-    _check(options)
-    return options
-
-
-def _check(options: argparse.Namespace) -> None:
-    for name in (
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "num_train_epochs",
-        "logging_steps",
-    ):
-        check_count(_flag(name), getattr(options, name))
-    for name in ("warmup_steps", "eval_steps", "save_steps"):
-        check_count(_flag(name), getattr(options, name), minimum=0)
-    for name in ("max_steps", "max_length", "max_prompt_length"):
-        if getattr(options, name) is not None:
-            check_count(_flag(name), getattr(options, name))
-    if options.data is None:
-        check_count("--rows", options.rows, minimum=100)
-    check_seed("--seed", options.seed)
-    check_positive("--learning-rate", options.learning_rate)
-    if not 0 <= options.max_grad_norm < float("inf"):
-        raise InputError(f"--max-grad-norm must be a number from 0 on, got {options.max_grad_norm}.")
-    if options.held_out is not None and not 0 <= options.held_out < 1:
-        raise InputError(f"--held-out must lie in [0, 1), got {options.held_out}.")
-    check_device(options.device)
-
-
-def _flag(name: str) -> str:
+def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def settings_of(options: argparse.Namespace) -> Settings:
-    """The part of the options that the training loop takes."""
-    values = {name: getattr(options, name) for name in Settings._fields}
-    return Settings(**values | {"max_grad_norm": options.max_grad_norm or None})
+def resolve(
+    args: argparse.Namespace,
+    groups: dict[str, Group],
+    *rules: tuple[str, bool, str],
+    command: str | None = None,
+) -> argparse.Namespace:
+    """All options with a value: given, else default; of a run to resume, those of the run.
+
+    Args:
+        rules: what is refused although in range, mostly as it has no use beside other options: names of
+            options, whether they are refused, and the message, with {} for the flag.
+        command: which makes run folders, so that --resume is one of its options.
+    Raises InputError: a rule, an option out of range, or one that contradicts the run to resume.
+    """
+    if command is not None and args.resume is not None:
+        return _resumed(args, command)
+    unused = "{} is used only with --data, whose rows may be bad; leave it out."
+    for names, refused, message in (("skip_bad_rows", args.data is None, unused), *rules):
+        for name in names.split():
+            if refused and getattr(args, name, None) is not None:
+                raise InputError(message.format(flag_of(name)))
+    values = dict(vars(args))
+    for name, option in declared(groups).items():
+        if values[name] is None:
+            values[name] = option.reviews if args.data is None and option.reviews else option.default
+        elif option.check is not None:
+            option.check(flag_of(name), values[name])
+    return argparse.Namespace(**values)
 
 
 # ----------------------------------------------------------------------------------------------- resuming
@@ -217,12 +201,12 @@ def _resumed(args: argparse.Namespace, command: str) -> argparse.Namespace:
         )
     options = config["options"]
     if missing := sorted(set(vars(args)) - set(options)):
-        raise InputError(f"--resume {folder}: was made without {_flag(missing[0])}; start a new run.")
+        raise InputError(f"--resume {folder}: was made without {flag_of(missing[0])}; start a new run.")
     for name, value in vars(args).items():
         if value is not None and name != "resume" and value != options.get(name):
             was = options.get(name)
             there = "is not given" if was is None else f"is {was}"
-            raise InputError(f"--resume {folder}: {_flag(name)} {there} in that run; leave it out.")
+            raise InputError(f"--resume {folder}: {flag_of(name)} {there} in that run; leave it out.")
     return argparse.Namespace(**options | {"resume": folder})
 
 

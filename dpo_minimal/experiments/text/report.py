@@ -39,28 +39,15 @@ def prompt_line(prompt: str) -> str:
     return shown if len(shown) <= PROMPT_END else "... " + shown[-PROMPT_END:]
 
 
-def sample_lines(samples: Samples, shown: int) -> list[str]:
-    """Each prompt with its sample."""
+def sample_lines(shown: int, samples: dict[str, Samples]) -> list[str]:
+    """The first prompts, each with its sample by every policy, given by the policy's name."""
     lines = []
-    for place in range(min(shown, len(samples.prompts))):
-        lines.append(prompt_line(samples.prompts[place]))
-        lines += text_lines(_label("", samples, place), samples.texts[place])
+    for place, prompt in list(enumerate(next(iter(samples.values())).prompts))[:shown]:
+        lines.append(prompt_line(prompt))
+        for name, drawn in samples.items():
+            reward = "" if drawn.rewards is None else f"{drawn.rewards[place]:+.2f}"
+            lines += text_lines(f"{name:<7}{reward:>7}", drawn.texts[place])
     return lines
-
-
-def side_by_side(before: Samples, after: Samples, shown: int) -> list[str]:
-    """Each prompt with its sample before and after training."""
-    lines = []
-    for place in range(min(shown, len(before.prompts))):
-        lines.append(prompt_line(before.prompts[place]))
-        for name, samples in (("before", before), ("after", after)):
-            lines += text_lines(_label(name, samples, place), samples.texts[place])
-    return lines
-
-
-def _label(name: str, samples: Samples, place: int) -> str:
-    reward = "" if samples.rewards is None else f"{samples.rewards[place]:+.2f}"
-    return f"{name:<7}{reward:>7}" if name or reward else ""
 
 
 def summary(before: Samples, after: Samples, beta: float) -> list[str]:

@@ -36,6 +36,7 @@ import json
 import math
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,88 +44,78 @@ from ...rivals.evaluate import mean_of
 from ...text.audit import FEW, Audit
 from ...text.batches import tokenize
 from ...text.checkpoint import state_fingerprint
-from ...text.data import Dataset, dataset_from_rows, load_dataset
-from ...text.reviews import comparisons
+from ...text.data import dataset_from_rows
 from ...text.tokenizer import Tokenizer
-from ...validation import InputError, check_count, check_device, check_positive
-from .options import CONFIG_FILE, read_run_config
+from ...validation import InputError, check_positive
+from .options import COMMON, CONFIG_FILE, Option, add_options, from_zero, read_run_config, resolve
 from .pair_scores import SIDES, PairScores, pair_lines, pair_record, score_pairs
-from .setup import MODEL, Policy, context_of, load_policy
+from .setup import MODEL, Policy, context_of, load_policy, load_rows
 
 BETA = 0.1  # the paper's
 REVIEWS, SHOWN = 200, 5  # generated pairs; pairs shown
 PAIR = ("prompt", *SIDES)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's options."""
-    parser.add_argument(
-        "--model", metavar="MODEL", required=True, help="the policy: a run, a folder, or a released name"
-    )
-    parser.add_argument(
-        "--reference", metavar="MODEL",
-        help="likewise, with the same vocabulary (default, for a run of dpo: what it started from)",
-    )  # fmt: skip
-    pairs = parser.add_argument_group("pairs")
-    pairs.add_argument(
-        "--data", metavar="FILE",
-        help=f"preference pairs as dpo and audit read them (default: {REVIEWS} generated film reviews)",
-    )  # fmt: skip
-    pairs.add_argument("--skip-bad-rows", action="store_true", help="leave out and list bad rows of --data")
-    for name in PAIR:
-        pairs.add_argument(f"--{name}", metavar="TEXT", help="of one pair of your own, exactly as it is")
-    pairs.add_argument(
-        "--max-length", type=int, metavar="N",
-        help="tokens of a prompt with its longest completion (default: what both models can read)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--beta", type=float, metavar="B", help=f"default that of the run, else {BETA}, the paper's"
-    )
-    parser.add_argument(
-        "--rows", type=int, metavar="N",
-        help=f"pairs to show, the first ones (default {SHOWN}; with --json all); 0 shows the means alone",
-    )  # fmt: skip
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument(
-        "--json", action="store_true", help="print all numbers, one JSON object a pair, last the means"
-    )
-    parser.add_argument(
-        "--no-color", action="store_true", help="as where NO_COLOR is set or the output is no terminal"
-    )
+GROUPS = {
+    "models": {
+        "model": COMMON["model"]._replace(help="the policy: a run, folder, or released name", required=True),
+        "reference": COMMON["model"]._replace(
+            help="likewise, with the same vocabulary (default, for a run of dpo: what it started from)"
+        ),
+        "beta": Option(f"of the rewards (default: that of the run, else {BETA}, the paper's)", float,
+                       check_positive, metavar="B"),
+    },
+    "pairs": {
+        "data": Option(
+            f"preference pairs as dpo and audit read them (default: {REVIEWS} generated film reviews)", str,
+            metavar="FILE",
+        ),
+        "skip_bad_rows": COMMON["skip_bad_rows"],
+        **{name: Option("of one pair of your own, exactly as it is", str, metavar="TEXT") for name in PAIR},
+        "max_length": Option(
+            "tokens of a prompt with its longest completion (default: what both models can read)"
+        ),
+    },
+    "run": {
+        "rows": Option(
+            f"pairs to show, the first ones (default {SHOWN}; with --json all); 0 shows the means alone", int,
+            from_zero,
+        ),
+        "device": COMMON["device"],
+        "json": COMMON["json"]._replace(
+            help="print all numbers, one JSON object a pair, last the means"
+        ),
+        "no_color": Option("as where NO_COLOR is set or the output is no terminal", bool),
+    },
+}  # fmt: skip
+add_arguments = partial(add_options, groups=GROUPS)
 
 
 def run(args: argparse.Namespace) -> PairScores:
     """Score and print; nothing is written. Returns the scores of all pairs."""
-    _check(args)
+    given = [name for name in PAIR if getattr(args, name) is not None]
+    missing = [f"--{name}" for name in PAIR if name not in given]
+    args = resolve(
+        args, GROUPS,
+        (" ".join(PAIR), args.data is not None, "{} and --data both give pairs; leave one out."),
+        (" ".join(PAIR), bool(given and missing),
+         f"{{}} needs {' '.join(missing[:1])}: a pair is --prompt, --chosen and --rejected."),
+        ("no_color", bool(args.json), "{} is not used with --json, which has no colours; leave it out."),
+    )  # fmt: skip
     config = _run_of(args.model)
     policy = load_policy(args.model)
     reference = _reference(args, config, policy)
+    if given:
+        pair = {name: getattr(args, name) for name in PAIR}
+        dataset = dataset_from_rows([pair], "the pair given", "preferences")
+    else:
+        dataset = load_rows(args, "preferences", REVIEWS)
     examples, audit = tokenize(
-        _dataset(args), policy.tokenizer, skip_bad_rows=args.skip_bad_rows,
+        dataset, policy.tokenizer, skip_bad_rows=bool(args.skip_bad_rows),
         max_length=min(*(context_of(args, gpt.config.block_size) for gpt in (policy.model, reference.model))),
     )  # fmt: skip
     beta = args.beta or config["options"].get("beta") or BETA  # None: a loss without one
     scores = score_pairs(policy.model, reference.model, examples, beta=beta, device=args.device)
     (_print_json if args.json else _print_tables)(args, scores, audit, policy.tokenizer)
     return scores
-
-
-def _check(args: argparse.Namespace) -> None:
-    given = [name for name in PAIR if getattr(args, name) is not None]
-    if args.data is not None and given:
-        raise InputError(f"--{given[0]} and --data both give pairs; leave one out.")
-    if given and len(given) < len(PAIR):
-        missing = next(name for name in PAIR if name not in given)
-        raise InputError(f"--{given[0]} needs --{missing}: a pair is --prompt, --chosen and --rejected.")
-    if args.skip_bad_rows and args.data is None:
-        raise InputError("--skip-bad-rows is used only with --data, which alone may have bad rows.")
-    if args.json and args.no_color:
-        raise InputError("--no-color is not used with --json, which has no colours; leave it out.")
-    if args.rows is not None:
-        check_count("--rows", args.rows, minimum=0)
-    if args.beta is not None:
-        check_positive("--beta", args.beta)
-    check_device(args.device)
 
 
 def _run_of(name: str) -> dict[str, Any]:
@@ -167,15 +158,6 @@ def _reference(args: argparse.Namespace, config: dict[str, Any], policy: Policy)
             "be compared; name the model that training started from."
         )
     return reference
-
-
-def _dataset(args: argparse.Namespace) -> Dataset:
-    if args.data is not None:
-        return load_dataset(args.data, "preferences", skip_bad_rows=args.skip_bad_rows)
-    if args.prompt is not None:
-        pair = {name: getattr(args, name) for name in PAIR}
-        return dataset_from_rows([pair], "the pair given", "preferences")
-    return dataset_from_rows(comparisons(REVIEWS, seed=0), "reviews", "preferences")
 
 
 def _print_json(args: argparse.Namespace, scores: PairScores, audit: Audit, tokenizer: Tokenizer) -> None:

@@ -1,4 +1,4 @@
-"""What sft and dpo do before the first step: find the model, read the data, open the run folder."""
+"""What the text commands share: models, rows and samples by their options; the run folder of sft and dpo."""
 
 from __future__ import annotations
 
@@ -6,24 +6,42 @@ import argparse
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from ...model import GPT
+from ...rivals.evaluate import Samples, sample
 from ...text.allocator import keep_freed_memory
 from ...text.batches import Example, split_by_prompt, tokenize
-from ...text.checkpoint import NAMES, load_model, read_config, read_json_object, save_model
-from ...text.data import Dataset, load_dataset
+from ...text.checkpoint import (
+    NAMES,
+    load_model,
+    read_config,
+    read_json_object,
+    save_model,
+    state_fingerprint,
+)
+from ...text.data import Dataset, dataset_from_rows, load_dataset
+from ...text.reviews import comparisons, demonstrations, sentiment
 from ...text.runs import new_run_folder, refuse_used_folder, versions, write_json
-from ...text.tokenizer import TOKENIZER_FILE, Tokenizer, gpt2_tokenizer, load_tokenizer, save_tokenizer
-from ...text.training_run import Interrupted
+from ...text.tokenizer import (
+    TOKENIZER_FILE,
+    Tokenizer,
+    byte_tokenizer,
+    gpt2_tokenizer,
+    load_tokenizer,
+    save_tokenizer,
+    train_bpe,
+)
+from ...text.training_run import Data, Interrupted, Settings, run_training
+from ...train import Objective, Record
 from ...validation import InputError
 from .options import CONFIG_FILE, HELD_OUT, MOST_HELD_OUT, read_run_config
 
-MODEL, REFERENCE_FILE = "model", "reference_logps.safetensors"
+MODEL = "model"  # where a run keeps its result
 GPT2_VOCABULARY = 50257
 
 
@@ -106,38 +124,71 @@ def context_of(options: argparse.Namespace, context: int) -> int:
 def sample_length(given: int | None, context: int) -> int:
     """--max-new-tokens, by default half of the context and 128 at most.
 
-    Raises InputError where no room would be left for a prompt.
+    Raises InputError where no token would be left for a prompt.
     """
     if given is None:
         return max(1, min(128, context // 2))
     if given >= context:
         raise InputError(
-            f"--max-new-tokens {given}: leaves no room for a prompt in a context of {context}; lower it."
+            f"--max-new-tokens {given}: leaves no token for a prompt in a context of {context}; lower it."
         )
     return given
 
 
-def read_rows(options: argparse.Namespace, kind: str) -> Dataset:
-    """The rows of --data."""
-    return load_dataset(options.data, kind, skip_bad_rows=bool(options.skip_bad_rows))
+def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A tokenizer of a kind; a BPE learns its tokens from the texts, InputError where those are too few."""
+    if kind == "bpe":
+        return train_bpe("\n".join(texts), vocab_size)
+    return gpt2_tokenizer() if kind == "gpt2" else byte_tokenizer()
 
 
-def prepare(
-    options: argparse.Namespace, dataset: Dataset, policy: Policy
-) -> tuple[list[Example], list[Example]]:
-    """Rows as tokens, (training, held out); the audit is printed."""
+# ---------------------------------------------------------------------------------------------------- rows
+
+
+def load_rows(options: argparse.Namespace, kind: str, count: int, seed: int = 0) -> Dataset:
+    """The rows of --data, else so many generated reviews."""
+    if options.data is not None:
+        return load_dataset(options.data, kind, skip_bad_rows=bool(options.skip_bad_rows))
+    made = comparisons if kind == "preferences" else demonstrations
+    return dataset_from_rows(made(count, seed=seed), "reviews", kind)
+
+
+class Rows(NamedTuple):
+    """Rows as tokens, and the SHA-256 of what they are as texts."""
+
+    train: list[Example]
+    held_out: list[Example]
+    fingerprint: str
+
+
+def prepare(options: argparse.Namespace, dataset: Dataset, policy: Policy) -> Rows:
+    """Rows as tokens, some of them held out; the audit is printed."""
     examples, audit = tokenize(
-        dataset,
-        policy.tokenizer,
-        max_length=context_of(options, policy.model.config.block_size),
-        max_prompt_length=options.max_prompt_length,
-        skip_bad_rows=bool(options.skip_bad_rows),
-    )
+        dataset, policy.tokenizer, max_length=context_of(options, policy.model.config.block_size),
+        max_prompt_length=options.max_prompt_length, skip_bad_rows=bool(options.skip_bad_rows),
+    )  # fmt: skip
     print(f"{audit}\n", flush=True)
     fraction = options.held_out
     if fraction is None:
         fraction = min(HELD_OUT, MOST_HELD_OUT / len(examples))
-    return split_by_prompt(examples, fraction, seed=options.seed)
+    fingerprint = hashlib.sha256(json.dumps(dataset.rows).encode()).hexdigest()
+    return Rows(*split_by_prompt(examples, fraction, seed=options.seed), fingerprint)
+
+
+def draw_samples(
+    options: argparse.Namespace, policy: Policy, reference: GPT, rows: Rows, count: int, length: int
+) -> Samples | None:
+    """A sample of each of the first prompts, of held-out rows where there are any; None for a count of 0.
+
+    The same prompts and random numbers in every call, so that two policies can be compared.
+    """
+    prompts = [policy.tokenizer.decode(row.prompt) for row in (rows.held_out or rows.train)[:count]]
+    if not prompts:
+        return None
+    return sample(
+        policy.model, reference, policy.tokenizer, prompts, seed=options.seed, max_new_tokens=length,
+        reward=sentiment if options.data is None else None,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------- run folder
@@ -164,33 +215,42 @@ def open_folder(options: argparse.Namespace, command: str) -> Path:
 
 
 @contextlib.contextmanager
-def resumable(command: str, folder: Path) -> Iterator[None]:
+def resumable(command: str, folder: Path) -> Iterator[Path]:
     """Says after Ctrl-C how to go on; where a run is part of another, the outer one says it."""
     try:
-        yield
+        yield folder
     except KeyboardInterrupt as interruption:
         reason = str(interruption).partition(";")[0] or "interrupted"
         how = f"dpo-minimal {command} --resume {folder}"
         raise Interrupted(f"{reason}; go on with `{how}`.") from None
 
 
-def pin_start(folder: Path, **facts: Any) -> None:
-    """Note what a run starts from; when it goes on, require that it still is the same.
+def pin_start(folder: Path, policy: Policy, rows: Rows) -> str:
+    """Note what a run starts from, or require that it still is the same; returns the model's fingerprint.
 
     Raises InputError naming what has changed: the data or the model under a run that is half done.
     """
+    facts = {"data": rows.fingerprint, "vocabulary": policy.tokenizer.fingerprint}
+    facts["model"] = state_fingerprint(policy.model)
     config = read_run_config(folder)
-    facts = json.loads(json.dumps(facts))
     before = config.setdefault("start", facts)
     for name, value in facts.items():
         if before.get(name) != value:
             raise InputError(
-                f"--resume {folder}: its {name.replace('_', ' ')} is not what it was when the run began; put "
-                "that back or start a new run."
+                f"--resume {folder}: its {name} is not what it was when the run began; put that back or "
+                "start a new run."
             )
     write_json(folder / CONFIG_FILE, config)
+    return facts["model"]
 
 
-def rows_fingerprint(dataset: Dataset) -> str:
-    """SHA-256 of the rows as texts."""
-    return hashlib.sha256(json.dumps(dataset.rows).encode()).hexdigest()
+def train_in(
+    folder: Path, options: argparse.Namespace, policy: Policy, objective: Objective, data: Data, **more: Any
+) -> list[Record]:
+    """`run_training` as the options say, and the result in model/; returns all records."""
+    values = {name: getattr(options, name) for name in Settings._fields}
+    settings = Settings(**values | {"max_grad_norm": options.max_grad_norm or None})
+    resume = options.resume is not None
+    records = run_training(folder, policy.model, objective, data, settings, resume=resume, **more)
+    save_policy(policy, folder)
+    return records
