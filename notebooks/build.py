@@ -4,7 +4,7 @@ A source is a text file in jupytext's percent format. Two things in it are ours:
 - lines between `### BEGIN SOLUTION` and `### END SOLUTION` stand in the solved notebook only; the student
   finds `raise NotImplementedError` there;
 - a cell tagged `answer` stands in the solved notebook only.
-Tags such as [D3.4] become links into derivations.md, and headings become slides.
+Tags such as [D3.4] become links to their sections in the derivations, and headings become slides.
 
 The student's notebook has no outputs. The solved one is executed, and its outputs are kept. What a source
 has not changed is left alone. The tables of notebooks/README.md are read off the sources too.
@@ -84,7 +84,7 @@ def _cell(cell: NotebookNode, name: str, *, solved: bool) -> NotebookNode:
     metadata = {"tags": tags} if tags else {}
     metadata["slideshow"] = {"slide_type": _slide_type(cell, tags)}
     if cell.cell_type == "markdown":
-        text = link_tags(text, "../../derivations.md" if solved else "../derivations.md")
+        text = link_tags(text, FOLDER / "solutions" if solved else FOLDER)
         return nbformat.v4.new_markdown_cell(text, metadata=metadata, id=name)
     text = solution(text) if solved else stub(text)
     return nbformat.v4.new_code_cell(
@@ -104,22 +104,21 @@ def solution(code: str) -> str:
     return SOLUTION.sub(lambda match: match[2], code).rstrip("\n")
 
 
-def link_tags(text: str, document: str) -> str:
-    """[D3.4] becomes a link to its section. Raises ValueError for a tag that derivations.md lacks."""
-    anchors = _anchors()
+def link_tags(text: str, folder: Path) -> str:
+    """[D3.4] becomes a link to its section, from a notebook in this folder. Raises ValueError for a tag that
+    no document has.
+
+    The link is relative, so it works on GitHub, in VS Code, and in a JupyterLab that was started in the
+    project's folder or above it: JupyterLab opens no file outside the folder where it was started.
+    """
+    sections = syllabus.sections()
 
     def link(match: re.Match) -> str:
-        if match[1] not in anchors:
-            raise ValueError(f"derivations.md has no section {match[1]}.")
-        return f"[{match[1]}]({document}#{anchors[match[1]]})"
+        if match[1] not in sections:
+            raise ValueError(f"the derivations have no section {match[1]}.")
+        return f"[{match[1]}]({sections[match[1]].link(folder)})"
 
     return re.sub(r"\[(D\d+\.\d+)\](?!\()", link, text)
-
-
-def _anchors() -> dict[str, str]:
-    text = syllabus.DERIVATIONS.read_text(encoding="utf-8")
-    headings = re.findall(r"^### ((D\d+\.\d+) .*)$", text, re.MULTILINE)
-    return {tag: syllabus.anchor(line) for line, tag in headings}
 
 
 def _slide_type(cell: NotebookNode, tags: list[str]) -> str:

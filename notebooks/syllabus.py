@@ -1,14 +1,32 @@
-"""The two tables of notebooks/README.md, read off the notebooks' sources, so that they cannot disagree."""
+"""Where each result of the derivations stands, and the two tables of notebooks/README.md.
+
+The tables are read off the notebooks' sources and the derivations' indices, so that they cannot disagree.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 FOLDER = Path(__file__).parent
+ROOT = FOLDER.parent
 README = FOLDER / "README.md"
-DERIVATIONS = FOLDER.parent / "derivations.md"
+# Chapters 0 to 9, and 10 to 14 beside the code that they are about.
+DOCUMENTS = tuple(
+    ROOT / path
+    for path in (
+        "derivations.md",
+        "dpo_minimal/rivals/README.md",
+        "dpo_minimal/laws/README.md",
+        "dpo_minimal/zoo/README.md",
+        "notebooks/what-goes-wrong.md",
+        "notebooks/errata.md",
+    )
+)
+# The anchor stands in the heading because JupyterLab's own ids are not GitHub's.
+HEADING = re.compile(r'^### <a id="([^"]*)"></a>(D\d+\.\d+) (.*)$', re.MULTILINE)
 
 
 class Header(NamedTuple):
@@ -18,9 +36,25 @@ class Header(NamedTuple):
     parts: dict[str, str]
 
 
-def anchor(heading: str) -> str:
-    """What follows the # in a link to this heading, as GitHub makes it."""
-    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+class Section(NamedTuple):
+    """Where a tag such as D3.4 leads: document, anchor, title."""
+
+    document: Path
+    anchor: str
+    title: str
+
+    def link(self, folder: Path) -> str:
+        """The link from a document in this folder."""
+        return f"{Path(os.path.relpath(self.document, folder)).as_posix()}#{self.anchor}"
+
+
+def sections() -> dict[str, Section]:
+    """Tag -> its section, over all documents."""
+    return {
+        tag: Section(document, anchor, title)
+        for document in DOCUMENTS
+        for anchor, tag, title in HEADING.findall(document.read_text(encoding="utf-8"))
+    }
 
 
 def header(source: Path) -> Header:
@@ -52,18 +86,19 @@ def syllabus_table(sources: list[Path]) -> str:
 
 def equations_table(sources: list[Path]) -> str:
     """One row a numbered equation of the paper that some notebook has: its derivation, and where it is."""
-    index = DERIVATIONS.read_text(encoding="utf-8").split("## Index")[1].split("\n## ")[0]
+    texts = [document.read_text(encoding="utf-8") for document in DOCUMENTS]
+    index = "".join(text.split("\n## Index\n")[1].split("\n## ")[0] for text in texts)
+    known = sections()
     rows = ["| in the paper | result | notebooks |", "|---|---|---|"]
-    texts = {str(n): source.read_text(encoding="utf-8") for n, source in enumerate(sources, start=1)}
+    notebooks = {str(n): source.read_text(encoding="utf-8") for n, source in enumerate(sources, start=1)}
     for line in re.findall(r"^\| \[D.*", index, re.MULTILINE):
         result, paper = (column.strip() for column in line.split("|")[1:3])
         tag, title = re.match(r"\[(D[\d.]+)\] (.*)", result).groups()
         if not paper:
             continue
-        where = [number for number, text in texts.items() if f"[{tag}]" in text]
+        where = [number for number, text in notebooks.items() if f"[{tag}]" in text]
         if where:
-            place = f"../derivations.md#{anchor(f'{tag} {title}')}"
-            rows.append(f"| {paper} | [{tag}]({place}) {title} | {', '.join(where)} |")
+            rows.append(f"| {paper} | [{tag}]({known[tag].link(FOLDER)}) {title} | {', '.join(where)} |")
     return "\n".join(rows)
 
 

@@ -1,9 +1,11 @@
-"""Read derivations.md: its sections, their python blocks, and how to run these on a drawn instance."""
+"""Read the derivations: their sections, the python blocks, and how to run these on a drawn instance.
 
-import re
+They are derivations.md and the chapters that stand beside the code they are about (notebooks/syllabus.py
+lists them): one numbering of tags, one opening block, one index for each document.
+"""
+
 import zlib
 from functools import cache
-from pathlib import Path
 from types import CodeType
 from typing import NamedTuple
 
@@ -11,37 +13,48 @@ import torch
 from hypothesis import strategies as st
 from strategies import normal
 
-DOCUMENT = Path(__file__).parent.parent / "derivations.md"
-TEXT = DOCUMENT.read_text(encoding="utf-8")
+from notebooks.syllabus import DOCUMENTS, HEADING, ROOT
+
+# Document, as its path within the project -> its text.
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in DOCUMENTS}
+FENCES = ("```python", "```sh", "```text", "```")  # python is executed; commands and outputs are not
 OPENING = "D1.2"  # the section whose first block makes the names that every other block is given
 PAPER = [f"Eq. {number}" for number in range(1, 23)]
 PAPER += ["Sec. 4", "Definition 1", "Lemma 1", "Lemma 2", "Theorem 1", "Proposition 1"]
 
 
 class Block(NamedTuple):
-    """One fenced python block: its section's tag, the line its code begins on, the code."""
+    """One fenced python block: its document, its section's tag, the line its code begins on, the code."""
 
+    document: str
     tag: str
     line: int
     source: str
 
 
-def blocks_of(text: str) -> list[Block]:
-    """The python blocks of a document, in order, each with the tag of the heading it stands under. Any fence
-    that is not exactly ```python, ```math or its end is an error: its code would silently not run."""
-    blocks, tag, start = [], "", None
+def blocks_of(text: str, document: str) -> list[Block]:
+    """The python blocks of a document, in order, each with the tag of the heading it stands under.
+
+    Raises:
+        AssertionError: a fence that is none of `FENCES`, or a python block without a tag. Its code would
+            silently not run.
+    """
+    blocks, tag, start, fence = [], "", 0, ""
     lines = text.split("\n")
     for number, line in enumerate(lines, start=1):
-        if heading := re.match(r"### (D\d+\.\d+) ", line):
-            tag = heading[1]
-        fence = line.strip().startswith(("```", "~~~"))
-        assert not fence or line in ("```python", "```math", "```"), f"line {number}: unknown fence {line!r}"
-        if start is None and line == "```python":
-            start = number + 1
-        elif start is not None and line == "```":
-            blocks.append(Block(tag, start, "\n".join(lines[start - 1 : number - 1])))
-            start = None
-    assert start is None, f"the block of line {start} is never closed"
+        place = f"{document}:{number}"
+        if not fence and line.startswith("## "):
+            tag = ""
+        if not fence and (heading := HEADING.match(line)):
+            tag = heading[2]
+        if not line.strip().startswith(("```", "~~~")):
+            continue
+        assert line in FENCES and (line == "```") == bool(fence), f"{place}: unknown fence {line!r}"
+        if fence == "```python":
+            assert tag, f"{place}: this block stands in no section"
+            blocks.append(Block(document, tag, start, "\n".join(lines[start - 1 : number - 1])))
+        fence, start = ("" if fence else line), number + 1
+    assert not fence, f"{document}: the block of line {start} is never closed"
     return blocks
 
 
@@ -54,13 +67,13 @@ def sections_of(blocks: list[Block]) -> dict[str, list[Block]]:
 
 
 class BlockFailure(AssertionError):
-    """A comparison of the document did not hold; the message names the tag and the line."""
+    """A comparison of a document did not hold; the message names the tag, the file and the line."""
 
 
 @cache
 def compiled(block: Block) -> CodeType:
     """A block's code, with the document's own line numbers."""
-    return compile("\n" * (block.line - 1) + block.source, "derivations.md", "exec")
+    return compile("\n" * (block.line - 1) + block.source, block.document, "exec")
 
 
 def run_block(block: Block, names: dict) -> None:
@@ -76,24 +89,25 @@ def run_block(block: Block, names: dict) -> None:
                 line = trace.tb_lineno
             trace = trace.tb_next
         statement = block.source.split("\n")[line - block.line].strip()
-        message = f"[{block.tag}] derivations.md:{line}: {statement}\n{error}"
+        message = f"[{block.tag}] {block.document}:{line}: {statement}\n{error}"
         raise BlockFailure(message) from error
 
 
 def run_section(section: list[Block], opening: dict, instance: dict) -> None:
-    """Run a section's blocks in order on one instance. The document's opening block has made `opening`."""
+    """Run a section's blocks in order on one instance. The opening block has made `opening`."""
     names = {**opening, **instance}
     names.pop("random", None)  # it draws from the opening block's generator, not from the instance's
     for block in section:
         run_block(block, names)
 
 
-SECTIONS = sections_of(blocks_of(TEXT))
+BLOCKS = [block for document, text in TEXTS.items() for block in blocks_of(text, document)]
+SECTIONS = sections_of(BLOCKS)
 
 
 @cache
 def opening_names() -> dict:
-    """The names that the document's opening block makes. Copied before use, never changed."""
+    """The names that the opening block makes. Copied before use, never changed."""
     names: dict = {}
     run_block(SECTIONS[OPENING][0], names)
     return names
