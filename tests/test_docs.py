@@ -61,6 +61,7 @@ def test_the_map_is_complete():
 def anchors(document: Path) -> set[str]:
     """The anchors that GitHub gives the headings of a document."""
     headings = re.findall(r"^#+ (.*)$", document.read_text(encoding="utf-8"), re.MULTILINE)
+    headings = [re.sub("<[^>]*>", "", heading) for heading in headings]
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
