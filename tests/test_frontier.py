@@ -4,6 +4,7 @@ import argparse
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -27,6 +28,7 @@ from dpo_minimal.experiments.frontier import command as frontier
 from dpo_minimal.experiments.frontier import figure as frontier_plots
 from dpo_minimal.experiments.frontier import methods, pair_methods, pairs
 from dpo_minimal.experiments.frontier.worlds import World, gpt_world, table_world
+from dpo_minimal.experiments.study import carry_out
 from dpo_minimal.laws.finite_data import ipo_estimate
 from dpo_minimal.laws.sampling_laws import finite_data_law
 from dpo_minimal.losses import (
@@ -201,11 +203,11 @@ def test_the_reward_model_is_dpo_in_other_words():
     rewards = pairs.fit_rewards(*wins, steps=100)[0]
     for beta in (0.1, 2.0):
         run = methods.train_on_pairs(w, pair_methods.dpo(beta), shown, steps=100)
-        look = pairs.best_look(w, run, held_out, beta=beta)
-        assert run.steps_at[look] == 20
+        best = pairs.best_on_path(run, held_out, beta=beta)
+        assert run.steps_at[best] == 20
         # The floor of 1e-12 takes its ratio to the gradients, here above 1e-5, off each of at most 100 steps
-        # of at most 0.05 / beta: 5e-7 / beta in all. The next look is 1e-2 / beta away.
-        apart = run.path[look] - optimal_logps(w.ref_logps, rewards, beta=beta)
+        # of at most 0.05 / beta: 5e-7 / beta in all. The next measurement is 1e-2 / beta away.
+        apart = run.path[best] - optimal_logps(w.ref_logps, rewards, beta=beta)
         assert apart.abs().max() <= 1e-6 / beta
 
 
@@ -307,9 +309,9 @@ def test_quartiles_and_worth():
     """A table of known gaps: their medians, means, and how many pairs the law needs for PPO-GT's gap."""
     points = [pairs.Point("table", "DPO", 100, gap) for gap in (1.0, 2.0, 6.0)]
     points += [pairs.Point("table", "PPO-GT", math.inf, 0.01)]
-    spread = pairs.spreads(points, "table", "DPO")[100]
+    spread = pairs.spreads(points, "DPO")[100]
     assert spread == (1.5, 2.0, 4.0, 3.0)
-    lines = pairs.summary(points, {"table": 50.0}, 0.5)
+    lines = pairs.summary(points, 50.0, 0.5)
     assert any("2 (3)" in line and "0.5" in line for line in lines)
     assert "0.01 nats; the law reaches that with 5e+03 pairs" in lines[-1]
 
@@ -319,9 +321,9 @@ def test_the_look_that_predicts_best_is_taken():
     w = small_world()
     data = expected_pairs(w.rewards, uniform(w))
     path = torch.stack([optimal_logps(w.ref_logps, k * w.rewards, beta=BETA) for k in (0, 0.5, 1, 2, 4)])
-    found = methods.Run("DPO", "", path, [*range(5)], None, 5, 0.0)
-    assert pairs.best_look(w, found, data, beta=BETA) == 2
-    assert pairs.best_look(w, found, data, beta=2 * BETA) == 1  # twice the implicit rewards
+    found = methods.Run(w, "DPO", "", path, [*range(5)], None)
+    assert pairs.best_on_path(found, data, beta=BETA) == 2
+    assert pairs.best_on_path(found, data, beta=2 * BETA) == 1  # twice the implicit rewards
 
 
 # ---------------------------------------------------------------------------------------------- the command
@@ -370,7 +372,7 @@ def runs_of(w: World, monkeypatch, **options) -> list[methods.Run]:
     monkeypatch.setattr(frontier, "BEST_OF", (4,))
     given = dict(beta=BETA, quick=False, population=False, num_pairs=2000, flip_probability=0.0, seed=0)
     args = argparse.Namespace(**given | options)
-    return [run for job in frontier._jobs(w, frontier._comparisons(w, args, seed=0), args) for run in job()]
+    return [run for job in frontier.plan(w, args) for run in job()]
 
 
 def test_who_knows_the_true_reward(brief, monkeypatch):
@@ -397,7 +399,7 @@ def test_who_knows_the_true_reward(brief, monkeypatch):
 def test_the_stopped_policy_lies_on_its_own_path(brief, monkeypatch):
     """DPO stopped early is DPO's path up to the look that predicts the held-out tenth best, here the third
     after the start."""
-    monkeypatch.setattr(pairs, "best_look", lambda *_, **__: 3)
+    monkeypatch.setattr(pairs, "best_on_path", lambda *_, **__: 3)
     runs = runs_of(small_world(), monkeypatch)
     for whole, cut in itertools.pairwise(runs):
         if cut.family == "DPO, stopped early":
@@ -430,15 +432,16 @@ def test_the_law_is_that_of_pairs_shared_by_all_prompts(brief, tmp_path, capsys)
     (1e-6), and the second-order bias that `kl_law` names."""
     w, count = small_world(), 20_000
     args = argparse.Namespace(beta=BETA, quick=True, seed=0)
-    pairs.run([w], args, tmp_path)
+    carry_out(frontier.pairs_study([w], args), tmp_path)
     with np.load(tmp_path / "result.npz") as file:
         law = file["table_law"].item()
     population = expected_pairs(w.rewards, reference_pairs(w.ref_logps))
-    optimal = optimal_logps(w.ref_logps, w.rewards, beta=BETA)
     generator, gaps = np.random.default_rng(0), []
     for _ in range(200):
         estimate = maximum_likelihood(pairs.draw(population, count, generator), w.rewards > -torch.inf)
-        gaps.append(count * pairs._gap(optimal_logps(w.ref_logps, estimate, beta=BETA), optimal))
+        gaps.append(
+            count * pairs.gap_to_optimum(w, optimal_logps(w.ref_logps, estimate, beta=BETA), beta=BETA)
+        )
     assert abs(np.mean(gaps) - law) <= 4.9 * np.std(gaps) / math.sqrt(200) + 0.05 * law
 
 
@@ -476,10 +479,10 @@ def test_no_end_lies_outside_the_figure():
     """A policy on the wrong completion is further away and worse than all of the frontier, and is drawn."""
     w = small_world()
     worst = torch.where(w.rewards == w.rewards.amin(-1, keepdim=True), 0.0, -torch.inf).double()
-    run = methods.closed_form(w, w.rewards, "DPO", 1.0)._replace(path=torch.stack([w.ref_logps, worst]))
+    run = replace(methods.closed_form(w, w.rewards, "DPO", 1.0), path=torch.stack([w.ref_logps, worst]))
     gap = frontier_gap(run.path, w.ref_logps, w.rewards)
     axis = plt.figure().add_subplot()
-    frontier_plots._world_panel(axis, frontier.Explored(w, [run], [gap]))
+    frontier_plots._world_panel(axis, [run])
     plt.close()
     for (low, high), value in ((axis.get_xlim(), gap.kl[-1]), (axis.get_ylim(), gap.reward[-1])):
         assert low < value < high
@@ -506,11 +509,10 @@ def test_titles_and_legends_lie_inside_the_figure(count, drawn, tmp_path):
     """With one world there is half of the room."""
     w = small_world()
     runs = [methods.closed_form(w, w.rewards, name, 1.0) for name in frontier_plots.LOOKS]
-    gaps = [frontier_gap(run.path, w.ref_logps, w.rewards) for run in runs]
     what = "10,000,000 sampled pairs, 0.333 of the labels flipped"
-    frontier_plots.frontier_figure(count * [frontier.Explored(w, runs, gaps)], what, tmp_path)
+    frontier_plots.frontier_figure(count * [runs], what, tmp_path)
     worlds = ("table", "gpt")[:count]
-    points = [point for world in worlds for point in gaps_of_everything(world)]
+    points = [gaps_of_everything(world) for world in worlds]
     frontier_plots.pairs_figure(points, dict.fromkeys(worlds, 50.0), 0.5, tmp_path)
     for figure in drawn:
         box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
@@ -519,7 +521,7 @@ def test_titles_and_legends_lie_inside_the_figure(count, drawn, tmp_path):
 
 def test_what_lies_below_the_axis_says_so(drawn, tmp_path):
     """Its value is written beside it; and PPO on a table, on fewer data sets than the others, has no line."""
-    frontier_plots.pairs_figure(gaps_of_everything("table"), {"table": 50.0}, 0.5, tmp_path)
+    frontier_plots.pairs_figure([gaps_of_everything("table")], {"table": 50.0}, 0.5, tmp_path)
     (axis,) = drawn[0].axes
     assert "1e-13" in [text.get_text() for text in axis.texts]
     lines = {bars.get_label(): bars.lines[0] for bars in axis.containers}
@@ -593,9 +595,9 @@ MUTANTS = {
         test_what_was_never_compared_keeps_the_references_odds,
     ),
     "the last look": (
-        pairs.best_look,
-        "np.argmin(losses)",
-        "len(losses) - 1",
+        pairs.best_on_path,
+        "np.argmin([",
+        "len([",
         test_the_look_that_predicts_best_is_taken,
     ),
     "axes for the frontier alone": (
@@ -624,14 +626,14 @@ MUTANTS = {
     ),
     "looks at every step": (
         pairs.fit_rewards,
-        "if step in marks",
+        "if step in measured",
         "if step",
         test_the_reward_model_is_dpo_in_other_words,
     ),
     "looks a step early": (
         pairs.fit_rewards,
-        "if step in marks",
-        "if step + 1 in marks",
+        "if step in measured",
+        "if step + 1 in measured",
         test_the_reward_model_is_dpo_in_other_words,
     ),
     "the first of equals": (

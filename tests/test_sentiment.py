@@ -34,7 +34,7 @@ from dpo_minimal.experiments.sentiment.results import (
     reward_within,
     student_95,
 )
-from dpo_minimal.experiments.sentiment.runs import looks_at, path_of, run_all, train_and_look
+from dpo_minimal.experiments.sentiment.runs import jobs_of, learn_reward, measure, measured_steps, path_of
 from dpo_minimal.experiments.sentiment.truth import (
     MOST,
     BagOfWords,
@@ -46,6 +46,7 @@ from dpo_minimal.experiments.sentiment.truth import (
     words_of,
 )
 from dpo_minimal.experiments.sentiment.world import load_world, make_world
+from dpo_minimal.experiments.study import run_jobs
 from dpo_minimal.rivals.baselines import best_of_n_reward
 from dpo_minimal.text.objectives import reference_logps
 from dpo_minimal.text.reviews import sentiment as sentiment_of
@@ -264,7 +265,8 @@ def test_every_method_has_the_same_budget(plan):
     assert settings.iterations * settings.epochs == plan.steps
     assert settings.iterations * settings.prompts == 4 * plan.prefixes  # rewards asked for = rewards of pairs
     assert settings.learning_rate == plan.learning_rate
-    assert all(step % 3 == 0 for step in looks_at(plan.steps)) and looks_at(plan.steps)[-1] == plan.steps
+    measured = measured_steps(plan.steps)
+    assert all(step % 3 == 0 for step in measured) and measured[-1] == plan.steps
 
 
 def test_plans_with_unequal_budgets_are_refused():
@@ -384,7 +386,8 @@ RUNS = [
 
 def make(folder: Path, *, resume: bool) -> None:
     make_world(folder, TINY, reviews=None, noise="none", seed=7, resume=resume)
-    run_all(folder, RUNS, TINY, seed=7, workers=1)
+    learn_reward(folder, TINY, 7)
+    run_jobs(list(jobs_of(folder, RUNS, TINY).values()), "methods", workers=1)
 
 
 def arrays_of(folder: Path) -> dict[str, dict[str, np.ndarray]]:
@@ -443,14 +446,14 @@ def test_an_interrupted_run_goes_on_to_the_same_result(finished, monkeypatch):
         if len(made) == 2:
             raise KeyboardInterrupt
         made.append(run)
-        train_and_look(folder, run, plan)
+        return measure(folder, run, plan)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sentiment_runs, "train_and_look", some)
+        patch.setattr(sentiment_runs, "measure", some)
         make(folder, resume=True)
-    kept = {run.name: path_of(folder, run).stat().st_mtime_ns for run in made}
+    kept = {run.name: path_of(folder, run.name).stat().st_mtime_ns for run in made}
     make(folder, resume=True)
-    assert kept == {run.name: path_of(folder, run).stat().st_mtime_ns for run in made}  # not made twice
+    assert kept == {run.name: path_of(folder, run.name).stat().st_mtime_ns for run in made}  # not made twice
     ours, theirs = arrays_of(folder), arrays_of(finished)
     assert set(ours) == set(theirs) and len(ours) == len(RUNS) + 3
     for name, arrays in theirs.items():
@@ -462,13 +465,14 @@ def test_an_interrupted_run_goes_on_to_the_same_result(finished, monkeypatch):
 def test_training_moves_the_policy_and_the_reference_stays(finished):
     """SFT's log-ratios are 0 up to rounding; every trained policy's are not."""
     for run in RUNS:
-        with np.load(path_of(finished, run)) as file:
+        with np.load(path_of(finished, run.name)) as file:
             table = file["log_ratios"]
         if run.kind == "none":
             assert np.abs(table).max() < 1e-4  # float32, the same computation twice
         else:
             assert (
-                table.shape == (len(looks_at(TINY.steps)), TINY.held_out) and np.abs(table[-1]).max() > 1e-2
+                table.shape == (len(measured_steps(TINY.steps)), TINY.held_out)
+                and np.abs(table[-1]).max() > 1e-2
             )
 
 

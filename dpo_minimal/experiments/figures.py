@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -13,6 +14,7 @@ from ..text.runs import write_atomically
 
 # Okabe and Ito's palette
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#666666"
+RED, SKY = "#D55E00", "#56B4E9"
 COLOURS = {"tabular": BLUE, "finite": ORANGE, "gpt": GREEN, "plackett_luce": PINK}
 STYLE = {  # made for a projector: large type, few lines
     "font.size": 15,
@@ -33,3 +35,10 @@ def save_figure(figure, path: Path) -> None:
     """Write a figure, whole or not at all, and close it."""
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
     plt.close(figure)
+
+
+def with_intervals(axis, places: Sequence[float], values: Sequence[tuple], **style) -> None:
+    """Values (value, low, high) with error bars, at places along the x-axis."""
+    below = [max(0.0, value - low) for value, low, _ in values]
+    above = [max(0.0, high - value) for value, _, high in values]
+    axis.errorbar(places, [value for value, _, _ in values], yerr=[below, above], **({"capsize": 4} | style))

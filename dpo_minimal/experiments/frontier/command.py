@@ -4,7 +4,7 @@ The best trade-off between reward and KL from the reference is a curve with a cl
 pi_ref exp(r / beta) / Z for all beta. Nobody crosses it. Two worlds are small enough that every completion is
 enumerated, so that KL, reward and the distance to the curve are exact: a table of logits, and a GPT-2.
 
-First, the roads to one optimum, with exact preferences: DPO, DPO on rankings, a reward model with the closed
+First, every way to one optimum, with exact preferences: DPO, DPO on rankings, a reward model with the closed
 form, PPO with the true reward, and (for the table) the natural gradient must all end at the same pi*.
 
 Then the frontier: DPO (to the end of its training, and stopped where held-out comparisons are predicted
@@ -12,7 +12,7 @@ best, as the reward model is), IPO, cDPO, robust DPO, KTO, ORPO, SimPO, DPO with
 Preferred-FT, best of N, and PPO with the learned and with the true reward (PPO-GT). They learn from the same
 comparisons: pairs of completions drawn from the reference, labelled by Bradley-Terry. Of sampled ones
 a tenth is held out; only Preferred-FT learns from all, and from others for each of its seeds. The learned
-reward is a table, one number a completion, in both worlds; a reward model that is a GPT is seen by --pairs.
+reward is a table, one number a completion, in both worlds; --pairs has a reward model that is a GPT.
 
   dpo-minimal frontier                           20,000 sampled pairs
   dpo-minimal frontier --population              exact preferences: only each method's own aim is left
@@ -21,8 +21,8 @@ reward is a table, one number a completion, in both worlds; a reward model that 
 
 Columns: KL and reward of the policy; gap, what it falls short of the curve, in reward at its KL and in nats
 at its reward; end, KL(pi || where it must end), nats: "none" where the comparisons have no optimum, "-" where
-no formula is known, "exact" for closed forms. On the roads, bound is what a policy's gradient proves about
-max|dlogp|.
+no formula is known, "exact" for closed forms. In the first table, bound is what a policy's gradient proves
+about max|dlogp|.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ import argparse
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ...certificates import certify
-from ...closed_form import frontier_gap, kl_divergence, optimal_logps
+from ...closed_form import kl_divergence, optimal_logps
 from ...laws.finite_data import maximum_likelihood
 from ...preferences import (
     Rankings,
@@ -53,8 +53,9 @@ from ...preferences import (
 from ...rivals.baselines import natural_gradient_step
 from ...text.runs import new_run_folder, refuse_used_folder, versions, write_arrays, write_json, write_records
 from ...validation import InputError, check_count, check_flip_probability, check_positive, check_seed
+from ..study import Job, Study, carry_out, table
 from . import methods, pair_methods, pairs
-from .methods import Explored, Run
+from .methods import Run
 from .worlds import World, gpt_world, table_world
 
 BETAS = (0.05, 0.1, 1.0, 5.0)  # the paper's, Fig. 2
@@ -63,7 +64,7 @@ TARGETS = (1.0, 3.0, 6.0, 9.0, 12.0)  # nats: the paper's and a nearer one
 BEST_OF = (1, 4, 16, 64, 128)
 NOISE = 0.1  # that cDPO and robust DPO expect where labels have none: what a wrong guess costs
 FT_SEEDS = 3
-ROAD = 3  # times the usual effort for each of the roads
+LONGER = 3  # times the usual effort on the ways to one optimum
 MOST_PAIRS = 10_000_000  # what memory allows; by then the exact preferences are as good
 
 
@@ -83,8 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     data.add_argument(
         "--beta", type=float, default=0.5,
-        help="of the roads, of the methods without a range of their own, and of --pairs; where PPO's "
-        "coefficient starts (default %(default)s)",
+        help="of the ways to one optimum, of the methods without a range of their own, and of --pairs; where "
+        "PPO's coefficient starts (default %(default)s)",
     )  # fmt: skip
     data.add_argument(
         "--pairs", action="store_true",
@@ -107,22 +108,14 @@ def run(args: argparse.Namespace) -> Path:
     refuse_used_folder(args.output_dir)
     folder = new_run_folder(args.output_dir, "frontier")
     write_json(folder / "config.json", {"command": "frontier", **vars(args), **versions()})
-    worlds = _worlds(args)
-    if args.pairs:
-        return pairs.run(worlds, args, folder)
-    print("Every way to the same optimum first, then every method below the frontier.\n", flush=True)
-    for world in worlds:
-        print("\n".join(_roads(world, args)), flush=True)
-    found = []
-    for world in worlds:
-        jobs = _jobs(world, _comparisons(world, args, seed=args.seed), args)
-        bar = tqdm(jobs, desc=world.name, unit="method", leave=False, disable=None)
-        runs = [each for job in bar for each in job()]
-        gaps = [frontier_gap(each.path, world.ref_logps, world.rewards) for each in runs]
-        found.append(Explored(world, runs, gaps))
-        print("\n".join(results_table(found[-1])), flush=True)
-    _write(folder, found, args)
-    print(f"Wrote {folder}/frontier.png, result.npz, metrics.jsonl and config.json.")
+    worlds = [] if args.world == "gpt" else [table_world(args.seed)]
+    worlds += [] if args.world == "table" else [gpt_world(args.seed, quick=args.quick)]
+    if not args.pairs:
+        print("Every way to the same optimum first, then every method below the frontier.", flush=True)
+        for world in worlds:
+            print("\n" + "\n".join(ways_to_one_optimum(world, args)), flush=True)
+    study = pairs_study(worlds, args) if args.pairs else frontier_study(worlds, args)
+    carry_out(study, folder)
     return folder
 
 
@@ -148,15 +141,6 @@ def _check(args: argparse.Namespace) -> None:
     check_flip_probability(args.flip_probability, "--flip-probability")
 
 
-def _worlds(args: argparse.Namespace) -> list[World]:
-    worlds = []
-    if args.world != "gpt":
-        worlds.append(table_world(args.seed))
-    if args.world != "table":
-        worlds.append(gpt_world(args.seed, quick=args.quick))
-    return worlds
-
-
 def _comparisons(world: World, args: argparse.Namespace, *, seed: int) -> Rankings:
     slate = reference_pairs(world.ref_logps)
     if args.population:
@@ -167,107 +151,133 @@ def _comparisons(world: World, args: argparse.Namespace, *, seed: int) -> Rankin
     )  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------ roads
+# --------------------------------------------------------------------------------- ways to one optimum
 
 
-def _roads(world: World, args: argparse.Namespace) -> list[str]:
+def ways_to_one_optimum(world: World, args: argparse.Namespace) -> list[str]:
     """Train towards one pi* in every way there is; the lines to print."""
     beta, effort = args.beta, methods.effort(world, quick=args.quick)
     optimal = optimal_logps(world.ref_logps, world.rewards, beta=beta)
     exists = torch.ones_like(world.rewards, dtype=torch.bool)
     generator = torch.Generator().manual_seed(args.seed)
     # Any connected choice of pairs has the same optimum; rings of neighbours cover rare completions too.
-    slate = random_cycles(exists, cycles=4, generator=generator)
-    population = expected_pairs(world.rewards, slate)
+    population = expected_pairs(world.rewards, random_cycles(exists, cycles=4, generator=generator))
     triples = random_cycles(exists, cycles=2, size=3, generator=generator)
     rankings = expected_rankings(world.rewards, triples)
-    lines = [
-        f"Roads to one optimum: {world.name}, exact preferences, beta = {beta:g}",
-        f"  {'road':<38} {'KL(pi||pi*)':>11} {'max|dlogp|':>10} {'bound':>8} {'steps':>6} {'sec':>5}",
-    ]
+    rows = []
 
-    def line(name: str, logps: Tensor, steps: int, seconds: float, data: Rankings | None = None) -> None:
-        kl = kl_divergence(logps, optimal).max().item()
-        worst = (logps - optimal).abs().max().item()
-        proved = "-"
+    def add(name: str, logps: Tensor, steps: int, seconds: float, data: Rankings | None = None) -> None:
+        bound = math.inf
         if data is not None:
             bound = certify(logps, world.ref_logps, data, beta=beta).logp_bound.max().item()
-            proved = f"{bound:.1e}" if math.isfinite(bound) else "-"
-        lines.append(f"  {name:<38} {kl:>11.1e} {worst:>10.1e} {proved:>8} {steps:>6} {seconds:>5.1f}")
+        kl, worst = kl_divergence(logps, optimal).max().item(), (logps - optimal).abs().max().item()
+        rows.append((name, kl, worst, bound if math.isfinite(bound) else "-", steps, seconds))
 
     for name, method, data in (
         ("DPO", pair_methods.dpo(beta), population),
         ("DPO on rankings of 3", pair_methods.plackett_luce(beta), rankings),
     ):
-        found = methods.train_on_pairs(world, method, data, steps=ROAD * effort.steps)
-        line(name, found.path[-1], found.steps, found.seconds, data)
+        found = methods.train_on_pairs(world, method, data, steps=LONGER * effort.steps)
+        add(name, found.path[-1], found.steps, found.seconds, data)
     started = time.perf_counter()
     estimate = maximum_likelihood(population, exists)
     seconds = time.perf_counter() - started
     closed = optimal_logps(world.ref_logps, estimate, beta=beta)
-    line("reward model (Newton) + closed form", closed, 0, seconds, population)
-    longer = effort._replace(iterations=ROAD * effort.iterations)
-    climbed = methods.climb(
-        world, world.rewards, "PPO-GT", beta=beta, target=None, effort=longer, seed=args.seed
-    )
-    line("PPO with the true reward", climbed.path[-1], climbed.steps, climbed.seconds)
+    add("reward model (Newton) + closed form", closed, 0, seconds, population)
+    longer = effort._replace(iterations=LONGER * effort.iterations)
+    found = methods.climb(world, world.rewards, "PPO-GT", beta=beta, effort=longer, seed=args.seed)
+    add("PPO with the true reward", found.path[-1], found.steps, found.seconds)
     if world.name == "table":
         reached = natural_gradient_step(
             world.ref_logps, world.ref_logps, world.rewards, beta=beta, learning_rate=1 / beta
         )
-        line("natural gradient, one step of 1/beta", reached, 1, 0.0)
-    return [*lines, ""]
+        add("natural gradient, one step of 1/beta", reached, 1, 0.0)
+    columns = [("road", "<38", ""), ("KL(pi||pi*)", ">11", ".1e"), ("max|dlogp|", ">10", ".1e"),
+               ("bound", ">8", ".1e"), ("steps", ">6", ""), ("sec", ">5", ".1f")]  # fmt: skip
+    title = f"Roads to one optimum: {world.name}, exact preferences, beta = {beta:g}"
+    return [title, *table(columns, rows, indent="  ")]
 
 
 # ---------------------------------------------------------------------------------------- the frontier
 
 
-def _jobs(world: World, rankings: Rankings, args: argparse.Namespace) -> list[Callable[[], list[Run]]]:
-    """What is to be run on a world, each a function without arguments that returns runs.
+def frontier_study(worlds: list[World], args: argparse.Namespace) -> Study:
+    """Every method beside the best possible: a part a world."""
+    from .figure import frontier_figure  # matplotlib is slow to import: not before it is needed
+
+    drawn = "exact preferences" if args.population else f"{args.num_pairs:,} sampled pairs"
+    if args.flip_probability:
+        drawn += f", {args.flip_probability:.3g} of the labels flipped"
+    return Study(
+        plan={world.name: plan(world, args) for world in worlds},
+        runs=lambda found: [run for runs in found for run in runs],
+        table=lambda runs: "\n".join(results_table(runs)),
+        files=lambda found: {
+            "frontier.png": partial(frontier_figure, found, drawn),
+            "result.npz": partial(write_arrays, arrays=_arrays(found)),
+            "metrics.jsonl": partial(write_records, records=_rows(found)),
+        },
+    )
+
+
+def pairs_study(worlds: list[World], args: argparse.Namespace) -> Study:
+    """The gap to pi* as the number of pairs grows: a part a world."""
+    from .figure import pairs_figure
+
+    laws = {world.name: pairs.law_of(world, beta=args.beta) for world in worlds}
+    return Study(
+        plan={world.name: pairs.plan(world, args) for world in worlds},
+        runs=lambda found: [point for points in found for point in points],
+        table=lambda points: "\n".join(pairs.summary(points, laws[points[0].world], args.beta)),
+        files=lambda found: {
+            "pairs.png": partial(pairs_figure, found, laws, args.beta),
+            "metrics.jsonl": partial(
+                write_records, records=[p._asdict() for points in found for p in points]
+            ),
+            "result.npz": partial(
+                write_arrays, arrays={f"{name}_law": np.array(law) for name, law in laws.items()}
+            ),
+        },
+    )
+
+
+def plan(world: World, args: argparse.Namespace) -> list[Job]:
+    """What is to be run on a world: each job returns runs.
 
     A tenth of sampled comparisons is held out, for the reward model and for DPO that is stopped in time.
     """
     beta, effort = args.beta, methods.effort(world, quick=args.quick)
     noise = args.flip_probability or NOISE
-    shown, held_out = rankings, None
+    shown, held_out = _comparisons(world, args, seed=args.seed), None
     if not args.population:
-        shown, held_out = pairs.split(rankings, np.random.default_rng(args.seed))
+        shown, held_out = pairs.split(shown, np.random.default_rng(args.seed))
     learned = pairs.learned_rewards(world, shown, held_out)
-    jobs: list[Callable[[], list[Run]]] = [
-        partial(_dpo, world, b, shown, held_out, effort.steps) for b in BETAS
-    ]  # fmt: skip
-    others = [
+    trained = [
         *(pair_methods.ipo(b) for b in (0.1, 1.0)),
         pair_methods.cdpo(beta, noise), pair_methods.robust(beta, noise),
         pair_methods.kto(beta), pair_methods.orpo(1.0), pair_methods.simpo(2.0, 0.5),
         pair_methods.unweighted(beta),
         *(pair_methods.unlikelihood(a) for a in ALPHAS),
     ]  # fmt: skip
-    jobs += [partial(_one, methods.train_on_pairs, world, each, shown, steps=effort.steps) for each in others]
+    jobs: list[Job] = [partial(_dpo, world, b, shown, held_out, effort.steps) for b in BETAS]
+    jobs += [_one(methods.train_on_pairs, world, each, shown, steps=effort.steps) for each in trained]
     for k in range(1 if args.population else FT_SEEDS):
-        data = _comparisons(world, args, seed=args.seed + k)
         method = pair_methods.preferred_ft()
-        if not args.population:
-            method = method._replace(setting=f"seed {k}")
-        jobs.append(partial(_one, methods.train_on_pairs, world, method, data, steps=effort.steps))
+        method = method if args.population else method._replace(setting=f"seed {k}")
+        data = _comparisons(world, args, seed=args.seed + k)
+        jobs.append(_one(methods.train_on_pairs, world, method, data, steps=effort.steps))
     for family, rewards in (("best of N", world.rewards), ("best of N, learned reward", learned)):
-        jobs += [partial(_one, methods.best_of_n, world, rewards, family, n) for n in BEST_OF]
-    family = "reward model + closed form"
-    jobs += [partial(_one, methods.closed_form, world, learned, family, b) for b in BETAS]
-    reachable = [target for target in TARGETS if target < kl_of_best(world)]
+        jobs += [_one(methods.best_of_n, world, rewards, family, n) for n in BEST_OF]
+    jobs += [_one(methods.closed_form, world, learned, "reward model + closed form", b) for b in BETAS]
+    climb = partial(_one, methods.climb, world, beta=beta, effort=effort, seed=args.seed)
     for family, rewards in (("PPO", learned), ("PPO-GT", world.rewards)):
-        for target in reachable:
-            jobs.append(
-                partial(
-                    _one, methods.climb, world, rewards, family, beta=beta, target=target, effort=effort,
-                    seed=args.seed,
-                )
-            )  # fmt: skip
+        jobs += [climb(rewards, family, target=t) for t in TARGETS if t < kl_of_best(world)]
     return jobs
 
 
-def _one(function: Callable[..., Run], *arguments, **options) -> list[Run]:
-    return [function(*arguments, **options)]
+def _one(function: Callable[..., Run], *arguments, **options) -> Job:
+    """A job that returns one run."""
+    return lambda: [function(*arguments, **options)]
 
 
 def _dpo(world: World, beta: float, shown: Rankings, held_out: Rankings | None, steps: int) -> list[Run]:
@@ -275,10 +285,10 @@ def _dpo(world: World, beta: float, shown: Rankings, held_out: Rankings | None, 
     found = methods.train_on_pairs(world, pair_methods.dpo(beta), shown, steps=steps)
     if held_out is None:
         return [found]
-    look = pairs.best_look(world, found, held_out, beta=beta) + 1
-    cut = found._replace(
-        family="DPO, stopped early", ends="-", path=found.path[:look], steps_at=found.steps_at[:look],
-        optimum=None, steps=found.steps_at[look - 1],
+    end = pairs.best_on_path(found, held_out, beta=beta) + 1
+    cut = replace(
+        found, family="DPO, stopped early", path=found.path[:end], steps_at=found.steps_at[:end],
+        optimum=None, ends="-",
     )  # fmt: skip
     return [found, cut]
 
@@ -289,46 +299,53 @@ def kl_of_best(world: World) -> float:
     return -world.ref_logps.gather(-1, best).mean().item()
 
 
-def results_table(explored: Explored) -> list[str]:
+COLUMNS = (
+    ("method", "<31", ""), ("setting", "<14", ""), ("KL", ">6", ".3f"), ("reward", ">7", ".3f"),
+    ("gap", ">7", "z.4f"), ("in nats", ">8", "z.4f"), ("end", ">8", ".1e"), ("steps", ">6", ""),
+    ("sec", ">5", ".1f"),
+)  # fmt: skip
+
+
+def results_table(runs: list[Run]) -> list[str]:
     """The lines that are printed for a world."""
-    world = explored.world
+    rows = []
+    for run in runs:
+        end = run.distance if run.distance < math.inf else run.ends
+        numbers = [values[-1] for values in run.gap]  # KL, reward, and the two gaps
+        rows.append(
+            (run.family, run.setting, *numbers, end if run.steps else "exact", run.steps, run.seconds)
+        )
+    world = runs[0].world
     X, Y = world.rewards.shape
-    lines = [
+    return [
         f"Frontier: {world.name}, {X} prompts x {Y} completions; no policy needs more than "
         f"{kl_of_best(world):.2f} nats, so PPO has no target beyond",
-        f"  {'method':<31} {'setting':<14} {'KL':>6} {'reward':>7} {'gap':>7} {'in nats':>8} {'end':>8} "
-        f"{'steps':>6} {'sec':>5}",
+        *table(COLUMNS, rows, indent="  "),
     ]
-    for found, gap in zip(explored.runs, explored.gaps):
-        end = f"{found.distance:.1e}" if found.distance < math.inf else found.ends
-        end = "exact" if found.family in methods.CLOSED_FORMS else end
-        lines.append(
-            f"  {found.family:<31} {found.setting:<14} {gap.kl[-1]:>6.3f} {gap.reward[-1]:>7.3f} "
-            f"{gap.reward_gap[-1]:z7.4f} {gap.kl_gap[-1]:z8.4f} {end:>8} {found.steps:>6} "
-            f"{found.seconds:>5.1f}"
-        )
-    return [*lines, ""]
 
 
-def _write(folder: Path, found: list[Explored], args: argparse.Namespace) -> None:
-    from .figure import frontier_figure  # matplotlib is slow to import: not before it is needed
+def _arrays(found: list[list[Run]]) -> dict[str, np.ndarray]:
+    arrays = {}
+    for runs in found:
+        world = runs[0].world
+        arrays |= {f"{world.name}_ref_logps": world.ref_logps, f"{world.name}_rewards": world.rewards}
+        arrays |= {f"{world.name}_{number:02d}_logps": run.path[-1] for number, run in enumerate(runs)}
+    return {name: tensor.numpy() for name, tensor in arrays.items()}
 
-    arrays, records = {}, []
-    for world, runs, gaps in found:
-        arrays |= {f"{world.name}_ref_logps": world.ref_logps.numpy()}
-        arrays |= {f"{world.name}_rewards": world.rewards.numpy()}
-        for number, (each, gap) in enumerate(zip(runs, gaps)):
-            arrays[f"{world.name}_{number:02d}_logps"] = each.path[-1].numpy()
-            for look, step in enumerate(each.steps_at):
-                records.append(
-                    {"world": world.name, "number": number, "method": each.family, "setting": each.setting,
-                     "step": step, "kl/policy_reference": gap.kl[look].item(),
-                     "reward": gap.reward[look].item(), "gap/reward": gap.reward_gap[look].item(),
-                     "gap/nats": gap.kl_gap[look].item()}
-                )  # fmt: skip
-    write_arrays(folder / "result.npz", arrays)
-    write_records(folder / "metrics.jsonl", records)
-    drawn = "exact preferences" if args.population else f"{args.num_pairs:,} sampled pairs"
-    if args.flip_probability:
-        drawn += f", {args.flip_probability:.3g} of the labels flipped"
-    frontier_figure(found, drawn, folder / "frontier.png")
+
+def _rows(found: list[list[Run]]) -> list[dict]:
+    """A row for each policy along the path of each run."""
+    names = ("kl/policy_reference", "reward", "gap/reward", "gap/nats")
+    return [
+        {
+            "world": run.world.name,
+            "number": number,
+            "method": run.family,
+            "setting": run.setting,
+            "step": step,
+        }
+        | dict(zip(names, (values[k].item() for values in run.gap)))
+        for runs in found
+        for number, run in enumerate(runs)
+        for k, step in enumerate(run.steps_at)
+    ]

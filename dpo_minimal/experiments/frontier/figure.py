@@ -3,85 +3,36 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import torch
 
 from ...closed_form import reward_kl_frontier
-from ..figures import BLUE, GREEN, GREY, ORANGE, PINK, STYLE, save_figure
+from ..figures import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, STYLE, save_figure, with_intervals
+from .methods import Run
+from .pairs import POPULATION, Point, spreads, spreads_of_all
 
-if TYPE_CHECKING:
-    from .gaps import Point
-    from .methods import Explored
-
-RED, SKY = "#D55E00", "#56B4E9"  # the rest of Okabe and Ito's palette
-LOOKS = {  # family: colour, marker
-    "DPO": (BLUE, "o"),
-    "DPO, stopped early": (BLUE, "*"),
-    "cDPO": (SKY, "s"),
-    "robust DPO": (SKY, "D"),
-    "IPO": (BLUE, "v"),
-    "DPO without weight": (RED, "X"),
-    "Unlikelihood": (RED, "v"),
-    "KTO": (PINK, "s"),
-    "ORPO": (PINK, "^"),
-    "SimPO": (PINK, "P"),
-    "Preferred-FT": (GREY, "s"),
-    "best of N": (GREY, "o"),
-    "best of N, learned reward": (GREY, "x"),
-    "reward model + closed form": (ORANGE, "x"),
-    "PPO": (ORANGE, "^"),
-    "PPO-GT": (GREEN, "D"),
+LOOKS = {  # family: colour, marker, filled
+    "DPO": (BLUE, "o", True),
+    "DPO, stopped early": (BLUE, "*", True),
+    "cDPO": (SKY, "s", True),
+    "robust DPO": (SKY, "D", False),
+    "IPO": (BLUE, "v", False),
+    "DPO without weight": (RED, "X", True),
+    "Unlikelihood": (RED, "v", True),
+    "KTO": (PINK, "s", True),
+    "ORPO": (PINK, "^", False),
+    "SimPO": (PINK, "P", False),
+    "Preferred-FT": (GREY, "s", True),
+    "best of N": (GREY, "o", True),
+    "best of N, learned reward": (GREY, "x", True),
+    "reward model + closed form": (ORANGE, "x", True),
+    "PPO": (ORANGE, "^", True),
+    "PPO-GT": (GREEN, "D", True),
 }
-
-
-def frontier_figure(found: list[Explored], drawn: str, path: Path) -> None:
-    """One panel a world: the analytic frontier, and each method's path from the reference to its end."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            1, len(found), figsize=(11 * len(found), 10), layout="constrained", squeeze=False
-        )
-        # One panel's width holds less: half of a title, three columns of a legend.
-        between, columns = (" ", 4) if len(found) > 1 else ("\n", 3)
-        figure.suptitle(f"Nobody crosses the frontier:{between}{drawn}, KL and reward exact", fontsize=20)
-        for axis, explored in zip(axes[0], found):
-            _world_panel(axis, explored)
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(
-            handles, labels, loc="outside lower center", ncols=columns, fontsize=15, markerscale=1.2
-        )
-        save_figure(figure, path)
-
-
-def _world_panel(axis, explored: Explored) -> None:
-    world = explored.world
-    betas = torch.logspace(-3, 3, 400, dtype=torch.float64) * world.rewards.std()
-    curve = reward_kl_frontier(world.ref_logps, world.rewards, betas)
-    kl, reward = (value.mean(-1).numpy() for value in curve)
-    axis.plot(kl, reward, color="black", linewidth=3, label=r"frontier: $\pi_{\rm ref}\, e^{r/\beta}/Z$")
-    low = (world.ref_logps.exp() * world.rewards).sum(-1).mean().item()
-    furthest, lowest, top = kl.max(), low, reward.max()
-    seen = set()
-    for run, gap in zip(explored.runs, explored.gaps):
-        colour, marker = LOOKS[run.family]
-        label = None if run.family in seen else run.family
-        seen.add(run.family)
-        if run.steps > 0 and run.family != "DPO, stopped early":  # whose path is DPO's
-            axis.plot(gap.kl.numpy(), gap.reward.numpy(), color=colour, linewidth=1.3, alpha=0.45, zorder=2)
-        face = "none" if run.family in ("IPO", "ORPO", "SimPO", "robust DPO") else colour
-        style = {"color": colour} if marker == "x" else {"facecolor": face, "edgecolor": colour}
-        end = gap.kl[-1].item(), gap.reward[-1].item()
-        furthest, lowest = max(furthest, end[0]), min(lowest, end[1])
-        axis.scatter(*end, marker=marker, s=130, linewidth=2, zorder=3, label=label, **style)
-    name = "a table of logits" if world.name == "table" else "a GPT-2, all completions enumerated"
-    axis.set_title(f"{name[0].upper()}{name[1:]}")
-    axis.set(xlabel=r"KL$(\pi\,\|\,\pi_{\rm ref})$, nats, mean over prompts", ylabel="expected true reward")
-    margin = 0.08 * (top - low)
-    axis.set(xlim=(-0.03 * furthest, 1.08 * furthest), ylim=(lowest - margin, top + margin))
-
-
 PAIRS_LOOKS = {  # method: colour, marker, line, label
     "DPO": (BLUE, "o", "-", "DPO"),
     "DPO, narrow GPT": (SKY, "s", "-", "DPO, a GPT too narrow for π*"),
@@ -92,72 +43,101 @@ PAIRS_LOOKS = {  # method: colour, marker, line, label
 }
 
 
-def pairs_figure(points: list[Point], laws: dict[str, float], beta: float, path: Path) -> None:
-    """One panel a world: gap to pi* against the number of pairs, beside theory's law."""
+def _a_panel_a_world(draw: Callable, parts: list, title: str, note: str, height: float) -> plt.Figure:
+    """A figure with a panel for each world, drawn by draw(axis, the world's part)."""
+    figure, axes = plt.subplots(
+        1, len(parts), figsize=(11 * len(parts), height), layout="constrained", squeeze=False
+    )
+    # One panel's width holds only half of a title.
+    figure.suptitle(f"{title}{' ' if len(parts) > 1 else chr(10)}{note}", fontsize=20)
+    for axis, part in zip(axes[0], parts):
+        draw(axis, part)
+    return figure
+
+
+def frontier_figure(found: list[list[Run]], drawn: str, path: Path) -> None:
+    """One panel a world: the analytic frontier, and each method's path from the reference to its end."""
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            1, len(laws), figsize=(11 * len(laws), 9), layout="constrained", squeeze=False
-        )
-        between = " " if len(laws) > 1 else "\n"
-        figure.suptitle(
-            f"How many pairs is a reward function worth?{between}"
-            f"(β = {beta:g}; medians, quartiles over data sets)",
-            fontsize=20,
-        )
-        for axis, (world, law) in zip(axes[0], laws.items()):
-            _pairs_panel(axis, points, world, law)
+        title, note = "Nobody crosses the frontier:", f"{drawn}, KL and reward exact"
+        figure = _a_panel_a_world(_world_panel, found, title, note, 10)
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=4 if len(found) > 1 else 3, fontsize=15,
+            markerscale=1.2,
+        )  # fmt: skip
         save_figure(figure, path)
 
 
-def _pairs_panel(axis, points: list[Point], world: str, law: float) -> None:
-    from .gaps import POPULATION, spreads
+def _world_panel(axis, runs: list[Run]) -> None:
+    world = runs[0].world
+    betas = torch.logspace(-3, 3, 400, dtype=torch.float64) * world.rewards.std()
+    curve = reward_kl_frontier(world.ref_logps, world.rewards, betas)
+    kl, reward = (value.mean(-1).numpy() for value in curve)
+    axis.plot(kl, reward, color="black", linewidth=3, label=r"frontier: $\pi_{\rm ref}\, e^{r/\beta}/Z$")
+    low = (world.ref_logps.exp() * world.rewards).sum(-1).mean().item()
+    furthest, lowest, top = kl.max(), low, reward.max()
+    seen = set()
+    for run in runs:
+        colour, marker, filled = LOOKS[run.family]
+        if run.steps > 0 and run.family != "DPO, stopped early":  # whose path is DPO's
+            axis.plot(run.gap.kl, run.gap.reward, color=colour, linewidth=1.3, alpha=0.45, zorder=2)
+        style = {"facecolor": colour if filled else "none", "edgecolor": colour}
+        end = run.gap.kl[-1].item(), run.gap.reward[-1].item()
+        furthest, lowest = max(furthest, end[0]), min(lowest, end[1])
+        style = {"color": colour} if marker == "x" else style
+        label = None if run.family in seen else run.family
+        axis.scatter(*end, marker=marker, s=130, linewidth=2, zorder=3, label=label, **style)
+        seen.add(run.family)
+    axis.set_title("A table of logits" if world.name == "table" else "A GPT-2, all completions enumerated")
+    axis.set(xlabel=r"KL$(\pi\,\|\,\pi_{\rm ref})$, nats, mean over prompts", ylabel="expected true reward")
+    margin = 0.08 * (top - low)
+    axis.set(xlim=(-0.03 * furthest, 1.08 * furthest), ylim=(lowest - margin, top + margin))
 
+
+def pairs_figure(found: list[list[Point]], laws: dict[str, float], beta: float, path: Path) -> None:
+    """One panel a world: gap to pi* against the number of pairs, beside theory's law."""
+    with plt.rc_context(STYLE):
+        note = f"(β = {beta:g}; medians, quartiles over data sets)"
+        draw = partial(_pairs_panel, laws=laws)
+        save_figure(
+            _a_panel_a_world(draw, found, "How many pairs is a reward function worth?", note, 9), path
+        )
+
+
+def _pairs_panel(axis, points: list[Point], laws: dict[str, float]) -> None:
+    world = points[0].world
+    law = laws[world]
     floor = 1e-6 if world == "table" else 1e-4  # what is less is drawn there or left out
-    finite = [n for n in spreads(points, world, "DPO") if n != POPULATION]
+    finite = [n for n in spreads(points, "DPO") if n != POPULATION]
     end = 10 * finite[-1]  # where the population is drawn
     theory = r"theory, for the mean: $\mathrm{tr}(\Sigma I^+)/2\beta^2 N$"
     ends = [finite[0], finite[-1]]
     axis.plot(ends, [law / n for n in ends], "--", color="black", linewidth=1.8, label=theory)
-    for name in dict.fromkeys(p.method for p in points if p.world == world and p.method != "PPO-GT"):
+    for name, found in spreads_of_all(points).items():
         colour, marker, line, label = PAIRS_LOOKS[name]
+        style = {"color": colour, "marker": marker or None, "markersize": 9}
+        if world == "table" and name == "PPO":  # on few data sets, whose medians would not be DPO's
+            single = [(min(p.pairs, end), p.gap) for p in points if p.method == "PPO"]
+            axis.errorbar(*zip(*single), linestyle="none", label=f"{label}: single data sets", **style)
+            continue
         if world == "table" and name == "DPO":
             label = "DPO = reward model + closed form, at each step"
-        if world == "table" and name == "PPO":  # on few data sets, whose medians would not be DPO's
-            _climbed(axis, points, end)
-            continue
-        found = spreads(points, world, name)
-        inside = [(n, spread) for n, spread in found.items() if n != POPULATION and spread.median > floor]
-        below = [spread.median - max(spread.low, floor) for _, spread in inside]
-        above = [spread.high - spread.median for _, spread in inside]
-        axis.errorbar(
-            [n for n, _ in inside], [spread.median for _, spread in inside], yerr=[below, above],
-            color=colour, marker=marker or None, linestyle=line, capsize=4, markersize=9, label=label,
-        )  # fmt: skip
+        inside = {n: s for n, s in found.items() if n != POPULATION and s.median > floor}
+        bars = [(s.median, max(s.low, floor), s.high) for s in inside.values()]
+        with_intervals(axis, list(inside), bars, linestyle=line, label=label, **style)
         if marker and POPULATION in found:
             _exact(axis, end, found[POPULATION].median, floor, color=colour, marker=marker)
-    gap = spreads(points, world, "PPO-GT")[POPULATION].median
+    gap = spreads(points, "PPO-GT")[POPULATION].median
     axis.axhline(max(gap, floor), color=GREEN, label=f"PPO, true reward: {gap:.1g} nats")
-    ticks = [10.0**k for k in range(2, round(math.log10(finite[-1])) + 1)]
-    names = [f"$10^{round(math.log10(tick))}$" for tick in ticks]
+    powers = range(2, round(math.log10(finite[-1])) + 1)
     axis.set(xscale="log", yscale="log", xlabel="preference pairs", ylim=(floor / 1.5, None))
-    axis.set_xticks([*ticks, end], [*names, "exact\nprobabilities"])
+    axis.set_xticks(
+        [*(10.0**k for k in powers), end], [*(f"$10^{k}$" for k in powers), "exact\nprobabilities"]
+    )
     axis.minorticks_off()
     axis.set_ylabel(r"gap: KL$(\pi\,\|\,\pi^*)$, nats, mean over prompts")
     axis.set_title("A table of logits" if world == "table" else "A GPT-2, all completions enumerated")
     axis.legend(loc="upper right")
-
-
-def _climbed(axis, points: list[Point], end: float) -> None:
-    """PPO on the table's data sets, a point each: too few for quartiles."""
-    from .gaps import POPULATION
-
-    colour, marker, _, label = PAIRS_LOOKS["PPO"]
-    seen = [
-        (end if point.pairs == POPULATION else point.pairs, point.gap)
-        for point in points if (point.world, point.method) == ("table", "PPO")
-    ]  # fmt: skip
-    style = {"color": colour, "marker": marker, "linestyle": "none", "markersize": 9}
-    axis.errorbar(*zip(*seen), **style, label=f"{label}: single data sets")
 
 
 def _exact(axis, end: float, gap: float, floor: float, *, color: str, marker: str) -> None:

@@ -1,7 +1,7 @@
 """Every method of the frontier, run on a world: its path from the reference to its end.
 
-A method is trained by gradient steps on comparisons (its loss is one of pair_methods.py), or climbs rewards
-by PPO, or is a closed form.
+A method is trained by gradient steps on comparisons (its loss is one of pair_methods.py), or maximises
+rewards by PPO, or is a closed form.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ import itertools
 import math
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ... import losses
-from ...closed_form import FrontierGap, best_of_n_logps, kl_divergence, optimal_logps
+from ...closed_form import FrontierGap, best_of_n_logps, frontier_gap, kl_divergence, optimal_logps
+from ...losses import bradley_terry_loss
 from ...policy import tree_states, whole_completions
 from ...preferences import Rankings
 from ...rivals.baselines import AdaptiveKL, ppo
@@ -30,8 +31,8 @@ from .pair_methods import PairMethod
 from .worlds import World
 
 GPT_RATE = 4e-3  # Adam's, for the GPT's weights
-LOOKS = 20  # measurements along a path
-CLOSED_FORMS = ("best of N", "best of N, learned reward", "reward model + closed form")  # no training
+PPO_TABLE_RATE = 0.1
+MEASURED = 20  # policies along a path
 
 
 class Effort(NamedTuple):
@@ -47,33 +48,39 @@ class Effort(NamedTuple):
 
 
 def effort(world: World, *, quick: bool) -> Effort:
-    """A few seconds a method. The GPT's steps are dear; samples of an enumerated policy cost nothing."""
+    """A few seconds a method. The GPT's steps are slow; samples of an enumerated policy cost nothing."""
     share = 4 if quick else 1
     if world.name == "table":
         return Effort(1200 // share, 450 // share, samples=2048, epochs=4)
     return Effort(450 // share, 500 // share, samples=2048, epochs=2)
 
 
-class Run(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Run:
     """One method on one world, from the reference to its end.
 
     Fields:
-        family, setting: "DPO", "beta 0.1".
+        family, setting: "DPO", "β 0.1".
         path: (L, X, Y) tables of log pi along the way, the reference first, the end last.
-        steps_at: (L,) steps done at each of them.
+        steps_at: (L,) gradient steps done at each of them; 0 for a closed form.
         optimum: (X, Y) where it must end, or None where that is not known or does not exist.
-        steps, seconds: gradient steps, 0 for a closed form; time in training alone.
+        seconds: time in training alone.
         ends: what to print where there is no optimum: "-" not known, "none" none exists.
     """
 
+    world: World
     family: str
     setting: str
     path: Tensor
     steps_at: list[int]
     optimum: Tensor | None
-    steps: int
-    seconds: float
+    seconds: float = 0.0
     ends: str = "-"
+
+    @property
+    def steps(self) -> int:
+        """Gradient steps in all."""
+        return self.steps_at[-1]
 
     @property
     def distance(self) -> float:
@@ -82,13 +89,10 @@ class Run(NamedTuple):
             return math.nan
         return kl_divergence(self.path[-1], self.optimum).mean().item()
 
-
-class Explored(NamedTuple):
-    """A world, what was run on it, and where each run stands along its path."""
-
-    world: World
-    runs: list[Run]
-    gaps: list[FrontierGap]
+    @cached_property
+    def gap(self) -> FrontierGap:
+        """KL and reward of each policy of the path, and what it falls short of the frontier."""
+        return frontier_gap(self.path, self.world.ref_logps, self.world.rewards)
 
 
 # ------------------------------------------------------------------------------------- by comparisons
@@ -97,23 +101,22 @@ class Explored(NamedTuple):
 def train_on_pairs(world: World, method: PairMethod, rankings: Rankings, *, steps: int) -> Run:
     """Adam on the whole of the comparisons, its rate falling linearly to zero."""
     policy = world.policy()
-    table = world.name == "table"
     dtype = next(policy.parameters()).dtype
     reference, batch = world.ref_logps.to(dtype), rankings.normalised_by_prompt()
     batch = batch._replace(weight=batch.weight.to(dtype))
     objective = method.objective(world)
-    rate = method.rate if table else GPT_RATE
+    rate = method.rate if world.name == "table" else GPT_RATE
     optimizer, schedule = adam(policy.parameters(), rate, steps)
     stream = train(
         lambda batch: (objective(policy(), reference, batch), {}), optimizer, itertools.repeat(batch, steps),
         scheduler=schedule,
     )  # fmt: skip
     try:
-        optimum = method.optimum(world, rankings)
+        optimum, ends = method.optimum(world, rankings), "-"
     except InputError:  # mostly because some completion never lost, or never won
-        found = follow(method.family, method.setting, policy, stream, steps, None)
-        return found._replace(ends="none")
-    return follow(method.family, method.setting, policy, stream, steps, optimum)
+        optimum, ends = None, "none"
+    path, steps_at, seconds = follow(policy, stream, steps)
+    return Run(world, method.family, method.setting, path, steps_at, optimum, seconds, ends)
 
 
 def adam(parameters: Iterable[Tensor], rate: float, steps: int):
@@ -126,72 +129,68 @@ def adam(parameters: Iterable[Tensor], rate: float, steps: int):
     return optimizer, schedule
 
 
-def looks(steps: int) -> set[int]:
-    """The steps after which a training is looked at: densely at first, the last one included."""
-    return {round(steps * (k / LOOKS) ** 2) for k in range(1, LOOKS + 1)} | {steps}
+def measured_steps(steps: int) -> set[int]:
+    """The steps after which a training is measured: densely at first, the last one included."""
+    return {round(steps * (k / MEASURED) ** 2) for k in range(1, MEASURED + 1)} | {steps}
 
 
-def follow(
-    family: str, setting: str, policy: nn.Module, stream, steps: int, optimum: Tensor | None, each: int = 1
-) -> Run:
-    """Run a training and note the policy's table along the way, densely at first.
-
-    Args: stream: yields once a step (of `each` gradient steps); steps: how often; optimum: see `Run`.
-    """
-    marks = looks(steps)
+def follow(policy: nn.Module, stream: Iterable, steps: int) -> tuple[Tensor, list[int], float]:
+    """Run a training; the policy's tables (L, X, Y) along the way, after how many steps, and seconds."""
+    measured = measured_steps(steps)
     tables, steps_at, seconds = [float64_table(policy)], [0], 0.0
     started = time.perf_counter()
     for step, _ in enumerate(stream, 1):
-        if step in marks:
+        if step in measured:
             seconds += time.perf_counter() - started
             tables.append(float64_table(policy))
-            steps_at.append(step * each)
+            steps_at.append(step)
             started = time.perf_counter()
-    return Run(family, setting, torch.stack(tables), steps_at, optimum, steps * each, seconds)
+    return torch.stack(tables), steps_at, seconds
+
+
+def pairs_loss(rewards: Tensor, pairs: Rankings) -> Tensor:
+    """-log sigmoid of the margin of each comparison (Eq. 2), summed by their weights; rewards (X, Y)."""
+    return pairs.weight @ bradley_terry_loss(*pairs.gather(rewards).unbind(-1))
 
 
 # -------------------------------------------------------------------------------------------- by rewards
 
 
 def climb(
-    world: World,
-    rewards: Tensor,
-    family: str,
-    *,
-    beta: float,
-    target: float | None,
-    effort: Effort,
-    seed: int,
-) -> Run:
+    world: World, rewards: Tensor, family: str, *, beta: float, effort: Effort, seed: int,
+    target: float | None = None,
+) -> Run:  # fmt: skip
     """PPO against rewards, learned or true, with a fixed coefficient or towards a divergence.
 
     Its own optimum is the closed form of those rewards at the coefficient it ends with.
     """
     policy = world.policy()
     dtype = next(policy.parameters()).dtype
-    iterations = effort.iterations
-    optimizer, schedule = adam(policy.parameters(), 0.1 if world.name == "table" else GPT_RATE, iterations)
+    rate = PPO_TABLE_RATE if world.name == "table" else GPT_RATE
+    optimizer, schedule = adam(policy.parameters(), rate, effort.iterations)
     controller = AdaptiveKL(beta, target)
     stream = ppo(
-        policy, world.ref_logps.to(dtype), rewards.to(dtype), optimizer, controller, iterations=iterations,
-        samples=effort.samples, epochs=effort.epochs, scheduler=schedule,
+        policy, world.ref_logps.to(dtype), rewards.to(dtype), optimizer, controller,
+        iterations=effort.iterations, samples=effort.samples, epochs=effort.epochs, scheduler=schedule,
         generator=torch.Generator().manual_seed(seed),
     )  # fmt: skip
+    path, iterations_at, seconds = follow(policy, stream, effort.iterations)
     setting = f"β {beta:g}" if target is None else f"target KL {target:g}"
-    run = follow(family, setting, policy, stream, iterations, None, effort.epochs)
-    return run._replace(optimum=optimal_logps(world.ref_logps, rewards, beta=controller.coefficient))
+    steps_at = [effort.epochs * iteration for iteration in iterations_at]
+    optimum = optimal_logps(world.ref_logps, rewards, beta=controller.coefficient)
+    return Run(world, family, setting, path, steps_at, optimum, seconds)
 
 
 def best_of_n(world: World, rewards: Tensor, family: str, n: int) -> Run:
     """The exact law of the best of n draws: no training."""
-    path = torch.stack([world.ref_logps, best_of_n_logps(world.ref_logps, rewards, n=n)])
-    return Run(family, f"N {n}", path, [0, 0], path[-1], 0, 0.0)
+    end = best_of_n_logps(world.ref_logps, rewards, n=n)
+    return Run(world, family, f"N {n}", torch.stack([world.ref_logps, end]), [0, 0], end)
 
 
 def closed_form(world: World, rewards: Tensor, family: str, beta: float) -> Run:
     """pi_ref exp(r / beta) / Z of the rewards given: no training."""
-    path = torch.stack([world.ref_logps, optimal_logps(world.ref_logps, rewards, beta=beta)])
-    return Run(family, f"β {beta:g}", path, [0, 0], path[-1], 0, 0.0)
+    end = optimal_logps(world.ref_logps, rewards, beta=beta)
+    return Run(world, family, f"β {beta:g}", torch.stack([world.ref_logps, end]), [0, 0], end)
 
 
 def gpt_reward_model(world: World, shown: Rankings, held_out: Rankings, *, steps: int, seed: int) -> Tensor:
@@ -204,24 +203,27 @@ def gpt_reward_model(world: World, shown: Rankings, held_out: Rankings, *, steps
     tree, ends = whole_completions(world.completions)
     optimizer, schedule = adam(model.parameters(), GPT_RATE, steps)
     shown = shown.normalised_by_prompt()
-    weight = shown.weight.to(torch.float32)
+    shown = shown._replace(weight=shown.weight.to(torch.float32))
     best, lowest = torch.zeros_like(world.rewards), math.inf
-    marks = looks(steps)
+    measured = measured_steps(steps)
 
     def rewards_now() -> Tensor:
         return model.head(tree_states(model.body, world.prompts, tree)[:, ends]).squeeze(-1)
 
-    def objective(comparisons: Rankings) -> tuple[Tensor, dict]:
-        ranked = comparisons.gather(rewards_now())
-        return weight @ losses.bradley_terry_loss(ranked[:, 0], ranked[:, 1]), {}
-
-    stream = train(objective, optimizer, itertools.repeat(shown, steps), scheduler=schedule)
+    stream = train(
+        lambda batch: (pairs_loss(rewards_now(), batch), {}), optimizer, itertools.repeat(shown, steps),
+        scheduler=schedule,
+    )  # fmt: skip
     for step, _ in enumerate(stream, 1):
-        if step in marks:
+        if step in measured:
             with torch.no_grad():
                 rewards = rewards_now().double()
-            margins = held_out.gather(rewards)
-            found = -(held_out.weight @ F.logsigmoid(margins[:, 0] - margins[:, 1])).item()
+            found = pairs_loss(rewards, held_out).item()
             if found <= lowest:
                 best, lowest = rewards, found
-    return best - (world.ref_logps.exp() * best).sum(-1, keepdim=True)
+    return centred(world, best)
+
+
+def centred(world: World, rewards: Tensor) -> Tensor:
+    """Rewards (X, Y) less their mean under the reference, for each prompt [D2.2]."""
+    return rewards - (world.ref_logps.exp() * rewards).sum(-1, keepdim=True)

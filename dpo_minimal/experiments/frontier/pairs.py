@@ -16,21 +16,21 @@ same steps. PPO with the true reward meets neither: it asks the reward for every
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import math
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ...certificates import connected
 from ...closed_form import kl_divergence, optimal_logps
 from ...laws.sampling_laws import kl_law
 from ...preferences import Rankings, expected_pairs, reference_pairs, win_counts
-from ...text.runs import write_arrays, write_records
+from ..study import Job, table
 from . import methods, pair_methods
-from .gaps import POPULATION, Point, spreads
 from .worlds import World, gpt_world
 
 SIZES = (100, 300, 1_000, 3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000)
@@ -40,15 +40,18 @@ HELD_OUT = 0.1  # of the comparisons, to stop by
 NARROW = 8  # width of the GPT that cannot express pi*
 STEPS = 1200  # of the reward model: as many as DPO's on a table
 PRIOR_STEPS = 400  # with a prior nothing runs away, and Adam is there sooner
+POPULATION = math.inf  # pairs, where preferences are exact
 
 
 # ------------------------------------------------------------------------------------------- comparisons
 
 
-def draw(population: Rankings, num_pairs: int, generator: np.random.Generator) -> Rankings:
+def draw(population: Rankings, num_pairs: float, generator: np.random.Generator) -> Rankings:
     """N comparisons as counts of the population's outcomes: one multinomial draw, whatever N is."""
+    if num_pairs == POPULATION:
+        return population
     chance = population.weight.numpy()
-    counts = torch.from_numpy(generator.multinomial(num_pairs, chance / chance.sum())).double()
+    counts = torch.from_numpy(generator.multinomial(int(num_pairs), chance / chance.sum())).double()
     seen = counts > 0
     return Rankings(population.prompt[seen], population.order[seen], counts[seen])
 
@@ -63,8 +66,9 @@ def split(rankings: Rankings, generator: np.random.Generator) -> tuple[Rankings,
 def fit_rewards(wins: Tensor, held_out: Tensor, *, steps: int = STEPS, prior: float | None = None) -> Tensor:
     """Bradley-Terry rewards by Adam from zero, stopped where held-out comparisons are predicted best.
 
-    The same steps, looks and schedule as DPO has on a table, whose rate is this one over beta: its policy is
-    the closed form of these rewards at every step [D11.7]. Data sets are independent, and fitted at once.
+    The same steps and schedule as DPO has on a table, measured after the same steps; DPO's rate is this one
+    over beta, and its policy is the closed form of these rewards at every step [D11.7]. Data sets are
+    independent, and fitted at once.
 
     Args:
         wins, held_out: (R, X, Y, Y): how often the row's completion beat the column's; without held-out
@@ -77,7 +81,7 @@ def fit_rewards(wins: Tensor, held_out: Tensor, *, steps: int = STEPS, prior: fl
     games = wins.sum((-3, -2, -1)).clamp(min=1)
     optimizer, schedule = methods.adam([scores], pair_methods.TABLE_RATE, steps)
     best, lowest = scores.detach().clone(), _losses(scores.detach(), held_out)
-    marks = methods.looks(steps)
+    measured = methods.measured_steps(steps)
     for step in range(1, steps + 1):
         optimizer.zero_grad()
         total = _losses(scores, wins)
@@ -86,7 +90,7 @@ def fit_rewards(wins: Tensor, held_out: Tensor, *, steps: int = STEPS, prior: fl
         (total / games).sum().backward()
         optimizer.step()
         schedule.step()
-        if step in marks:
+        if step in measured:
             with torch.no_grad():
                 found = _losses(scores, held_out)
                 better = found <= lowest  # equal where nothing is held out: the last
@@ -108,8 +112,7 @@ def learned_rewards(world: World, shown: Rankings, held_out: Rankings | None) ->
     X, Y = world.rewards.shape
     wins = win_counts(shown, X, Y).unsqueeze(0)
     held = torch.zeros_like(wins) if held_out is None else win_counts(held_out, X, Y).unsqueeze(0)
-    rewards = fit_rewards(wins, held)[0]
-    return rewards - (world.ref_logps.exp() * rewards).sum(-1, keepdim=True)
+    return methods.centred(world, fit_rewards(wins, held)[0])
 
 
 def with_prior(world: World, sets: list[Rankings], *, beta: float) -> Tensor:
@@ -130,134 +133,151 @@ def covered(world: World, rankings: Rankings, *, beta: float) -> Tensor:
     return (world.ref_logps + (world.rewards - mean) / beta).log_softmax(-1)
 
 
-# --------------------------------------------------------------------------------------------- the study
+# --------------------------------------------------------------------------------------- plan and runs
 
 
-def run(worlds: list[World], args: argparse.Namespace, folder: Path) -> Path:
-    """All measurements, a table of them, pairs.png; returns the folder."""
-    points: list[Point] = []
-    laws: dict[str, float] = {}
-    for world in worlds:
-        population = expected_pairs(world.rewards, reference_pairs(world.ref_logps))
-        optimal = optimal_logps(world.ref_logps, world.rewards, beta=args.beta)
-        mean, _ = kl_law(optimal, world.ref_logps, population, beta=args.beta)
-        laws[world.name] = mean.sum().item()  # X prompts share N pairs, and the gap is a mean over prompts
-        study = _table if world.name == "table" else _gpt
-        points += study(world, population, optimal, args)
-    print("\n".join(summary(points, laws, args.beta)))
-    write_records(folder / "metrics.jsonl", [point._asdict() for point in points])
-    write_arrays(folder / "result.npz", {f"{name}_law": np.array(law) for name, law in laws.items()})
-    from .figure import pairs_figure  # matplotlib is slow to import: not before it is needed
+class Point(NamedTuple):
+    """One measurement: gap in nats of one method, for N pairs and one data set."""
 
-    pairs_figure(points, laws, args.beta, folder / "pairs.png")
-    print(f"\nWrote {folder}/pairs.png, metrics.jsonl, result.npz and config.json.")
-    return folder
+    world: str
+    method: str
+    pairs: float
+    gap: float
 
 
-def _gap(logps: Tensor, optimal: Tensor) -> float:
-    return kl_divergence(logps, optimal).mean().item()
+def plan(world: World, args: argparse.Namespace) -> list[Job]:
+    """What is to be run on a world: each job returns points."""
+    if world.name == "table":
+        jobs = [partial(_on_table, world, size, args) for size in (*SIZES, POPULATION)]
+    else:
+        narrow = gpt_world(args.seed, quick=args.quick, width=NARROW)
+        sets = [(size, k) for size in GPT_SIZES for k in range(1 if args.quick else GPT_SEEDS)]
+        jobs = [partial(_on_gpt, world, narrow, size, k, args) for size, k in (*sets, (POPULATION, 0))]
+    return [*jobs, lambda: [_ppo(world, world.rewards, "PPO-GT", POPULATION, 0, args)]]
 
 
-def _table(world: World, population: Rankings, optimal: Tensor, args: argparse.Namespace) -> list[Point]:
-    X, Y = world.rewards.shape
-    effort = methods.effort(world, quick=args.quick)
+def _on_table(world: World, size: float, args: argparse.Namespace) -> list[Point]:
+    """All methods on the data sets of one size, whose reward models are fitted together."""
+    generator = np.random.default_rng([args.seed, 0 if size == POPULATION else int(size)])
+    count = 1 if size == POPULATION else REPLICATES
+    sets = [draw(_population(world), size, generator) for _ in range(count)]
+    parts = [_parts(each, size, generator) for each in sets]
+    shown, held = (torch.stack([win_counts(p[k], *world.rewards.shape) for p in parts]) for k in (0, 1))
+    rewards = fit_rewards(shown, held, steps=STEPS)
     points = []
-    for size in tqdm((*SIZES, POPULATION), desc="table", unit="size", leave=False, disable=None):
-        generator = np.random.default_rng([args.seed, 0 if size == POPULATION else int(size)])
-        count = 1 if size == POPULATION else REPLICATES
-        sets = [population if size == POPULATION else draw(population, size, generator) for _ in range(count)]
-        parts = [split(each, generator) if size != POPULATION else (each, each) for each in sets]
-        shown, held = (torch.stack([win_counts(p[k], X, Y) for p in parts]) for k in (0, 1))
-        rewards = fit_rewards(shown, held, steps=STEPS)
-        for k in range(count):
-            trained = optimal_logps(world.ref_logps, rewards[k], beta=args.beta)
-            points.append(Point("table", "DPO", size, _gap(trained, optimal)))
-            oracle = covered(world, sets[k], beta=args.beta)
-            points.append(Point("table", "coverage", size, _gap(oracle, optimal)))
-        if size != POPULATION:
-            known = with_prior(world, sets, beta=args.beta)
-            points += [Point("table", "prior", size, _gap(policy, optimal)) for policy in known]
-        for k in range(min(count, 1 if args.quick else CLIMBED)):
-            found = methods.climb(
-                world, rewards[k], "PPO", beta=args.beta, target=None, effort=effort, seed=args.seed + k
-            )
-            points.append(Point("table", "PPO", size, _gap(found.path[-1], optimal)))
-    found = methods.climb(
-        world, world.rewards, "PPO-GT", beta=args.beta, target=None, effort=effort, seed=args.seed
-    )
-    return [*points, Point("table", "PPO-GT", POPULATION, _gap(found.path[-1], optimal))]
+    for data, learned in zip(sets, rewards):
+        policy = optimal_logps(world.ref_logps, learned, beta=args.beta)
+        points.append(_point(world, "DPO", size, policy, args))
+        points.append(_point(world, "coverage", size, covered(world, data, beta=args.beta), args))
+    if size != POPULATION:
+        known = with_prior(world, sets, beta=args.beta)
+        points += [_point(world, "prior", size, policy, args) for policy in known]
+    climbed = min(count, 1 if args.quick else CLIMBED)
+    return [*points, *(_ppo(world, rewards[k], "PPO", size, k, args) for k in range(climbed))]
 
 
-def _gpt(world: World, population: Rankings, optimal: Tensor, args: argparse.Namespace) -> list[Point]:
+def _on_gpt(world: World, narrow: World, size: float, k: int, args: argparse.Namespace) -> list[Point]:
+    """All methods on the k-th data set of one size, and DPO of the narrow GPT on one of its own."""
+    generator = np.random.default_rng([args.seed, k, 0 if size == POPULATION else int(size)])
+    data = draw(_population(world), size, generator)
+    parts = _parts(data, size, generator)
+    points = [_dpo(world, "DPO", size, parts, args)]
+    if size != POPULATION:
+        points.append(_point(world, "prior", size, with_prior(world, [data], beta=args.beta)[0], args))
+    points.append(_point(world, "coverage", size, covered(world, data, beta=args.beta), args))
+    narrow_parts = _parts(draw(_population(narrow), size, generator), size, generator)
+    points.append(_dpo(narrow, "DPO, narrow GPT", size, narrow_parts, args))
+    steps = methods.effort(world, quick=args.quick).steps
+    rewards = methods.gpt_reward_model(world, *parts, steps=steps, seed=args.seed + k)
+    closed = optimal_logps(world.ref_logps, rewards, beta=args.beta)
+    points.append(_point(world, "reward model + closed form", size, closed, args))
+    return [*points, _ppo(world, rewards, "PPO", size, k, args)]
+
+
+def _population(world: World) -> Rankings:
+    return expected_pairs(world.rewards, reference_pairs(world.ref_logps))
+
+
+def _parts(data: Rankings, size: float, generator: np.random.Generator) -> tuple[Rankings, Rankings]:
+    """Comparisons to learn from and to stop by; exact preferences serve as both."""
+    return (data, data) if size == POPULATION else split(data, generator)
+
+
+def _dpo(world: World, name: str, size: float, parts, args: argparse.Namespace) -> Point:
+    steps = methods.effort(world, quick=args.quick).steps
+    found = methods.train_on_pairs(world, pair_methods.dpo(args.beta), parts[0], steps=steps)
+    return _point(world, name, size, found.path[best_on_path(found, parts[1], beta=args.beta)], args)
+
+
+def _ppo(world: World, rewards: Tensor, name: str, size: float, k: int, args: argparse.Namespace) -> Point:
     effort = methods.effort(world, quick=args.quick)
-    narrow = gpt_world(args.seed, quick=args.quick, width=NARROW)
-    narrow_population = expected_pairs(narrow.rewards, reference_pairs(narrow.ref_logps))
-    narrow_optimal = optimal_logps(narrow.ref_logps, narrow.rewards, beta=args.beta)
-    method = pair_methods.dpo(args.beta)
-    points = []
-    jobs = [(size, k) for size in (*GPT_SIZES, POPULATION) for k in range(1 if args.quick else GPT_SEEDS)]
-    for size, k in tqdm(jobs, desc="gpt", unit="data set", leave=False, disable=None):
-        if size == POPULATION and k:
-            continue
-        generator = np.random.default_rng([args.seed, k, 0 if size == POPULATION else int(size)])
-        if size == POPULATION:
-            data, parts, narrow_parts = population, (population,) * 2, (narrow_population,) * 2
-        else:
-            data = draw(population, size, generator)
-            parts = split(data, generator)
-            narrow_parts = split(draw(narrow_population, size, generator), generator)
-        found = methods.train_on_pairs(world, method, parts[0], steps=effort.steps)
-        policy = found.path[best_look(world, found, parts[1], beta=args.beta)]
-        points.append(Point("gpt", "DPO", size, _gap(policy, optimal)))
-        if size != POPULATION:
-            points.append(
-                Point("gpt", "prior", size, _gap(with_prior(world, [data], beta=args.beta)[0], optimal))
-            )
-        points.append(Point("gpt", "coverage", size, _gap(covered(world, data, beta=args.beta), optimal)))
-        found = methods.train_on_pairs(narrow, method, narrow_parts[0], steps=effort.steps)
-        policy = found.path[best_look(narrow, found, narrow_parts[1], beta=args.beta)]
-        points.append(Point("gpt", "DPO, narrow GPT", size, _gap(policy, narrow_optimal)))
-        rewards = methods.gpt_reward_model(world, *parts, steps=effort.steps, seed=args.seed + k)
-        closed = optimal_logps(world.ref_logps, rewards, beta=args.beta)
-        points.append(Point("gpt", "reward model + closed form", size, _gap(closed, optimal)))
-        found = methods.climb(
-            world, rewards, "PPO", beta=args.beta, target=None, effort=effort, seed=args.seed + k
-        )
-        points.append(Point("gpt", "PPO", size, _gap(found.path[-1], optimal)))
-    found = methods.climb(
-        world, world.rewards, "PPO-GT", beta=args.beta, target=None, effort=effort, seed=args.seed
-    )
-    return [*points, Point("gpt", "PPO-GT", POPULATION, _gap(found.path[-1], optimal))]
+    found = methods.climb(world, rewards, name, beta=args.beta, effort=effort, seed=args.seed + k)
+    return _point(world, name, size, found.path[-1], args)
 
 
-def best_look(world: World, found: methods.Run, held_out: Rankings, *, beta: float) -> int:
+def _point(world: World, name: str, size: float, logps: Tensor, args: argparse.Namespace) -> Point:
+    return Point(world.name, name, size, gap_to_optimum(world, logps, beta=args.beta))
+
+
+def gap_to_optimum(world: World, logps: Tensor, *, beta: float) -> float:
+    """KL(pi || pi*), nats, the mean over prompts."""
+    return kl_divergence(logps, optimal_logps(world.ref_logps, world.rewards, beta=beta)).mean().item()
+
+
+def best_on_path(found: methods.Run, held_out: Rankings, *, beta: float) -> int:
     """Where along a path the implicit rewards predict held-out comparisons best."""
-    margins = [beta * held_out.gather(table - world.ref_logps) for table in found.path]
-    losses = [-(held_out.weight @ F.logsigmoid(each[:, 0] - each[:, 1])).item() for each in margins]
-    return int(np.argmin(losses))
+    rewards = beta * (found.path - found.world.ref_logps)
+    return int(np.argmin([methods.pairs_loss(each, held_out).item() for each in rewards]))
 
 
-def summary(points: list[Point], laws: dict[str, float], beta: float) -> list[str]:
-    """The table, and how many pairs the reward function was worth."""
-    lines = []
-    for world, law in laws.items():
-        names = list(dict.fromkeys(p.method for p in points if p.world == world and p.method != "PPO-GT"))
-        lines += [
-            "",
-            f"Gap to pi* in nats, median over data sets (mean): {world}, beta = {beta:g}",
-            f"  {'pairs':>10} {'law':>9} " + " ".join(f"{name:>{max(len(name), 18)}}" for name in names),
-        ]
-        table = {name: spreads(points, world, name) for name in names}
-        for size in table["DPO"]:
-            cells = []
-            for name in names:
-                spread = table[name].get(size)
-                text = "-" if spread is None else f"{spread.median:.2g} ({spread.mean:.2g})"
-                cells.append(f"{text:>{max(len(name), 18)}}")
-            label = "exact" if size == POPULATION else f"{int(size):,}"
-            lines.append(f"  {label:>10} {law / size:>9.2g} " + " ".join(cells))
-        gap = spreads(points, world, "PPO-GT")[POPULATION].median
-        lines.append(
-            f"  PPO with the true reward: {gap:.2g} nats; the law reaches that with {law / gap:.2g} pairs."
-        )
-    return lines
+# --------------------------------------------------------------------------------------- rows and table
+
+
+class Spread(NamedTuple):
+    """Of the gaps of one method at one number of pairs: quartiles, and the mean, which the law is about."""
+
+    low: float
+    median: float
+    high: float
+    mean: float
+
+
+def spreads(points: list[Point], method: str) -> dict[float, Spread]:
+    """For each number of pairs, increasing. A few unlucky data sets may carry a mean, hence the median."""
+    gaps: dict[float, list[float]] = {}
+    for point in points:
+        if point.method == method:
+            gaps.setdefault(point.pairs, []).append(point.gap)
+    return {n: Spread(*np.quantile(gaps[n], (0.25, 0.5, 0.75)), np.mean(gaps[n])) for n in sorted(gaps)}
+
+
+def spreads_of_all(points: list[Point]) -> dict[str, dict[float, Spread]]:
+    """Those of every method that learns from pairs, in the order of the points."""
+    return {
+        name: spreads(points, name) for name in dict.fromkeys(p.method for p in points) if name != "PPO-GT"
+    }
+
+
+def law_of(world: World, *, beta: float) -> float:
+    """N times the mean gap of estimates from N pairs, for many pairs: tr(Sigma I^+) / (2 beta^2) [D11.5]."""
+    optimal = optimal_logps(world.ref_logps, world.rewards, beta=beta)
+    mean, _ = kl_law(optimal, world.ref_logps, _population(world), beta=beta)
+    return mean.sum().item()  # X prompts share N pairs, and the gap is a mean over prompts
+
+
+def summary(points: list[Point], law: float, beta: float) -> list[str]:
+    """The table of a world, and how many pairs the reward function was worth."""
+    found = spreads_of_all(points)
+    columns = [("pairs", ">10", ""), ("law", ">9", ".2g")]
+    columns += [(name, f">{max(len(name), 18)}", "") for name in found]
+    rows = []
+    for size in found["DPO"]:
+        cells = [each.get(size) for each in found.values()]
+        texts = ["-" if each is None else f"{each.median:.2g} ({each.mean:.2g})" for each in cells]
+        rows.append(["exact" if size == POPULATION else f"{int(size):,}", law / size, *texts])
+    gap = spreads(points, "PPO-GT")[POPULATION].median
+    return [
+        f"Gap to pi* in nats, median over data sets (mean): {points[0].world}, beta = {beta:g}",
+        *table(columns, rows, indent="  "),
+        f"  PPO with the true reward: {gap:.2g} nats; the law reaches that with {law / gap:.2g} pairs.",
+    ]

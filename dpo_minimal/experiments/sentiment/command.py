@@ -37,15 +37,16 @@ import torch
 from ...text.allocator import keep_freed_memory
 from ...text.runs import new_run_folder, refuse_used_folder, versions, write_json
 from ...validation import InputError, check_count, check_seed
+from ..study import Study, carry_out
 from ..text.options import CONFIG_FILE, read_run_config
 from ..text.setup import resumable
 from .data import NOISES, Plan
 from .methods import all_runs, check_plan
-from .report import write_report
-from .results import load_results
-from .runs import run_all
+from .report import files, report
+from .results import results_of
+from .runs import jobs_of, learn_reward
 from .truth import read_reviews
-from .world import load_world, make_world
+from .world import load_world, make_world, read_rows
 
 GRAMMAR = Plan(
     demonstrations=16000, vocab_size=704, context=64, n_layer=2, n_embd=128, sft_epochs=1,
@@ -106,27 +107,32 @@ def run(args: argparse.Namespace) -> Path:
     keep_freed_memory()
     if args.workers is not None:
         check_count("--workers", args.workers)
-    workers = args.workers or min(2, os.cpu_count() or 1)
     folder, options = _open(args)
     plan = Plan(**options["plan"])
     check_plan(plan)
-    runs = all_runs(seeds=options["seeds"], quick=options["quick"])
     with resumable("sentiment", folder):
         make_world(
             folder, plan, reviews=options["reviews"], noise=options["label_noise"], seed=options["seed"],
             resume=args.resume is not None,
         )  # fmt: skip
-        run_all(folder, runs, plan, seed=options["seed"], workers=workers)
-        what = "film reviews of a file" if options["reviews"] else "the grammar's film reviews"
-        write_report(
-            folder, load_results(folder, runs), runs, plan, load_world(folder), noise=options["label_noise"],
-            what=what,
-        )  # fmt: skip
-    print(
-        f"\nWrote {folder}/sentiment.png, win_rates.png, table.csv, win_rates.csv, result.json, "
-        "metrics.jsonl, samples.txt and config.json.", flush=True,
-    )  # fmt: skip
+        workers = args.workers or min(2, os.cpu_count() or 1)
+        carry_out(_study(folder, plan, options), folder, workers=workers)
     return folder
+
+
+def _study(folder: Path, plan: Plan, options: dict) -> Study:
+    """Every training of the plan, from the world in the folder to the figures."""
+    folder = folder.resolve()  # one name for what a process keeps of it
+    runs = all_runs(seeds=options["seeds"], quick=options["quick"])
+    reward = learn_reward(folder, plan, options["seed"])
+    jobs, world, drawn = jobs_of(folder, runs, plan), load_world(folder), read_rows(folder)
+    what = "film reviews of a file" if options["reviews"] else "the grammar's film reviews"
+    return Study(
+        plan={"methods": list(jobs.values())},
+        runs=lambda found: results_of(dict(zip(jobs, found)) | {"reward-model": reward}, runs),
+        table=lambda results: report(results, runs, plan, world, options["label_noise"], drawn),
+        files=lambda found: files(*found, runs, plan, world, what),
+    )
 
 
 def _open(args: argparse.Namespace) -> tuple[Path, dict]:
@@ -136,34 +142,28 @@ def _open(args: argparse.Namespace) -> tuple[Path, dict]:
         config = read_run_config(folder)
         if config.get("command") != "sentiment":
             raise InputError(f"--resume {folder}: is a run of {config.get('command')!r}; use that command.")
-        for name in ("reviews", "label_noise", "seeds", "seed", "quick", "output_dir"):
-            value = getattr(args, name)
-            if value is not None and value != config["options"][name]:
+        for name, was in config["options"].items():
+            if getattr(args, name, None) not in (None, was):
                 flag = "--" + name.replace("_", "-")
-                raise InputError(
-                    f"--resume {folder}: {flag} is {config['options'][name]} in that run; leave it out."
-                )
+                raise InputError(f"--resume {folder}: {flag} is {was} in that run; leave it out.")
         return folder, config["options"]
     quick = bool(args.quick)
-    seeds = 1 if quick else SEEDS
+    plans = (GRAMMAR, QUICK) if args.reviews is None else (REVIEWS, QUICK_REVIEWS)
     options = {
         "reviews": args.reviews,
         "label_noise": args.label_noise or NOISES[0],
-        "seeds": args.seeds if args.seeds is not None else seeds,
-        "seed": args.seed if args.seed is not None else 0,
+        "seeds": (1 if quick else SEEDS) if args.seeds is None else args.seeds,
+        "seed": args.seed or 0,
         "quick": quick,
         "output_dir": args.output_dir,
+        "plan": plans[quick]._asdict(),
     }
     check_count("--seeds", options["seeds"])
     check_seed("--seed", options["seed"])
     refuse_used_folder(args.output_dir)
     if args.reviews is not None:
         read_reviews(args.reviews)  # before anything is written
-    plans = (GRAMMAR, QUICK) if args.reviews is None else (REVIEWS, QUICK_REVIEWS)
-    options["plan"] = plans[quick]._asdict()
     folder = new_run_folder(args.output_dir, "sentiment")
-    write_json(
-        folder / CONFIG_FILE,
-        {"command": "sentiment", "options": options, "threads": 1, **versions()},
-    )
+    config = {"command": "sentiment", "options": options, "threads": 1, **versions()}
+    write_json(folder / CONFIG_FILE, config)
     return folder, options

@@ -3,23 +3,24 @@
 A budget is a number of gradient steps on 64 completions each (32 pairs), one learning rate for all, and a
 number of completions with a true reward behind them: those of the pairs, four a prefix, or as many that PPO
 draws for itself. Nothing is tuned for one method. The learning rate was chosen once, out of 3e-4, 6e-4 and
-1e-3, by looking at DPO and PPO-GT on the grammar: from 6e-4 on DPO left the language within the steps that
-there are. AdamW's steps do not depend on the scale of a loss, which is what makes one rate a fair one; losses
-that pull in another way may still deserve another.
+1e-3, by results of DPO and PPO-GT on the grammar: from 6e-4 on DPO left the language within these steps.
+AdamW's steps do not depend on the scale of a loss, which is what makes one rate a fair one; losses that pull
+in another way may still deserve another.
 
-But: what is measured of a policy, and when (sentiment_runs.py).
+But: what is measured of a policy, and when (runs.py).
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import safetensors.torch
-import torch
 from torch import Tensor
 
 from ...model import GPT
@@ -28,7 +29,7 @@ from ...rivals.reward_model import RewardModel, fit_reward_model, normalised_rew
 from ...text.batches import Example, split_by_prompt, windows, with_mismatched
 from ...text.objectives import LOSS_TYPES, make_window, preference_objective, reference_logps, sft_objective
 from ...text.runs import write_atomically
-from ...train import Objective, Window, make_optimizer, train, warm_up
+from ...train import Objective, Record, Window, make_optimizer, train, warm_up
 from ...validation import InputError
 from .data import K, Plan
 from .world import World, read_rows
@@ -50,7 +51,7 @@ class Run(NamedTuple):
         loss_type, options: of "pairs", as `preference_objective` takes them.
         target: of "ppo", nats; learned: by the learned reward, or by the true one.
         seed: of the order of data, or of PPO's samples.
-        full: whether temperatures and other prompts are looked at too.
+        full: whether it is measured at other temperatures and on other prompts too.
     """
 
     method: str
@@ -68,9 +69,7 @@ class Run(NamedTuple):
         """A file's name."""
         words = f"{self.method} {self.setting} seed {self.seed}".lower()
         words = words.translate(str.maketrans({"β": "beta", "α": "alpha", "γ": "gamma", "λ": "lambda"}))
-        return "-".join(
-            "".join(c if c.isascii() and (c.isalnum() or c == ".") else " " for c in words).split()
-        )
+        return "-".join(re.findall(r"[a-z0-9.]+", words))
 
 
 def all_runs(*, seeds: int, quick: bool) -> list[Run]:
@@ -83,36 +82,30 @@ def all_runs(*, seeds: int, quick: bool) -> list[Run]:
     distinct = [
         Run("SFT", "", "none", full=True),
         Run("Preferred-FT", "", "sft", full=True),
-        *(pairs("DPO", f"β {beta:g}", "dpo", full=beta == 0.1, beta=beta) for beta in betas),
-        *(
-            pairs("Unlikelihood", f"α {alpha:g}", "unlikelihood", full=alpha == 1, alpha=alpha)
-            for alpha in alphas
-        ),
+        *(pairs("DPO", f"β {b:g}", "dpo", full=b == 0.1, beta=b) for b in betas),
+        *(pairs("Unlikelihood", f"α {a:g}", "unlikelihood", full=a == 1, alpha=a) for a in alphas),
         pairs("IPO", "β 0.1", "ipo", beta=0.1),
         pairs("cDPO", "β 0.1, ε 0.1", "cdpo", beta=0.1, label_smoothing=0.1),
         pairs("KTO", "β 0.1", "kto", beta=0.1, desirable_weight=1.0, undesirable_weight=1.0),
         pairs("ORPO", "λ 1", "orpo", lam=1.0),
         pairs("SimPO", "β 2, γ 1", "simpo", beta=2.0, gamma=1.0),
-        *(
-            Run(name, f"KL {target:g}", "ppo", target=target, learned=name == "PPO", full=target == 6)
-            for name in ("PPO", "PPO-GT")
-            for target in targets
-        ),
+        *(Run("PPO", f"KL {kl:g}", "ppo", target=kl, learned=True, full=kl == 6) for kl in targets),
+        *(Run("PPO-GT", f"KL {kl:g}", "ppo", target=kl, full=kl == 6) for kl in targets),
     ]  # fmt: skip
     return [run._replace(seed=seed) for run in distinct for seed in range(seeds)]
 
 
 def budget_of(run: Run, plan: Plan) -> dict[str, int]:
     """What a run may use: gradient steps, completions in each, completions with a true reward behind them."""
+    steps, completions, judged = plan.steps, 2 * plan.pairs, K * plan.prefixes
     if run.kind == "none":
-        return {"steps": 0, "completions": 0, "judged": 0}
-    if run.kind == "ppo":
+        steps = completions = judged = 0
+    elif run.kind == "ppo":
         settings = ppo_settings(run, plan)
-        # The learned reward knows no more true rewards than the pairs do, however often it is asked.
-        judged = K * plan.prefixes if run.learned else settings.iterations * settings.prompts
-        steps = settings.iterations * settings.epochs
-        return {"steps": steps, "completions": settings.prompts, "judged": judged}
-    return {"steps": plan.steps, "completions": 2 * plan.pairs, "judged": K * plan.prefixes}
+        steps, completions = settings.iterations * settings.epochs, settings.prompts
+        if not run.learned:  # else it knows no more true rewards than the pairs do, however often it is asked
+            judged = settings.iterations * settings.prompts
+    return {"steps": steps, "completions": completions, "judged": judged}
 
 
 def check_plan(plan: Plan) -> None:
@@ -120,8 +113,8 @@ def check_plan(plan: Plan) -> None:
     if plan.steps % PPO_EPOCHS or 6 * plan.prefixes != plan.steps * plan.pairs:
         raise InputError(
             f"{plan.prefixes} prefixes make {6 * plan.prefixes} pairs, but {plan.steps} steps of "
-            f"{plan.pairs} "
-            f"use {plan.steps * plan.pairs}; make both equal, with steps a multiple of {PPO_EPOCHS}."
+            f"{plan.pairs} use {plan.steps * plan.pairs}; make both equal, with steps a multiple of "
+            f"{PPO_EPOCHS}."
         )
 
 
@@ -131,13 +124,14 @@ def train_run(run: Run, world: World, plan: Plan, folder: Path) -> Iterator[tupl
     if run.kind == "none":
         return
     if run.kind == "ppo":
-        yield from _climb(run, world, plan, folder, model)
-        return
-    objective, stream = _learn_from_pairs(run, world, plan, model)
-    optimizer = make_optimizer(model.parameters(), "adamw", plan.learning_rate)
-    scheduler = warm_up(optimizer, plan.learning_rate, plan.warmup)
-    for record in train(objective, optimizer, stream, scheduler=scheduler, max_grad_norm=1.0):
-        yield int(record["step"]), model
+        records, each = _ppo(run, world, plan, folder, model), PPO_EPOCHS
+    else:
+        objective, stream = _learn_from_pairs(run, world, plan, model)
+        optimizer = make_optimizer(model.parameters(), "adamw", plan.learning_rate)
+        scheduler = warm_up(optimizer, plan.learning_rate, plan.warmup)
+        records, each = train(objective, optimizer, stream, scheduler=scheduler, max_grad_norm=1.0), 1
+    for record in records:
+        yield each * int(record["step"]), model
 
 
 def _learn_from_pairs(run: Run, world: World, plan: Plan, model: GPT) -> tuple[Objective, Iterator[Window]]:
@@ -158,19 +152,17 @@ def _learn_from_pairs(run: Run, world: World, plan: Plan, model: GPT) -> tuple[O
 def _stream(
     examples: list[Example], reference: Tensor | None, size: int, steps: int, seed: int
 ) -> Iterator[Window]:
-    """Windows of `size` rows, epoch after epoch, until there are as many as steps; an epoch's rest that makes
-    no whole window is passed over, so that every step has the same size."""
+    """Windows of `size` rows, epoch after epoch, as many as steps; an epoch's rest that makes no whole window
+    is passed over, so that every step has the same size."""
     size = min(size, len(examples))
-    made, epoch = 0, 0
-    while True:
-        for rows in windows(examples, window_size=size, micro_size=min(16, size), seed=seed, epoch=epoch):
-            if made == steps:
-                return
-            if sum(map(len, rows)) < size:
-                continue
-            made += 1
-            yield make_window(examples, rows, reference, dtype="float32", device="cpu")
-        epoch += 1
+    chosen = (
+        rows
+        for epoch in itertools.count()
+        for rows in windows(examples, window_size=size, micro_size=min(16, size), seed=seed, epoch=epoch)
+        if sum(map(len, rows)) == size
+    )
+    for rows in itertools.islice(chosen, steps):
+        yield make_window(examples, rows, reference, dtype="float32", device="cpu")
 
 
 # --------------------------------------------------------------------------------------- rewards and PPO
@@ -186,19 +178,16 @@ def ppo_settings(run: Run, plan: Plan) -> PPOSettings:
     )  # fmt: skip
 
 
-def _climb(run: Run, world: World, plan: Plan, folder: Path, model: GPT) -> Iterator[tuple[int, GPT]]:
+def _ppo(run: Run, world: World, plan: Plan, folder: Path, model: GPT) -> Iterator[Record]:
     reward = world.truth
     if run.learned:
         rows = read_rows(folder)
-        learned = load_reward_model(folder, world)
         prompts, samples = [row["prompt"] for row in rows], [row["completions"] for row in rows]
-        reward = normalised_reward(learned, prompts, samples)
-    records = train_ppo(
+        reward = normalised_reward(load_reward_model(folder, world), prompts, samples)
+    return train_ppo(
         model, world.policy.model, world.train_prompts, reward, ppo_settings(run, plan),
         eos=world.policy.tokenizer.eot,
     )  # fmt: skip
-    for record in records:
-        yield PPO_EPOCHS * int(record["step"]), model
 
 
 def fit_reward(folder: Path, world: World, plan: Plan, seed: int) -> tuple[float, int]:
@@ -229,11 +218,3 @@ def load_reward_model(folder: Path, world: World) -> RewardModel:
             "methods/reward-model.npz, and --resume makes both again."
         ) from None
     return model.requires_grad_(False)
-
-
-def sampling_generator(*parts: int) -> torch.Generator:
-    """Random numbers of a stage of their own: streams of different parts never meet."""
-    seed = 0
-    for part in parts:
-        seed = (seed * 1_000_003 + part + 1) % 2**62
-    return torch.Generator().manual_seed(seed)

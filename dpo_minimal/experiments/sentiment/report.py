@@ -1,29 +1,30 @@
 """What the sentiment experiment prints and writes: the table, what it says of DPO and PPO, samples to read.
 
-But: how the numbers come about (sentiment_results.py).
+But: how the numbers come about (results.py).
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...text.runs import write_atomically, write_json, write_records
+from ...text.runs import write_json, write_records
+from ..study import paragraph, table, write_csv, write_text
 from ..text.report import prompt_line, text_lines
 from .data import K, Plan
 from .methods import REWARD_EPOCHS, Run, budget_of
 from .results import NATS, Group, Interval, Results, crossed_interval, reward_within, win_interval
 from .runs import OTHER_TEMPERATURES, SHOWN, TEMPERATURES
-from .world import World, read_rows
+from .world import World
 
 PRINTED = 2  # prompts whose samples are printed
-WIDTH = 110
+
+
+# -------------------------------------------------------------------------------------------------- rows
 
 
 def table_rows(results: Results, runs: Sequence[Run], plan: Plan) -> list[dict[str, Any]]:
@@ -36,51 +37,45 @@ def table_rows(results: Results, runs: Sequence[Run], plan: Plan) -> list[dict[s
         row |= _spread("kl", crossed_interval(group.log_ratios[:, -1]))
         row |= _spread("win_rate", win_interval(group.rewards[:, -1], results.opponents))
         for nats in NATS:
-            within = reward_within(group, results.start, nats) if group.method != "SFT" else None
+            within = reward_within(group, results.start, nats) if group.method != "SFT" else (None,) * 3
             row |= _spread(f"reward_within_{nats:g}_nats", within)
         row |= budgets[group.method, group.setting] | {"seconds": group.seconds}
         rows.append(row | _character(group))
     for method, best in (("Best of N", results.learned_best), ("Best of N-GT", results.true_best)):
         for entry in best[1:]:
             row = {"method": method, "setting": f"N {entry.n}", "seeds": 1}
-            row |= _spread("reward", entry.reward) | _spread("kl", Interval(entry.kl, entry.kl, entry.kl))
-            row |= _spread("win_rate", entry.win)
-            rows.append(row | {"seconds": results.best_seconds})
+            row |= _spread("reward", entry.reward) | _spread("kl", (entry.kl,) * 3)
+            rows.append(row | _spread("win_rate", entry.win) | {"seconds": results.best_seconds})
     return rows
 
 
-def _spread(name: str, interval: Interval | None) -> dict[str, float | None]:
-    values = (None, None, None) if interval is None else interval
-    return dict(zip((name, f"{name}_low", f"{name}_high"), values))
+def _spread(name: str, interval: Interval | tuple) -> dict[str, float | None]:
+    return dict(zip((name, f"{name}_low", f"{name}_high"), interval))
 
 
 def _character(group: Group) -> dict[str, float]:
     """What the end's samples are like, means over seeds and prompts."""
-    return {
-        name: group.last[name].mean().item()
-        for name in ("lengths", "ended", "repeated", "reference_token_logps")
-    }
+    names = ("lengths", "ended", "repeated", "reference_token_logps")
+    return {name: group.last[name].mean().item() for name in names}
 
 
 def win_rate_rows(results: Results) -> list[dict[str, Any]]:
     """Win rates over temperatures, on held-out prompts and on those of another kind: for win_rates.csv."""
     rows = []
-    for group in results.groups:
-        if "temperature_rewards" not in group.last:
-            continue
+    for group in results.full:
         for prompts, key, opponents, temperatures in (
             ("held out", "temperature_rewards", results.opponents, TEMPERATURES),
             ("other", "other_rewards", results.other_opponents, OTHER_TEMPERATURES),
         ):
             for place, temperature in enumerate(temperatures):
-                win = win_interval(group.last[key][:, place], opponents)
                 row = {"method": group.method, "setting": group.setting, "prompts": prompts}
+                win = win_interval(group.last[key][:, place], opponents)
                 rows.append(row | {"temperature": temperature} | _spread("win_rate", win))
     return rows
 
 
 def path_rows(results: Results) -> list[dict[str, Any]]:
-    """What the figures draw of trainings, for metrics.jsonl: a row for each setting, seed and look."""
+    """What the figures draw of trainings, for metrics.jsonl: a row for each setting, seed and measurement."""
     rows = []
     for group in results.groups:
         for seed, (rewards, log_ratios) in enumerate(zip(group.rewards, group.log_ratios)):
@@ -95,22 +90,28 @@ def path_rows(results: Results) -> list[dict[str, Any]]:
     return rows
 
 
+# ------------------------------------------------------------------------------------------------- table
+
+COLUMNS = (
+    ("method", "<12", ""), ("setting", "<13", ""), ("seeds", ">5", ""), ("reward", ">13", ""),
+    ("KL, nats", ">13", ""), ("win rate, %", ">18", ""), (f"in {NATS[0]:g} nats", ">12", ""),
+    (f"in {NATS[1]:g} nats", ">12", ""), ("steps", ">6", ""), ("sec", ">5", ".0f"),
+)  # fmt: skip
+
+
 def table_text(rows: Sequence[dict[str, Any]]) -> str:
     """The printed table."""
     early, late = (f"reward_within_{nats:g}_nats" for nats in NATS)
-    header = (
-        f"{'method':<13}{'setting':<14}{'seeds':>5} {'reward':>13} {'KL, nats':>13} {'win rate, %':>18} "
-        f"{f'in {NATS[0]:g} nats':>12} {f'in {NATS[1]:g} nats':>12} {'steps':>6} {'sec':>5}"
-    )
-    lines = [header, "-" * len(header)]
+    cells = []
     for row in rows:
         win, low, high = (100 * row[name] for name in ("win_rate", "win_rate_low", "win_rate_high"))
         kl = f"<= {row['kl']:.2f}" if row["method"].startswith("Best") else _plus_minus(row, "kl")
-        lines.append(
-            f"{row['method']:<13}{row['setting']:<14}{row['seeds']:>5} {_plus_minus(row, 'reward'):>13} "
-            f"{kl:>13} {f'{win:.0f} [{low:.0f}, {high:.0f}]':>18} {_plus_minus(row, early):>12} "
-            f"{_plus_minus(row, late):>12} {row.get('steps', '-'):>6} {row['seconds']:>5.0f}"
-        )
+        cells.append(
+            (row["method"], row["setting"], row["seeds"], _plus_minus(row, "reward"), kl,
+             f"{win:.0f} [{low:.0f}, {high:.0f}]", _plus_minus(row, early), _plus_minus(row, late),
+             row.get("steps", "-"), row["seconds"])
+        )  # fmt: skip
+    header, *lines = table(COLUMNS, cells)
     note = (
         "Reward, KL and win rate (against a sample of the SFT model, a tie one half): of samples at "
         "temperature 1 of held-out prefixes, with 95 % intervals over prompts and seeds (seeds vary the "
@@ -120,18 +121,13 @@ def table_text(rows: Sequence[dict[str, Any]]) -> str:
         "one); its KL is an "
         "upper bound. Unlikelihood at α 1 is DPO without its weight. sec: of one training, without its looks."
     )
-    return "\n".join([*lines, "", _paragraph(note)])
-
-
-def _paragraph(text: str) -> str:
-    return textwrap.fill(text, WIDTH, break_on_hyphens=False)
+    return "\n".join([header, "-" * len(header), *lines, "", paragraph(note)])
 
 
 def _plus_minus(row: dict[str, Any], name: str) -> str:
-    value = row.get(name)
-    if value is None:
+    if row.get(name) is None:
         return "-"
-    return f"{value:z.2f} ± {(row[f'{name}_high'] - row[f'{name}_low']) / 2:.2f}"
+    return f"{row[name]:z.2f} ± {(row[f'{name}_high'] - row[f'{name}_low']) / 2:.2f}"
 
 
 # ------------------------------------------------------------------------------------------------- words
@@ -143,7 +139,7 @@ def budget_text(plan: Plan, runs: Sequence[Run]) -> str:
     if len(used) != 1:
         raise AssertionError(f"the budgets differ, which is a bug in here: {used}")
     steps, completions, judged = used.pop()
-    return _paragraph(
+    return paragraph(
         f"Every method: {steps} gradient steps on {completions} completions each, AdamW at "
         f"{plan.learning_rate:g} after {plan.warmup} steps of warm-up, gradients clipped at 1, and "
         f"{judged:,} completions with a true reward behind them. The rate is one of three that were tried, "
@@ -172,7 +168,7 @@ def labels_text(rows: Sequence[dict[str, Any]], noise: str) -> str:
             "Where a prefix's labels run in a circle through all its completions, the DPO loss has a finite "
             "optimum for them, which depends on beta (derivations.md, D11.6)."
         )
-    return _paragraph(text)
+    return paragraph(text)
 
 
 def comparison_text(results: Results, rows: Sequence[dict[str, Any]]) -> str:
@@ -192,92 +188,76 @@ def comparison_text(results: Results, rows: Sequence[dict[str, Any]]) -> str:
     )
     judged = torch.tensor([reward for row in rows for reward in row["rewards"]])
     end = max(group.rewards[:, -1].mean().item() for group in results.groups if group.method == "PPO-GT")
-    share = (judged >= end).double().mean()
     why = (
         f"What they learnt from: DPO saw the better one of two out of {len(judged):,} samples of the SFT "
         "model, one bit a pair; the learned reward knows the same, and orders "
         f"{results.accuracy:.0%} of {results.accuracy_pairs:,} held-out pairs rightly. So what best of N by "
         "that reward has more than DPO at the same divergence is not for want of pairs, and what best of N "
         "by the true reward has more still is. PPO-GT was told the rewards of as many completions, but its "
-        f"own, which move to where reward is: it ended at {end:.2f}, which {share:.1%} of DPO's completions "
-        "have. `frontier --pairs` measures exactly what is due to pairs, coverage, optimisation."
+        f"own, which move to where reward is: it ended at {end:.2f}, which "
+        f"{(judged >= end).double().mean():.1%} of DPO's completions have. `frontier --pairs` measures "
+        "exactly what is due to pairs, coverage, optimisation."
     )
-    return "\n".join([*lines, _paragraph(why)])
+    return "\n".join([*lines, paragraph(why)])
 
 
 def _best_within(results: Results, method: str, nats: float) -> str:
-    found = [
-        (reward_within(group, results.start, nats), group.setting)
-        for group in results.groups
-        if group.method == method
-    ]
+    groups = [group for group in results.groups if group.method == method]
+    found = [(reward_within(group, results.start, nats), group.setting) for group in groups]
     best, setting = max(found, key=lambda entry: entry[0].value)
     return f"{best.value:z.2f} ± {best.half:.2f} in {nats:g} nats ({setting})"
 
 
 def character_text(results: Results) -> str:
     """Lengths, repetitions, likelihood under the reference: where a policy stops being a language model."""
-    lines = [
-        "",
-        f"{'what it writes':<26}{'tokens':>8}{'ended':>8}{'repeated':>10}{'log pi_ref a token':>20}",
-    ]
-    for group in results.groups:
-        found = _character(group)
-        lines.append(
-            f"{group.label:<26}{found['lengths']:>8.1f}{found['ended']:>8.0%}{found['repeated']:>10.1%}"
-            f"{found['reference_token_logps']:>20.2f}"
-        )
-    return "\n".join([*lines, "repeated: share of runs of three tokens that the sample had before."])
+    columns = (("what it writes", "<26", ""), ("tokens", ">7", ".1f"), ("ended", ">7", ".0%"),
+               ("repeated", ">9", ".1%"), ("log pi_ref a token", ">19", ".2f"))  # fmt: skip
+    rows = [(group.label, *_character(group).values()) for group in results.groups]
+    note = "repeated: share of runs of three tokens that the sample had before."
+    return "\n".join([*table(columns, rows), note])
 
 
-def sample_text(results: Results, world: World, shown: int, every: bool) -> str:
-    """Samples of the same prompts side by side, with their rewards.
-
-    Args: every: of all settings, else of those that were looked at everywhere.
-    """
+def sample_text(world: World, shown: int, groups: Sequence[Group]) -> str:
+    """Samples of the same prompts side by side, with their rewards."""
     lines = []
     for place in range(min(shown, SHOWN, len(world.held_out))):
         lines += ["", prompt_line(world.policy.tokenizer.decode(world.held_out[place]))]
-        for group in results.groups:
-            if every or "temperature_rewards" in group.last:
-                reward = group.rewards[0, -1, place].item()
-                lines += text_lines(_short(group.label), f"[{reward:+.2f}] {group.last['texts'][0][place]}")
-    return "\n".join(lines)
+        for group in groups:
+            label = group.label.replace("Unlikelihood", "Unlikelih.")
+            reward = group.rewards[0, -1, place].item()
+            lines += text_lines(label, f"[{reward:+.2f}] {group.last['texts'][0][place]}")
+    return "\n".join(lines[1:])
 
 
-def _short(label: str) -> str:
-    return label.replace("Unlikelihood", "Unlikelih.")
+# ------------------------------------------------------------------------------------------------- all of it
 
 
-# ------------------------------------------------------------------------------------------------- files
+def report(
+    results: Results, runs: Sequence[Run], plan: Plan, world: World, noise: str, drawn: Sequence[dict]
+) -> str:
+    """Everything that is printed; drawn: the rows of preferences.jsonl."""
+    return "\n\n".join(
+        [
+            table_text(table_rows(results, runs, plan)), budget_text(plan, runs), labels_text(drawn, noise),
+            comparison_text(results, drawn), character_text(results),
+            sample_text(world, PRINTED, results.full),
+        ]
+    )  # fmt: skip
 
 
-def write_report(
-    folder: Path, results: Results, runs: Sequence[Run], plan: Plan, world: World, *, noise: str, what: str
-) -> None:
-    """Print everything, and write the tables, metrics.jsonl, samples.txt and the two figures."""
-    from .figure import frontier_figure, win_rate_figure  # matplotlib: slow to import
+def files(
+    results: Results, runs: Sequence[Run], plan: Plan, world: World, what: str
+) -> dict[str, Callable[[Path], None]]:
+    """The files of a run; what: where the reviews are from."""
+    from .figure import frontier_figure, win_rate_figure  # matplotlib is slow to import
 
-    rows, drawn = table_rows(results, runs, plan), read_rows(folder)
-    print("\n" + table_text(rows))
-    for text in (budget_text(plan, runs), labels_text(drawn, noise), comparison_text(results, drawn)):
-        print("\n" + text)
-    print(character_text(results))
-    print(sample_text(results, world, PRINTED, every=False))
-    write_json(folder / "result.json", rows)
-    _write_csv(folder / "table.csv", rows)
-    _write_csv(folder / "win_rates.csv", win_rate_rows(results))
-    write_records(folder / "metrics.jsonl", path_rows(results))
-    text = sample_text(results, world, SHOWN, every=True).strip() + "\n"
-    write_atomically(folder / "samples.txt", lambda path: path.write_text(text, encoding="utf-8"))
-    frontier_figure(results, folder / "sentiment.png", what=what)
-    win_rate_figure(results, folder / "win_rates.png")
-
-
-def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, lambda p: p.write_text(text.getvalue(), encoding="utf-8"))
+    rows = table_rows(results, runs, plan)
+    return {
+        "sentiment.png": partial(frontier_figure, results, what),
+        "win_rates.png": partial(win_rate_figure, results),
+        "table.csv": partial(write_csv, rows=rows),
+        "win_rates.csv": partial(write_csv, rows=win_rate_rows(results)),
+        "result.json": partial(write_json, content=rows),
+        "metrics.jsonl": partial(write_records, records=path_rows(results)),
+        "samples.txt": partial(write_text, text=sample_text(world, SHOWN, results.groups) + "\n"),
+    }

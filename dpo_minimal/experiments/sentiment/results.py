@@ -4,9 +4,9 @@ Seeds share the held-out prompts, so a mean over both is uncertain in two ways: 
 trainings. An interval counts both, as an analysis of variance of prompts crossed with seeds does; with two or
 three seeds its second part is a rough estimate, which Student's t answers for with width.
 
-But: no printing (sentiment_report.py), no figures (sentiment_plots.py).
+But: no printing (report.py), no figures (figure.py).
 
-Shapes: S seeds, P held-out prompts, L looks, m draws of a prompt.
+Shapes: S seeds, P held-out prompts, L measurements, m draws of a prompt.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +24,6 @@ from ...closed_form import reward_kl_frontier
 from ...rivals.baselines import best_of_n_kl_bound, best_of_n_reward
 from ...rivals.evaluate import win_rate
 from .methods import Run
-from .runs import DRAWS, METHODS_FOLDER, path_of
 
 NATS = (2.5, 8.0)  # divergences at which methods are compared
 MOST_OF_N = (1, 4, 16, 64, 128)
@@ -89,9 +87,13 @@ def student_95(degrees: float) -> float:
 def win_interval(rewards: Tensor, opponents: Tensor) -> Interval:
     """How often (S, P) rewards are above the opponents' (P,), a tie counting one half."""
     if len(rewards) == 1:
-        rate = win_rate(rewards[0], opponents)
-        return Interval(rate.value, rate.low, rate.high)
-    mean = crossed_interval((1 + (rewards - opponents).sign()) / 2)
+        return Interval(*win_rate(rewards[0], opponents)[:3])
+    return share_interval((1 + (rewards - opponents).sign()) / 2)
+
+
+def share_interval(shares: Tensor) -> Interval:
+    """`crossed_interval` of shares, cut at 0 and 1."""
+    mean = crossed_interval(shares)
     return Interval(mean.value, max(0.0, mean.low), min(1.0, mean.high))
 
 
@@ -102,12 +104,12 @@ class Group(NamedTuple):
     """The trainings of one method with one setting, which differ in their seed.
 
     Fields:
-        method, setting: names; judged: completions with a true reward behind each.
-        steps: (L,) steps at each look.
+        method, setting: names.
+        steps: (L,) steps at each measurement.
         rewards, log_ratios: (S, L, P) of the samples.
         last: further arrays, (S, ...): lengths, ended, repeated, reference_token_logps, texts; of some
             methods temperature_rewards (S, M, P) and other_rewards (S, 2, Q).
-        seconds: a training, on average, without the looks.
+        seconds: a training, on average, without the measurements.
     """
 
     method: str
@@ -125,34 +127,31 @@ class Group(NamedTuple):
 
     @property
     def path(self) -> list[tuple[float, float]]:
-        """(KL, reward) at each look, means over seeds and prompts."""
+        """(KL, reward) at each measurement, means over seeds and prompts."""
         return list(zip(self.log_ratios.mean((0, 2)).tolist(), self.rewards.mean((0, 2)).tolist()))
 
 
-def load_groups(folder: Path, runs: Sequence[Run]) -> list[Group]:
-    """The trainings' files, put together by method and setting, in the order of the runs."""
+def groups_of(found: dict[str, dict[str, np.ndarray]], runs: Sequence[Run]) -> list[Group]:
+    """The trainings' arrays, by their names, put together by method and setting, in the order of the runs."""
     together: dict[tuple[str, str], list[dict[str, np.ndarray]]] = {}
     for run in runs:
-        with np.load(path_of(folder, run), allow_pickle=False) as file:
-            together.setdefault((run.method, run.setting), []).append(dict(file))
+        together.setdefault((run.method, run.setting), []).append(found[run.name])
     groups = []
-    for (method, setting), files in together.items():
-        stacked = {key: np.stack([file[key] for file in files]) for key in files[0] if key != "texts"}
-        rewards, log_ratios = (
-            torch.from_numpy(stacked.pop(key)).double() for key in ("rewards", "log_ratios")
-        )
-        steps, seconds = stacked.pop("steps")[0].tolist(), float(stacked.pop("seconds").mean())
-        last = {key: torch.from_numpy(table).double() for key, table in stacked.items()}
-        last["texts"] = [file["texts"].tolist() for file in files]
-        groups.append(Group(method, setting, steps, rewards, log_ratios, last, seconds))
+    for names, files in together.items():
+        last: dict[str, Any] = {"texts": [file["texts"].tolist() for file in files]}
+        for key in files[0].keys() - {"texts", "steps"}:
+            last[key] = torch.from_numpy(np.stack([file[key] for file in files])).double()
+        rewards, log_ratios, seconds = (last.pop(key) for key in ("rewards", "log_ratios", "seconds"))
+        steps = files[0]["steps"].tolist()
+        groups.append(Group(*names, steps, rewards, log_ratios, last, seconds.mean().item()))
     return groups
 
 
 def reward_within(group: Group, start: Tensor, nats: float) -> Interval:
     """The most reward that a training had on its way within so many nats.
 
-    The way goes from the SFT model in straight lines between looks, all of them means over seeds; where it
-    crosses the limit it is cut. Being the best of some looks, the number is a little high for every method.
+    The way goes from the SFT model in straight lines between measurements, means over seeds; where it crosses
+    the limit it is cut. Being the best of several, the number is a little high for every method.
 
     Args: start (P,): the reward of the SFT model.
     """
@@ -202,8 +201,8 @@ def best_of(true: Tensor, chosen_by: Tensor, opponents: Tensor) -> list[BestOf]:
     found = []
     for n in MOST_OF_N:
         weights = order_weights(n, true.shape[-1])
-        reward, win = (crossed_interval((table @ weights).unsqueeze(0)) for table in (rewards, wins))
-        win = Interval(win.value, max(0.0, win.low), min(1.0, win.high))
+        reward = crossed_interval((rewards @ weights).unsqueeze(0))
+        win = share_interval((wins @ weights).unsqueeze(0))
         found.append(BestOf(n, best_of_n_kl_bound(n), reward, win))
     return found
 
@@ -224,9 +223,9 @@ class Results(NamedTuple):
     """Everything that tables and figures show.
 
     Fields:
-        groups: the trainings; sft: the reference among them.
-        opponents, other_opponents: (P,), (Q,) rewards of the SFT model's samples that others are held to.
-        learned_best, true_best: best of N by the learned and by the true reward.
+        groups: the trainings, the SFT model itself among them.
+        opponents, other_opponents: (P,), (Q,) rewards of samples of the SFT model, to win against.
+        learned_best, true_best: best of N by the learned and by the true reward; best_seconds: of both.
         frontier: estimated, (KL, reward).
         accuracy, accuracy_pairs: of the reward model, on so many held-out pairs.
     """
@@ -236,35 +235,29 @@ class Results(NamedTuple):
     other_opponents: Tensor
     learned_best: list[BestOf]
     true_best: list[BestOf]
+    best_seconds: float
     frontier: list[tuple[float, float]]
     accuracy: float
     accuracy_pairs: int
-    best_seconds: float
-
-    @property
-    def sft(self) -> Group:
-        """The reference itself."""
-        return next(group for group in self.groups if group.method == "SFT")
 
     @property
     def start(self) -> Tensor:
         """(P,) the SFT model's rewards, over its seeds."""
-        return self.sft.rewards[:, -1].mean(0)
+        return next(g for g in self.groups if g.method == "SFT").rewards[:, -1].mean(0)
+
+    @property
+    def full(self) -> list[Group]:
+        """Those that were measured at all temperatures and on other prompts."""
+        return [group for group in self.groups if "temperature_rewards" in group.last]
 
 
-def load_results(folder: Path, runs: Sequence[Run]) -> Results:
-    """All files of a finished run."""
-
-    def tensors(name: str) -> dict[str, Tensor]:
-        with np.load(folder / METHODS_FOLDER / f"{name}.npz", allow_pickle=False) as file:
-            return {key: torch.from_numpy(np.array(table)) for key, table in file.items()}
-
-    opponents, draws, reward = tensors("opponents"), tensors("best-of-n"), tensors("reward-model")
-    assert draws["true"].shape[-1] == DRAWS
-    some = opponents["held_out"][: len(draws["true"])]
+def results_of(found: dict[str, dict[str, np.ndarray]], runs: Sequence[Run]) -> Results:
+    """What the files of a finished run, by their names, add up to."""
+    held_out, other = (torch.from_numpy(found["opponents"][key]) for key in ("held_out", "other"))
+    draws, reward = found["best-of-n"], found["reward-model"]
+    true, learned = (torch.from_numpy(draws[key]) for key in ("true", "learned"))
+    best = [best_of(true, chosen_by, held_out[: len(true)]) for chosen_by in (learned, true)]
     return Results(
-        load_groups(folder, runs), opponents["held_out"].double(), opponents["other"].double(),
-        best_of(draws["true"], draws["learned"], some), best_of(draws["true"], draws["true"], some),
-        estimated_frontier(draws["true"]), float(reward["accuracy"]), int(reward["pairs"]),
-        float(draws["seconds"]),
+        groups_of(found, runs), held_out.double(), other.double(), *best, float(draws["seconds"]),
+        estimated_frontier(true), float(reward["accuracy"]), int(reward["pairs"]),
     )  # fmt: skip

@@ -1,43 +1,38 @@
-"""What is measured of each policy of the sentiment experiment, and who measures it: one file a training.
+"""What is measured of each policy of the sentiment experiment: a job for each training, and its file.
 
     RUN/methods/dpo-beta-0.1-seed-0.npz    rewards and log-ratios of its samples along the way, at other
                                            temperatures, on other prompts; what it writes
+    RUN/methods/reward-model.npz           how well the learned reward judges held-out pairs
+    RUN/methods/opponents.npz              rewards of samples of the SFT model, to win against
     RUN/methods/best-of-n.npz              128 samples of each of some prompts, with both rewards
 
-A training needs only what `make_world` left, so several processes share the list of them, and a file that is
-there is not made again. Every process uses one thread: results do not depend on how many there are.
+A job needs only what `make_world` left and the reward model, so several processes share the list of them.
+Every process uses one thread: results do not depend on how many there are.
 
-But: no averages over seeds (sentiment_report.py).
+But: no averages over seeds (results.py).
 
-Shapes: P held-out prompts, Q of the other kind, L looks, M temperatures.
+Shapes: P held-out prompts, Q of the other kind, L measurements, M temperatures.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from functools import cache
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ...generation import generate, rows_at_once
 from ...model import GPT
 from ...policy import shared_prompt_batch, shared_prompt_logps
 from ...rivals.reward_model import score_completions
-from ...text.allocator import keep_freed_memory
-from ...text.runs import write_arrays
-from ...validation import InputError
+from ..study import Job, kept
 from .data import LONGEST, Plan
-from .methods import PPO_EPOCHS, Run, fit_reward, load_reward_model, sampling_generator, train_run
+from .methods import PPO_EPOCHS, Run, fit_reward, load_reward_model, train_run
 from .world import World, load_world
 
 METHODS_FOLDER = "methods"
@@ -45,7 +40,9 @@ TEMPERATURES = (0.0, 0.25, 0.5, 0.75, 1.0)
 OTHER_TEMPERATURES = (0.25, 1.0)
 DRAWS = 128  # of each prompt, for best of n
 SHOWN = 8  # prompts whose samples are kept as text
-_LOOK, _OPPONENT, _OTHER_OPPONENT, _DRAWS = range(4)  # streams of random numbers
+_SAMPLES, _OPPONENT, _OTHER_OPPONENT, _DRAWS = range(4)  # streams of random numbers
+
+Arrays = dict[str, np.ndarray]
 
 
 class Drawn(NamedTuple):
@@ -62,27 +59,49 @@ class Drawn(NamedTuple):
     reference_logps: Tensor
 
 
-def looks_at(steps: int) -> list[int]:
-    """The steps after which a policy is looked at: six, close together at first, multiples of PPO's epochs.
+def jobs_of(folder: Path, runs: Iterable[Run], plan: Plan) -> dict[str, Job]:
+    """File's name -> the job that returns its arrays, and makes it where it is missing.
 
-    >>> looks_at(120)
-    [6, 12, 24, 48, 84, 120]
+    The longest come first, so that none is last alone.
     """
-    rounds = steps // PPO_EPOCHS
-    return sorted({PPO_EPOCHS * max(1, round(rounds * share)) for share in (0.05, 0.1, 0.2, 0.4, 0.7, 1.0)})
+    jobs = {"best-of-n": (draw_best_of_n, folder, plan), "opponents": (draw_opponents, folder, plan)}
+    jobs |= {run.name: (measure, folder, run, plan) for run in sorted(runs, key=lambda r: r.kind != "ppo")}
+    return {name: partial(kept, path_of(folder, name), *job) for name, job in jobs.items()}
+
+
+def path_of(folder: Path, name: str) -> Path:
+    """The file of a job."""
+    return folder / METHODS_FOLDER / f"{name}.npz"
+
+
+def learn_reward(folder: Path, plan: Plan, seed: int) -> Arrays:
+    """The reward model, where it is missing; its held-out accuracy, on how many pairs, and seconds."""
+    return kept(path_of(folder, "reward-model"), _learn_reward, folder, plan, seed)
+
+
+def _learn_reward(folder: Path, plan: Plan, seed: int) -> Arrays:
+    started = time.perf_counter()
+    accuracy, count = fit_reward(folder, load_world(folder), plan, seed)
+    facts = {"accuracy": accuracy, "pairs": count, "seconds": time.perf_counter() - started}
+    return {name: np.array(fact) for name, fact in facts.items()}
+
+
+# ------------------------------------------------------------------------------------------------ samples
+
+
+def sampling_generator(*parts: int) -> torch.Generator:
+    """Random numbers of a stage of their own: streams of different parts never meet."""
+    seed = 0
+    for part in parts:
+        seed = (seed * 1_000_003 + part + 1) % 2**62
+    return torch.Generator().manual_seed(seed)
 
 
 def draw(
-    model: GPT,
-    world: World,
-    prompts: list[list[int]],
-    plan: Plan,
-    *,
-    temperature: float,
-    stream: torch.Generator,
-) -> Drawn:
+    model: GPT, world: World, prompts: list[list[int]], plan: Plan, stream: torch.Generator,
+    temperature: float = 1.0,
+) -> Drawn:  # fmt: skip
     """Sample each prompt once, judge it, and compare with the reference; log-ratios are at temperature 1."""
-    reference = world.policy.model
     completions: list[list[int]] = []
     logps = []
     together = rows_at_once(model, LONGEST + plan.max_new_tokens)
@@ -95,9 +114,8 @@ def draw(
         completions += drawn
         batch = shared_prompt_batch(some, [[y] for y in drawn])
         with torch.no_grad():
-            both = [shared_prompt_logps(network, batch)[:, 0] for network in (model, reference)]
-        logps.append(torch.stack(both))
-    own, theirs = torch.cat(logps, -1)
+            logps.append([shared_prompt_logps(gpt, batch)[:, 0] for gpt in (model, world.policy.model)])
+    own, theirs = (torch.cat(parts) for parts in zip(*logps))
     return Drawn(completions, world.truth(prompts, completions), own - theirs, theirs)
 
 
@@ -114,181 +132,86 @@ def repeated(ids: list[int]) -> float:
 # ---------------------------------------------------------------------------------------------- trainings
 
 
-def train_and_look(folder: Path, run: Run, plan: Plan) -> None:
-    """Train one policy, look at it, and leave its file."""
-    world = _world(folder)
-    due = looks_at(plan.steps) if run.kind != "none" else []
-    steps, looks, seconds, started = [0], [], 0.0, time.perf_counter()
-    model = world.policy.model
-    if run.kind == "none":
-        looks.append(_look(model, world, plan, run.seed))
+def measured_steps(steps: int) -> list[int]:
+    """The steps after which a policy is measured: six, close together at first, multiples of PPO's epochs.
+
+    >>> measured_steps(120)
+    [6, 12, 24, 48, 84, 120]
+    """
+    rounds = steps // PPO_EPOCHS
+    return sorted({PPO_EPOCHS * max(1, round(rounds * share)) for share in (0.05, 0.1, 0.2, 0.4, 0.7, 1.0)})
+
+
+def measure(folder: Path, run: Run, plan: Plan) -> Arrays:
+    """Train one policy, and sample it along the way, always with the same random numbers of a seed."""
+    world = load_world(folder)
+    model, found = world.policy.model, {}
+    seconds, started = 0.0, time.perf_counter()
+
+    def sample(gpt: GPT, prompts: list[list[int]], temperature: float = 1.0, *parts: int) -> Drawn:
+        return draw(gpt, world, prompts, plan, sampling_generator(_SAMPLES, run.seed, *parts), temperature)
+
     for step, model in train_run(run, world, plan, folder):
-        if step in due:
+        if step in measured_steps(plan.steps):
             seconds += time.perf_counter() - started
-            looks.append(_look(model, world, plan, run.seed))
-            steps.append(step)
+            found[step] = sample(model, world.held_out)
             started = time.perf_counter()
+    found = found or {0: sample(model, world.held_out)}  # the SFT model as it is
     arrays = {
-        "steps": np.array(steps[1:] or steps),
+        "steps": np.array(list(found)),
         "seconds": np.array(seconds),
-        "rewards": torch.stack([look.rewards for look in looks]).numpy(),  # (L, P)
-        "log_ratios": torch.stack([look.log_ratios for look in looks]).numpy(),
-        **_of_the_last(looks[-1], world),
+        "rewards": torch.stack([drawn.rewards for drawn in found.values()]).numpy(),  # (L, P)
+        "log_ratios": torch.stack([drawn.log_ratios for drawn in found.values()]).numpy(),
+        **_character(list(found.values())[-1], world),
     }
-    if run.full:
-        arrays |= _elsewhere(model, world, plan, run.seed)
-    write_arrays(path_of(folder, run), arrays)
+    if run.full:  # (M, P) and (2, Q)
+        for name, prompts, temperatures in (
+            ("temperature_rewards", world.held_out, TEMPERATURES),
+            ("other_rewards", world.other, OTHER_TEMPERATURES),
+        ):
+            drawn = [sample(model, prompts, t, 1 + round(100 * t), len(prompts)) for t in temperatures]
+            arrays[name] = np.stack([each.rewards.numpy() for each in drawn])
+    return arrays
 
 
-def _look(model: GPT, world: World, plan: Plan, seed: int) -> Drawn:
-    """Samples of the held-out prompts, always with the same random numbers of a seed."""
-    stream = sampling_generator(_LOOK, seed)
-    return draw(model, world, world.held_out, plan, temperature=1.0, stream=stream)
-
-
-def _of_the_last(look: Drawn, world: World) -> dict[str, np.ndarray]:
-    """What the end's samples are like: lengths, repetitions, likelihood under the reference, some texts."""
+def _character(drawn: Drawn, world: World) -> Arrays:
+    """What samples are like: lengths, repetitions, likelihood under the reference, some texts."""
     tokenizer = world.policy.tokenizer
-    lengths = torch.tensor([len(y) for y in look.completions])
+    lengths = torch.tensor([len(y) for y in drawn.completions])
     return {
         "lengths": lengths.numpy(),
-        "ended": np.array([y[-1] == tokenizer.eot for y in look.completions]),
-        "repeated": np.array([repeated(y) for y in look.completions]),
-        "reference_token_logps": (look.reference_logps / lengths).numpy(),
-        "texts": np.array([tokenizer.decode(y) for y in look.completions[:SHOWN]]),
+        "ended": np.array([y[-1] == tokenizer.eot for y in drawn.completions]),
+        "repeated": np.array([repeated(y) for y in drawn.completions]),
+        "reference_token_logps": (drawn.reference_logps / lengths).numpy(),
+        "texts": np.array([tokenizer.decode(y) for y in drawn.completions[:SHOWN]]),
     }
 
 
-def _elsewhere(model: GPT, world: World, plan: Plan, seed: int) -> dict[str, np.ndarray]:
-    """Rewards at other temperatures (M, P), and of other prompts (2, Q)."""
+# --------------------------------------------------------------------------------- the SFT model's samples
 
-    def rewards(prompts: list[list[int]], temperature: float) -> np.ndarray:
-        stream = sampling_generator(_LOOK, seed, 1 + round(100 * temperature), len(prompts))
-        return draw(model, world, prompts, plan, temperature=temperature, stream=stream).rewards.numpy()
 
+def draw_opponents(folder: Path, plan: Plan) -> Arrays:
+    """True rewards of a sample of each prompt, which all others are compared with."""
+    world = load_world(folder)
+    both = {"held_out": (world.held_out, _OPPONENT), "other": (world.other, _OTHER_OPPONENT)}
     return {
-        "temperature_rewards": np.stack([rewards(world.held_out, t) for t in TEMPERATURES]),
-        "other_rewards": np.stack([rewards(world.other, t) for t in OTHER_TEMPERATURES]),
+        name: draw(world.policy.model, world, prompts, plan, sampling_generator(stream)).rewards.numpy()
+        for name, (prompts, stream) in both.items()
     }
 
 
-# ------------------------------------------------------------------------------------- reward and best of n
-
-
-def fit_and_keep_reward(folder: Path, plan: Plan, seed: int) -> None:
-    """The reward model, and reward-model.npz with its held-out accuracy."""
+def draw_best_of_n(folder: Path, plan: Plan) -> Arrays:
+    """True and learned rewards (P', 128) of the samples of some prompts."""
     started = time.perf_counter()
-    accuracy, count = fit_reward(folder, _world(folder), plan, seed)
-    facts = {"accuracy": accuracy, "pairs": count, "seconds": time.perf_counter() - started}
-    write_arrays(
-        folder / METHODS_FOLDER / "reward-model.npz", {key: np.array(value) for key, value in facts.items()}
-    )
-
-
-def draw_opponents(folder: Path, plan: Plan) -> None:
-    """opponents.npz: a sample of the SFT model for each prompt, whose true rewards all others are held to."""
-    world = _world(folder)
-    both = {}
-    for name, prompts, stream in (
-        ("held_out", world.held_out, _OPPONENT),
-        ("other", world.other, _OTHER_OPPONENT),
-    ):
-        drawn = draw(
-            world.policy.model, world, prompts, plan, temperature=1.0, stream=sampling_generator(stream)
-        )
-        both[name] = drawn.rewards.numpy()
-    write_arrays(folder / METHODS_FOLDER / "opponents.npz", both)
-
-
-def draw_best_of_n(folder: Path, plan: Plan) -> None:
-    """best-of-n.npz: true and learned rewards (P', 128) of the SFT model's samples of some prompts."""
-    started = time.perf_counter()
-    world, stream = _world(folder), sampling_generator(_DRAWS)
+    world, stream = load_world(folder), sampling_generator(_DRAWS)
     learned = load_reward_model(folder, world)
-    model, tokenizer = world.policy.model, world.policy.tokenizer
-    true_rows, learned_rows = [], []
+    model, tokenizer = world.policy
+    rewards = []
     for prompt in world.held_out[: plan.best_of]:
         prompts = [prompt] * DRAWS
         drawn = generate(
             model, prompts, max_new_tokens=plan.max_new_tokens, eos=tokenizer.eot, generator=stream
         )
-        true_rows.append(world.truth(prompts, drawn))
-        learned_rows.append(score_completions(learned, prompts, drawn))
-    write_arrays(
-        folder / METHODS_FOLDER / "best-of-n.npz",
-        {"true": torch.stack(true_rows).numpy(), "learned": torch.stack(learned_rows).numpy(),
-         "seconds": np.array(time.perf_counter() - started)},
-    )  # fmt: skip
-
-
-# --------------------------------------------------------------------------------------------- the work
-
-
-def path_of(folder: Path, run: Run) -> Path:
-    """The file of a training."""
-    return folder / METHODS_FOLDER / f"{run.name}.npz"
-
-
-def run_all(folder: Path, runs: Iterable[Run], plan: Plan, *, seed: int, workers: int) -> None:
-    """Make every file that is missing: what needs no learned reward first, beside the reward model itself.
-
-    Raises InputError where a training failed, or a process died.
-    """
-    methods = folder / METHODS_FOLDER
-    methods.mkdir(exist_ok=True)
-    runs = sorted(runs, key=lambda run: run.kind != "ppo")  # the longest first, so that none is last alone
-    first: list[tuple[Path, Callable, tuple]] = [
-        (methods / "reward-model.npz", fit_and_keep_reward, (folder, plan, seed)),
-        (methods / "opponents.npz", draw_opponents, (folder, plan)),
-        *((path_of(folder, r), train_and_look, (folder, r, plan)) for r in runs if not r.learned),
-    ]
-    second: list[tuple[Path, Callable, tuple]] = [
-        *((path_of(folder, r), train_and_look, (folder, r, plan)) for r in runs if r.learned),
-        (methods / "best-of-n.npz", draw_best_of_n, (folder, plan)),
-    ]
-    missing = [[work for work in works if not work[0].exists()] for works in (first, second)]
-    with tqdm(
-        total=len(first) + len(second), initial=len(first) + len(second) - sum(map(len, missing)),
-        desc="methods", unit="run", disable=None,
-    ) as bar:  # fmt: skip
-        for works in missing:
-            _work(works, workers, bar)
-
-
-def _work(works: list[tuple[Path, Callable, tuple]], workers: int, bar: tqdm) -> None:
-    if workers == 1 or len(works) < 2:
-        for _, function, arguments in works:
-            function(*arguments)
-            bar.update()
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(works)), context, initializer=_start_worker) as pool:
-        waiting = [pool.submit(function, *arguments) for _, function, arguments in works]
-        try:
-            for done in as_completed(waiting):
-                done.result()
-                bar.update()
-        except BrokenProcessPool:
-            raise InputError(
-                "a process that trained a method died, maybe for want of memory; go on with --resume, and "
-                "with --workers 1."
-            ) from None
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _start_worker() -> None:
-    """One thread, and Ctrl-C ends it at once: what was not written is made again on --resume."""
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def _world(folder: Path) -> World:
-    return _loaded(folder.resolve())
-
-
-@cache
-def _loaded(folder: Path) -> World:
-    """Once a process, which trains many methods of one run."""
-    return load_world(folder)
+        rewards.append((world.truth(prompts, drawn), score_completions(learned, prompts, drawn)))
+    true, by_model = (torch.stack(rows).numpy() for rows in zip(*rewards))
+    return {"true": true, "learned": by_model, "seconds": np.array(time.perf_counter() - started)}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,8 +75,9 @@ def make_world(folder: Path, plan: Plan, *, reviews: str | None, noise: str, see
         write_records(folder / SAMPLES_FILE, rows)
 
 
+@cache
 def load_world(folder: Path) -> World:
-    """What `make_world` left; the reference's log-probabilities are computed again, in seconds."""
+    """What `make_world` left in a folder (absolute); the reference's log-probabilities are computed again."""
     policy = load_policy(str(folder / SFT))
     policy.model.requires_grad_(False)
     rows = read_rows(folder)

@@ -1,0 +1,151 @@
+"""What every study goes through, and the tools of each stage: plan -> runs -> rows -> table -> figure.
+
+plan     what is to be run: functions without arguments, called jobs
+runs     what the jobs return
+rows     the numbers of the runs, for metrics.jsonl and other files
+table    those of them that are printed
+figure   those of them that are drawn, by the study's figure.py
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import multiprocessing
+import operator
+import signal
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ..text.allocator import keep_freed_memory
+from ..text.runs import write_arrays, write_atomically
+from ..validation import InputError
+
+Job = Callable[[], Any]
+
+
+class Study(NamedTuple):
+    """The stages of one study, as `carry_out` goes through them.
+
+    Fields:
+        plan: name of a part, such as a world -> its jobs.
+        runs: what the jobs of a part returned, in their order -> the part's runs.
+        table: the part's runs -> the text to print when they are there.
+        files: the runs of all parts -> name of a file -> what writes it, given its path.
+    """
+
+    plan: dict[str, list[Job]]
+    runs: Callable[[list[Any]], Any]
+    table: Callable[[Any], str]
+    files: Callable[[list[Any]], dict[str, Callable[[Path], None]]]
+
+
+def carry_out(study: Study, folder: Path, *, workers: int = 1) -> None:
+    """Run a study, print its tables, and write its files into the folder."""
+    found = []
+    for part, jobs in study.plan.items():
+        found.append(study.runs(run_jobs(jobs, part, workers)))
+        print("\n" + study.table(found[-1]), flush=True)
+    files = study.files(found)
+    for name, write in files.items():
+        write(folder / name)
+    print(f"\nWrote {folder}/{', '.join(files)} and config.json.", flush=True)
+
+
+# -------------------------------------------------------------------------------------------- plan -> runs
+
+
+def run_jobs(jobs: Sequence[Job], name: str, workers: int) -> list[Any]:
+    """What the jobs return, in their order; it does not depend on the number of processes.
+
+    Raises InputError where a process died.
+    """
+    bar = partial(tqdm, total=len(jobs), desc=name, unit="run", leave=False, disable=None)
+    if workers == 1:
+        return [job() for job in bar(jobs)]
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
+    try:
+        return list(bar(pool.map(operator.call, jobs)))
+    except BrokenProcessPool:
+        raise InputError(
+            "a process that trained a method died, maybe for want of memory; go on with --resume, and with "
+            "--workers 1."
+        ) from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """One thread, so that sums do not depend on the machine; Ctrl-C ends it at once."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def kept(path: Path, job: Callable[..., dict[str, np.ndarray]], *arguments: Any) -> dict[str, np.ndarray]:
+    """The arrays that a job returns, kept in an .npz file; where that is there the job is not run again."""
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        write_arrays(path, job(*arguments))
+    with np.load(path, allow_pickle=False) as file:
+        return dict(file)
+
+
+# ------------------------------------------------------------------------------------------- rows -> table
+
+
+def table(
+    columns: Sequence[tuple[str, str, str]], rows: Iterable[Sequence[Any]], indent: str = ""
+) -> list[str]:
+    """The lines of a printed table, the header first.
+
+    Args:
+        columns: title, alignment and width of the text, format of a number: ("KL", ">6", ".3f").
+        rows: a cell for each column; a text, such as "-" for no number, is printed as it is.
+
+    Example:
+        >>> table([("method", "<8", ""), ("KL", ">6", ".2f")], [("DPO", 1.5), ("PPO", "-")])
+        ['method       KL', 'DPO        1.50', 'PPO           -']
+    """
+
+    def line(cells: Iterable[str]) -> str:
+        return indent + " ".join(f"{cell:{width}}" for cell, (_, width, _) in zip(cells, columns))
+
+    lines = [line(title for title, _, _ in columns)]
+    for row in rows:
+        lines.append(
+            line(c if isinstance(c, str) else f"{c:{form}}" for c, (_, _, form) in zip(row, columns))
+        )
+    return lines
+
+
+def paragraph(text: str, width: int = 110) -> str:
+    """A text in lines of so many characters."""
+    return textwrap.fill(text, width, break_on_hyphens=False)
+
+
+# -------------------------------------------------------------------------------------------- rows -> file
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file, in one move."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows under the names of all their columns; what a row does not have is left empty."""
+    text = io.StringIO()
+    columns = dict.fromkeys(name for row in rows for name in row)
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
