@@ -23,9 +23,9 @@ from dpo_minimal.experiments.sentiment import (
 from dpo_minimal.experiments.sentiment import (
     world as sentiment_world,
 )
-from dpo_minimal.experiments.sentiment.data import Plan, label_pairs, take_prefixes
 from dpo_minimal.experiments.sentiment.methods import Run, all_runs, budget_of, check_plan, ppo_settings
 from dpo_minimal.experiments.sentiment.results import (
+    MOST_OF_N,
     Group,
     best_of,
     crossed_interval,
@@ -45,7 +45,7 @@ from dpo_minimal.experiments.sentiment.truth import (
     truth_of,
     words_of,
 )
-from dpo_minimal.experiments.sentiment.world import load_world, make_world
+from dpo_minimal.experiments.sentiment.world import Plan, label_pairs, load_world, make_world, take_prefixes
 from dpo_minimal.experiments.study import run_jobs
 from dpo_minimal.rivals.baselines import best_of_n_reward
 from dpo_minimal.text.objectives import reference_logps
@@ -315,7 +315,9 @@ def test_one_seed_is_the_mean_of_independent_prompts():
     values = torch.tensor([[0.0, 1.0, 3.0, 4.0, 7.0]], dtype=torch.float64)
     interval = crossed_interval(values)
     error = values.std().item() / math.sqrt(5)
-    assert interval.value == pytest.approx(3.0) and interval.half == pytest.approx(student_95(4) * error)
+    assert interval.value == pytest.approx(3.0) and interval.high - interval.value == pytest.approx(
+        student_95(4) * error
+    )
 
 
 def group_of(kls: list[float], rewards: list[float]) -> Group:
@@ -347,9 +349,10 @@ def test_best_of_n_by_another_reward():
     generator = torch.Generator().manual_seed(2)
     true = torch.randn(4, 128, generator=generator, dtype=torch.float64)
     opponents = torch.zeros(4, dtype=torch.float64)
-    for entry, worst in zip(best_of(true, true, opponents), best_of(true, -true, opponents)):
-        assert entry.reward.value == pytest.approx(best_of_n_reward(true, n=entry.n).mean().item())
-        assert worst.reward.value == pytest.approx(-best_of_n_reward(-true, n=entry.n).mean().item())
+    best, worst = best_of(true, true, opponents), best_of(true, -true, opponents)
+    for n in MOST_OF_N:
+        assert best[n]["reward"] == pytest.approx(best_of_n_reward(true, n=n).mean().item())
+        assert worst[n]["reward"] == pytest.approx(-best_of_n_reward(-true, n=n).mean().item())
     weights = order_weights(3, 6)
     bests = [max(subset) for subset in combinations(range(6), 3)]
     assert weights.tolist() == pytest.approx([bests.count(k) / len(bests) for k in range(6)])

@@ -40,13 +40,12 @@ from ...validation import InputError, check_count, check_seed
 from ..study import Study, carry_out
 from ..text.options import CONFIG_FILE, read_run_config
 from ..text.setup import resumable
-from .data import NOISES, Plan
 from .methods import all_runs, check_plan
 from .report import files, report
 from .results import results_of
 from .runs import jobs_of, learn_reward
 from .truth import read_reviews
-from .world import load_world, make_world, read_rows
+from .world import NOISES, Plan, load_world, make_world, read_rows
 
 GRAMMAR = Plan(
     demonstrations=16000, vocab_size=704, context=64, n_layer=2, n_embd=128, sft_epochs=1,
@@ -129,9 +128,9 @@ def _study(folder: Path, plan: Plan, options: dict) -> Study:
     what = "film reviews of a file" if options["reviews"] else "the grammar's film reviews"
     return Study(
         plan={"methods": list(jobs.values())},
-        runs=lambda found: results_of(dict(zip(jobs, found)) | {"reward-model": reward}, runs),
+        runs=lambda found: results_of(dict(zip(jobs, found)) | {"reward-model": reward}, runs, plan),
         table=lambda results: report(results, runs, plan, world, options["label_noise"], drawn),
-        files=lambda found: files(*found, runs, plan, world, what),
+        files=lambda found: files(*found, world, what),
     )
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 
 from ..figures import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, STYLE, save_figure, with_intervals
-from .results import Group, Interval, Results, crossed_interval, win_interval
-from .runs import OTHER_TEMPERATURES, TEMPERATURES
+from .results import Group, Results, Row, crossed_interval, win_interval
+from .runs import TEMPERATURES
 
 COLOURS = {  # other methods are grey, best of N is red
     "DPO": BLUE, "PPO": ORANGE, "PPO-GT": GREEN, "Unlikelihood": PINK, "Preferred-FT": SKY, "SFT": "black",
@@ -43,7 +44,7 @@ def frontier_figure(results: Results, what: str, path: Path) -> None:
         # Near the reference the frontier is linear in sqrt(KL), and the scale has room for 0.
         axis.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
         rewards = [reward for group in results.groups for _, reward in group.path]
-        rewards += [entry.reward.value for entry in results.true_best]
+        rewards += [row["reward"] for row in results.best["true"].values()]
         axis.set(
             xlim=(0, right),
             ylim=(min(rewards) - 0.2, max(rewards) + 0.3),  # a long interval may go on beyond
@@ -66,17 +67,18 @@ def _best_lines(axis, results: Results) -> None:
         *zip(*results.frontier), color="black", linewidth=3, zorder=1,
         label="most reward possible\n(from 128 draws a prefix)",
     )  # fmt: skip
-    for best, style, label in (
-        (results.true_best, BY_TRUE, "best of N, true reward\n(KL: its upper bound)"),
-        (results.learned_best, BY_LEARNED, "best of N, learned reward"),
+    for name, style, label in (
+        ("true", BY_TRUE, "best of N, true reward\n(KL: its upper bound)"),
+        ("learned", BY_LEARNED, "best of N, learned reward"),
     ):
-        points = [(entry.kl, entry.reward.value) for entry in best]
-        axis.plot(*zip(*points), markersize=10, linewidth=2, zorder=4, label=label, **style)
-    for entry in results.true_best[1:]:
-        axis.annotate(
-            f"{entry.n}", (entry.kl, entry.reward.value), xytext=(-5, 8), textcoords="offset points",
-            ha="right", color=RED, fontsize=13,
-        )  # fmt: skip
+        points = {n: (row["kl"], row["reward"]) for n, row in results.best[name].items()}
+        axis.plot(*zip(*points.values()), markersize=10, linewidth=2, zorder=4, label=label, **style)
+        for n, place in points.items():
+            if name == "true" and n > 1:
+                axis.annotate(
+                    f"{n}", place, xytext=(-5, 8), textcoords="offset points", ha="right", color=RED,
+                    fontsize=13,
+                )  # fmt: skip
 
 
 def _path(axis, results: Results, group: Group, named: set[str]) -> None:
@@ -89,8 +91,9 @@ def _path(axis, results: Results, group: Group, named: set[str]) -> None:
     axis.plot(*zip(*points), color=colour, linewidth=1.8 if central else 1.0, alpha=0.5, zorder=2)
     label = None if group.method in named else group.method + ("" if central else f" ({group.setting})")
     named.add(group.method)
+    reward = crossed_interval(group.rewards[:, -1])
     axis.errorbar(
-        *points[-1], yerr=crossed_interval(group.rewards[:, -1]).half, color=colour, linewidth=0,
+        *points[-1], yerr=reward.high - reward.value, color=colour, linewidth=0,
         marker=MARKERS[group.method], markersize=11, capsize=4, elinewidth=1.2, label=label, zorder=5,
     )  # fmt: skip
 
@@ -150,10 +153,16 @@ def win_rate_figure(results: Results, path: Path) -> None:
         save_figure(figure, path)
 
 
-def _win_rates(axis, places, intervals: list[Interval], **style) -> None:
-    """Win rates in per cent, with their intervals."""
+def _win_rates(axis, places, intervals: Iterable[Sequence[float]], **style) -> None:
+    """Win rates in per cent, with their intervals (value, low, high)."""
     per_cent = [tuple(100 * number for number in interval) for interval in intervals]
     with_intervals(axis, places, per_cent, elinewidth=1.3, **style)
+
+
+def _rates(rows: Iterable[Row], **wanted) -> list[tuple[float, float, float]]:
+    """The win rates, with their intervals, of the rows that have the values wanted."""
+    found = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+    return [(row["win_rate"], row["win_rate_low"], row["win_rate_high"]) for row in found]
 
 
 def _style_of(group: Group) -> dict:
@@ -166,9 +175,8 @@ def _style_of(group: Group) -> dict:
 def _temperatures(axis, results: Results) -> None:
     axis.set_title("Over sampling temperatures (Fig. 2, right)")
     for place, group in enumerate(results.full):
-        tables = group.last["temperature_rewards"].unbind(1)  # (S, P) each
+        rates = _rates(results.win_rates, method=group.method, setting=group.setting, prompts="held out")
         shift = 0.008 * (place - 2.5)  # so that the bars of six settings stay apart
-        rates = [win_interval(table, results.opponents) for table in tables]
         _win_rates(axis, [t + shift for t in TEMPERATURES], rates, **_style_of(group))
     axis.set_xlabel("sampling temperature (opponent: 1)")
     axis.set_xticks(TEMPERATURES)
@@ -189,40 +197,37 @@ def _training(axis, results: Results) -> None:
 
 def _best_of(axis, results: Results) -> None:
     axis.set_title("Best of N samples of the SFT model (Fig. 4)")
-    for best, shift, style, label in (
-        (results.true_best, 0.97, BY_TRUE, "chosen by the true reward"),
-        (results.learned_best, 1.03, BY_LEARNED, f"by the learned one ({results.accuracy:.0%} right)"),
+    for name, shift, style, label in (
+        ("true", 0.97, BY_TRUE, "chosen by the true reward"),
+        ("learned", 1.03, BY_LEARNED, f"by the learned one ({results.accuracy:.0%} right)"),
     ):
-        places, rates = [entry.n * shift for entry in best], [entry.win for entry in best]
+        best = results.best[name]
+        places, rates = [n * shift for n in best], _rates(best.values())
         _win_rates(axis, places, rates, markersize=11, label=label, **style)
-    counts = [entry.n for entry in results.true_best]
     axis.set(xscale="log", xlabel="N")
-    axis.set_xticks(counts, [str(n) for n in counts])
+    axis.set_xticks(list(best), [str(n) for n in best])
     axis.minorticks_off()
-    lowest = min(entry.win.low for entry in (*results.true_best, *results.learned_best))
+    lowest = min(low for rows in results.best.values() for _, low, _ in _rates(rows.values()))
     axis.set_ylim(min(40, 100 * lowest), 103)
     axis.legend(loc="lower right")
 
 
 def _other_prompts(axis, results: Results) -> None:
     axis.set_title("On prompts of another kind (Table 1)")
-    quarter = TEMPERATURES.index(OTHER_TEMPERATURES[0])
-    for shift, marker, other, place, label in (
-        (-0.3, "s", False, quarter, "temperature 0.25"), (-0.1, "s", True, 0, "0.25, other prompts"),
-        (0.1, "o", False, -1, "temperature 1"), (0.3, "o", True, 1, "1, other prompts"),
+    groups = results.full
+    for shift, marker, prompts, temperature, label in (
+        (-0.3, "s", "held out", 0.25, "temperature 0.25"), (-0.1, "s", "other", 0.25, "0.25, other prompts"),
+        (0.1, "o", "held out", 1, "temperature 1"), (0.3, "o", "other", 1, "1, other prompts"),
     ):  # fmt: skip
-        key, opponents = "temperature_rewards", results.opponents
-        if other:
-            key, opponents = "other_rewards", results.other_opponents
+        rates = _rates(results.win_rates, prompts=prompts, temperature=temperature)
         style = {"marker": marker, "linestyle": "none"}
-        for number, group in enumerate(results.full):
+        for place, (group, rate) in enumerate(zip(groups, rates)):
             colour = COLOURS.get(group.method, GREY)
-            rate = win_interval(group.last[key][:, place], opponents)
-            face = {"color": colour, "markerfacecolor": "white" if other else colour}
-            _win_rates(axis, [number + shift], [rate], markersize=12, **style, **face)
-        face = {"color": GREY, "markerfacecolor": "white" if other else GREY}
+            face = {"color": colour, "markerfacecolor": "white" if prompts == "other" else colour}
+            _win_rates(axis, [place + shift], [rate], markersize=12, **style, **face)
+        face = {"color": GREY, "markerfacecolor": "white" if prompts == "other" else GREY}
         axis.plot([], [], markersize=11, label=label, **style, **face)
-    labels = [group.label.replace(" ", "\n", 1) for group in results.full]
+    labels = [group.label.replace(" ", "\n", 1) for group in groups]
     axis.set_xticks(range(len(labels)), labels, fontsize=14)
     axis.grid(axis="x", visible=False)
     axis.legend(

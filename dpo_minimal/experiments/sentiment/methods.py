@@ -31,8 +31,7 @@ from ...text.objectives import LOSS_TYPES, make_window, preference_objective, re
 from ...text.runs import write_atomically
 from ...train import Objective, Record, Window, make_optimizer, train, warm_up
 from ...validation import InputError
-from .data import K, Plan
-from .world import World, read_rows
+from .world import K, Plan, World, read_rows
 
 BETAS, ALPHAS = (0.05, 0.1, 1.0, 5.0), (0.05, 0.1, 0.5, 1.0)
 TARGETS = (3.0, 6.0, 9.0, 12.0)  # nats, of PPO

@@ -1,4 +1,4 @@
-"""What the trainings of the sentiment experiment left, averaged over prompts and seeds, with intervals.
+"""What the trainings of the sentiment experiment left, averaged over prompts and seeds, as rows of tables.
 
 Seeds share the held-out prompts, so a mean over both is uncertain in two ways: other prompts, and other
 trainings. An interval counts both, as an analysis of variance of prompts crossed with seeds does; with two or
@@ -12,7 +12,7 @@ Shapes: S seeds, P held-out prompts, L measurements, m draws of a prompt.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -23,8 +23,11 @@ from torch import Tensor
 from ...closed_form import reward_kl_frontier
 from ...rivals.baselines import best_of_n_kl_bound, best_of_n_reward
 from ...rivals.evaluate import win_rate
-from .methods import Run
+from .methods import Run, budget_of
+from .runs import OTHER_TEMPERATURES, TEMPERATURES, Arrays
+from .world import Plan
 
+Row = dict[str, Any]
 NATS = (2.5, 8.0)  # divergences at which methods are compared
 MOST_OF_N = (1, 4, 16, 64, 128)
 FRONTIER_END = 2.5  # nats, to which 128 draws tell the frontier: their largest KL is log 128 = 4.9
@@ -40,11 +43,6 @@ class Interval(NamedTuple):
     value: float
     low: float
     high: float
-
-    @property
-    def half(self) -> float:
-        """Half the width."""
-        return (self.high - self.low) / 2
 
 
 def crossed_interval(values: Tensor) -> Interval:
@@ -84,17 +82,17 @@ def student_95(degrees: float) -> float:
     return float(np.interp(1 / degrees, places, list(reversed(_T.values()))))
 
 
+def share_interval(shares: Tensor) -> Interval:
+    """`crossed_interval` of shares (S, P), cut at 0 and 1."""
+    mean = crossed_interval(shares)
+    return Interval(mean.value, max(0.0, mean.low), min(1.0, mean.high))
+
+
 def win_interval(rewards: Tensor, opponents: Tensor) -> Interval:
     """How often (S, P) rewards are above the opponents' (P,), a tie counting one half."""
     if len(rewards) == 1:
         return Interval(*win_rate(rewards[0], opponents)[:3])
     return share_interval((1 + (rewards - opponents).sign()) / 2)
-
-
-def share_interval(shares: Tensor) -> Interval:
-    """`crossed_interval` of shares, cut at 0 and 1."""
-    mean = crossed_interval(shares)
-    return Interval(mean.value, max(0.0, mean.low), min(1.0, mean.high))
 
 
 # ---------------------------------------------------------------------------------------------- trainings
@@ -104,7 +102,6 @@ class Group(NamedTuple):
     """The trainings of one method with one setting, which differ in their seed.
 
     Fields:
-        method, setting: names.
         steps: (L,) steps at each measurement.
         rewards, log_ratios: (S, L, P) of the samples.
         last: further arrays, (S, ...): lengths, ended, repeated, reference_token_logps, texts; of some
@@ -131,9 +128,9 @@ class Group(NamedTuple):
         return list(zip(self.log_ratios.mean((0, 2)).tolist(), self.rewards.mean((0, 2)).tolist()))
 
 
-def groups_of(found: dict[str, dict[str, np.ndarray]], runs: Sequence[Run]) -> list[Group]:
+def groups_of(found: dict[str, Arrays], runs: Sequence[Run]) -> list[Group]:
     """The trainings' arrays, by their names, put together by method and setting, in the order of the runs."""
-    together: dict[tuple[str, str], list[dict[str, np.ndarray]]] = {}
+    together: dict[tuple[str, str], list[Arrays]] = {}
     for run in runs:
         together.setdefault((run.method, run.setting), []).append(found[run.name])
     groups = []
@@ -165,19 +162,7 @@ def reward_within(group: Group, start: Tensor, nats: float) -> Interval:
     return crossed_interval(max(inside, key=lambda table: table.mean().item()))
 
 
-# ------------------------------------------------------------------------------------------- best of n
-
-
-class BestOf(NamedTuple):
-    """Best of N by one reward.
-
-    Fields: n; kl: the bound, nats; reward, win: true ones, with intervals over prompts.
-    """
-
-    n: int
-    kl: float
-    reward: Interval
-    win: Interval
+# -------------------------------------------------------------------------------- best of n, and the ceiling
 
 
 def order_weights(n: int, m: int) -> Tensor:
@@ -190,20 +175,20 @@ def order_weights(n: int, m: int) -> Tensor:
     return at_least - torch.cat([at_least[1:], at_least.new_zeros(1)])
 
 
-def best_of(true: Tensor, chosen_by: Tensor, opponents: Tensor) -> list[BestOf]:
-    """Best of N for every N, from one set of draws.
+def best_of(true: Tensor, chosen_by: Tensor, opponents: Tensor) -> dict[int, Row]:
+    """For every N its true reward and win rate with intervals over prompts, and the bound of its KL, nats.
 
-    Args: true, chosen_by (P', m): the true reward, and the one that chooses; opponents (P',).
+    Args: true, chosen_by (P', m): the true reward of all draws, and the one that chooses; opponents (P',).
     """
     order = chosen_by.argsort(dim=-1, stable=True)
     rewards = true.double().gather(-1, order)
     wins = (1 + (rewards - opponents.double().unsqueeze(-1)).sign()) / 2
-    found = []
+    found = {}
     for n in MOST_OF_N:
         weights = order_weights(n, true.shape[-1])
-        reward = crossed_interval((rewards @ weights).unsqueeze(0))
-        win = share_interval((wins @ weights).unsqueeze(0))
-        found.append(BestOf(n, best_of_n_kl_bound(n), reward, win))
+        found[n] = _spread("reward", crossed_interval((rewards @ weights).unsqueeze(0)))
+        found[n] |= _spread("kl", [best_of_n_kl_bound(n)] * 3)
+        found[n] |= _spread("win_rate", share_interval((wins @ weights).unsqueeze(0)))
     return found
 
 
@@ -219,45 +204,106 @@ def estimated_frontier(true: Tensor) -> list[tuple[float, float]]:
     return [point for point in zip(kl, reward) if point[0] <= FRONTIER_END]
 
 
+# --------------------------------------------------------------------------------------------------- rows
+
+
 class Results(NamedTuple):
     """Everything that tables and figures show.
 
     Fields:
-        groups: the trainings, the SFT model itself among them.
-        opponents, other_opponents: (P,), (Q,) rewards of samples of the SFT model, to win against.
-        learned_best, true_best: best of N by the learned and by the true reward; best_seconds: of both.
+        groups: the trainings, the SFT model itself among them; full: those that were measured at all
+            temperatures and on other prompts.
+        rows: of table.csv, one for each method and setting; win_rates: those of win_rates.csv.
+        opponents: (P,) rewards of samples of the SFT model, to win against.
+        best: best of N by the "learned" and by the "true" reward.
         frontier: estimated, (KL, reward).
-        accuracy, accuracy_pairs: of the reward model, on so many held-out pairs.
+        accuracy, pairs: of the reward model, on so many held-out pairs.
     """
 
     groups: list[Group]
+    full: list[Group]
+    rows: list[Row]
+    win_rates: list[Row]
     opponents: Tensor
-    other_opponents: Tensor
-    learned_best: list[BestOf]
-    true_best: list[BestOf]
-    best_seconds: float
+    best: dict[str, dict[int, Row]]
     frontier: list[tuple[float, float]]
     accuracy: float
-    accuracy_pairs: int
+    pairs: int
 
     @property
     def start(self) -> Tensor:
         """(P,) the SFT model's rewards, over its seeds."""
-        return next(g for g in self.groups if g.method == "SFT").rewards[:, -1].mean(0)
-
-    @property
-    def full(self) -> list[Group]:
-        """Those that were measured at all temperatures and on other prompts."""
-        return [group for group in self.groups if "temperature_rewards" in group.last]
+        return _start(self.groups)
 
 
-def results_of(found: dict[str, dict[str, np.ndarray]], runs: Sequence[Run]) -> Results:
+def results_of(found: dict[str, Arrays], runs: Sequence[Run], plan: Plan) -> Results:
     """What the files of a finished run, by their names, add up to."""
-    held_out, other = (torch.from_numpy(found["opponents"][key]) for key in ("held_out", "other"))
+    own, other = (torch.from_numpy(found["opponents"][key]).double() for key in ("held_out", "other"))
     draws, reward = found["best-of-n"], found["reward-model"]
     true, learned = (torch.from_numpy(draws[key]) for key in ("true", "learned"))
-    best = [best_of(true, chosen_by, held_out[: len(true)]) for chosen_by in (learned, true)]
+    best = {name: best_of(true, by, own[: len(true)]) for name, by in (("learned", learned), ("true", true))}
+    groups = groups_of(found, runs)
+    budgets = {(run.method, run.setting): budget_of(run, plan) for run in runs}
+    rows = [_row(g, _start(groups), own, budgets[g.method, g.setting]) for g in groups]
+    for method, name in (("Best of N", "learned"), ("Best of N-GT", "true")):
+        for n, row in best[name].items():
+            if n > 1:
+                row = {"method": method, "setting": f"N {n}", "seeds": 1} | row
+                rows.append(row | {"seconds": float(draws["seconds"])})
+    full = [group for group in groups if "temperature_rewards" in group.last]
     return Results(
-        groups_of(found, runs), held_out.double(), other.double(), *best, float(draws["seconds"]),
-        estimated_frontier(true), float(reward["accuracy"]), int(reward["pairs"]),
+        groups, full, rows, _win_rates(full, own, other), own, best, estimated_frontier(true),
+        float(reward["accuracy"]), int(reward["pairs"]),
     )  # fmt: skip
+
+
+def _start(groups: Sequence[Group]) -> Tensor:
+    return next(group for group in groups if group.method == "SFT").rewards[:, -1].mean(0)
+
+
+def _row(group: Group, start: Tensor, opponents: Tensor, budget: dict[str, int]) -> Row:
+    row = {"method": group.method, "setting": group.setting, "seeds": len(group.rewards)}
+    row |= _spread("reward", crossed_interval(group.rewards[:, -1]))
+    row |= _spread("kl", crossed_interval(group.log_ratios[:, -1]))
+    row |= _spread("win_rate", win_interval(group.rewards[:, -1], opponents))
+    for nats in NATS:
+        within = (None,) * 3 if group.method == "SFT" else reward_within(group, start, nats)
+        row |= _spread(f"reward_within_{nats:g}_nats", within)
+    character = ("lengths", "ended", "repeated", "reference_token_logps")  # of the end's samples
+    row |= budget | {"seconds": group.seconds}
+    return row | {name: group.last[name].mean().item() for name in character}
+
+
+def _spread(name: str, interval: Iterable[float | None]) -> Row:
+    return dict(zip((name, f"{name}_low", f"{name}_high"), interval))
+
+
+def _win_rates(groups: Sequence[Group], own: Tensor, other: Tensor) -> list[Row]:
+    """Over temperatures, on held-out prompts and on those of another kind."""
+    rows = []
+    for group in groups:
+        for prompts, key, opponents, temperatures in (
+            ("held out", "temperature_rewards", own, TEMPERATURES),
+            ("other", "other_rewards", other, OTHER_TEMPERATURES),
+        ):
+            names = {"method": group.method, "setting": group.setting, "prompts": prompts}
+            for place, temperature in enumerate(temperatures):
+                win = win_interval(group.last[key][:, place], opponents)
+                rows.append(names | {"temperature": temperature} | _spread("win_rate", win))
+    return rows
+
+
+def path_rows(results: Results) -> list[Row]:
+    """What the figures draw of trainings, for metrics.jsonl: a row for each setting, seed and measurement."""
+    rows = []
+    for group in results.groups:
+        for seed, tables in enumerate(zip(group.rewards, group.log_ratios)):
+            for step, r, kl in zip(group.steps, *tables):
+                wins = (1 + torch.sign(r - results.opponents)) / 2
+                rows.append(
+                    {"method": group.method, "setting": group.setting, "seed": seed, "step": step,
+                     "reward": r.mean().item(), "reward_error": (r.std() / len(r) ** 0.5).item(),
+                     "kl": kl.mean().item(), "kl_error": (kl.std() / len(kl) ** 0.5).item(),
+                     "win_rate": wins.mean().item()}
+                )  # fmt: skip
+    return rows

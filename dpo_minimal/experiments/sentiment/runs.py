@@ -31,9 +31,8 @@ from ...model import GPT
 from ...policy import shared_prompt_batch, shared_prompt_logps
 from ...rivals.reward_model import score_completions
 from ..study import Job, kept
-from .data import LONGEST, Plan
 from .methods import PPO_EPOCHS, Run, fit_reward, load_reward_model, train_run
-from .world import World, load_world
+from .world import LONGEST, Plan, World, load_world
 
 METHODS_FOLDER = "methods"
 TEMPERATURES = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...text.reviews import sentiment
-from ...text.runs import write_json
 from ...text.tokenizer import Tokenizer
 from ...validation import InputError, check_positive
 
@@ -170,8 +169,3 @@ def truth_of(judge: BagOfWords | None, tokenizer: Tokenizer) -> Truth:
         return torch.tensor([read(text) for text in texts], dtype=torch.float32)
 
     return truth
-
-
-def save_judge(judge: BagOfWords, path: Path) -> None:
-    """Write it as JSON, in one move."""
-    write_json(path, judge._asdict())

@@ -1,16 +1,22 @@
 """What every method of the sentiment experiment starts from: the SFT model, prefixes, and labelled pairs.
 
-Each stage leaves a file in the run folder and is not done again where that file is there, so an interrupted
-run goes on to the same result.
+    reviews -> SFT model -> prefixes of 2 to 8 tokens -> four samples of each -> true rewards -> six pairs
+
+as in the paper's App. C.1. Each stage leaves a file in the run folder and is not done again where that file
+is there, so an interrupted run goes on to the same result.
 
 But: no method is trained here.
+
+Shapes: N prefixes, K = 4 samples of each, P pairs.
 """
 
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,22 +24,56 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ...generation import generate, rows_at_once
 from ...model import GPT, GPTConfig
+from ...preferences import bradley_terry
 from ...text.batches import Example
 from ...text.checkpoint import WEIGHTS_FILE
 from ...text.objectives import reference_logps, sft_objective
+from ...text.reviews import demonstrations
 from ...text.runs import write_json, write_records
 from ...text.tokenizer import Tokenizer, train_bpe
 from ...text.training_run import Data, Settings, run_training
 from ...validation import InputError
 from ..text.setup import MODEL, Policy, load_policy, save_policy
-from .data import Plan, Texts, file_texts, grammar_texts, pairs_of, sample_rows, take_prefixes
-from .truth import BagOfWords, Truth, read_reviews, save_judge, truth_of
+from .truth import BagOfWords, Review, Truth, accuracy, fit_bag_of_words, read_reviews, truth_of
 
+K = 4  # samples of a prefix
+SHORTEST, LONGEST = 2, 8  # tokens of a prefix
+NOISES = ("none", "bradley-terry")
 TEXTS_FILE, TRUTH_FILE, PROMPTS_FILE, SAMPLES_FILE = (
     "texts.json", "truth.json", "prompts.json", "preferences.jsonl",
 )  # fmt: skip
-SFT = "sft"
+
+
+class Plan(NamedTuple):
+    """The sizes of a run; the same for every method where a method is meant."""
+
+    demonstrations: int  # reviews of the grammar to fine-tune on (of a file: all but a tenth)
+    vocab_size: int
+    context: int
+    n_layer: int
+    n_embd: int  # the model has four heads
+    sft_epochs: int  # in batches of 32
+    sft_learning_rate: float
+    prefixes: int  # to train on
+    held_out: int
+    other: int  # of the other distribution
+    max_new_tokens: int  # where a sample is cut
+    steps: int  # gradient steps of a method
+    pairs: int  # in each (completions: twice that)
+    learning_rate: float  # of every method's policy, AdamW
+    warmup: int
+    best_of: int  # held-out prefixes of which 128 samples are drawn
+
+
+class Texts(NamedTuple):
+    """Texts to learn, and for SFT's own check; those of the training prompts' kind, and of another kind."""
+
+    learn: list[str]
+    held_out: list[str]
+    own: list[str]
+    other: list[str]
 
 
 class World(NamedTuple):
@@ -55,36 +95,32 @@ class World(NamedTuple):
     other: list[list[int]]
 
 
+# ------------------------------------------------------------------------------------------------- stages
+
+
 def make_world(folder: Path, plan: Plan, *, reviews: str | None, noise: str, seed: int, resume: bool) -> None:
     """All stages before the methods, each where its file is missing; prints what each gave."""
-    texts = _texts_stage(folder, plan, reviews, seed)
-    policy = _sft_stage(folder, plan, texts, seed, resume)
-    judge = _judge(folder)
-    if not (folder / PROMPTS_FILE).exists():
-        tokenizer = policy.tokenizer
+    texts = _texts(folder, plan, reviews, seed)
+    policy = _sft(folder / "sft", plan, texts, seed, resume)
+    tokenizer, prompts, samples = policy.tokenizer, folder / PROMPTS_FILE, folder / SAMPLES_FILE
+    if not prompts.exists():
         own = take_prefixes([*map(tokenizer.encode, texts.own)], plan.prefixes + plan.held_out, seed=seed)
         other = take_prefixes([*map(tokenizer.encode, texts.other)], plan.other, seed=seed + 1)
         held_out, train = own[: plan.held_out], own[plan.held_out :]
-        write_json(folder / PROMPTS_FILE, {"train": train, "held_out": held_out, "other": other})
-    if not (folder / SAMPLES_FILE).exists():
-        rows = sample_rows(
-            policy, read_json(folder / PROMPTS_FILE)["train"], truth_of(judge, policy.tokenizer),
-            max_new_tokens=plan.max_new_tokens, noise=noise, seed=seed + 2,
-            progress=partial(tqdm, desc="four samples a prefix", disable=None, leave=False),
-        )  # fmt: skip
-        write_records(folder / SAMPLES_FILE, rows)
+        write_json(prompts, {"train": train, "held_out": held_out, "other": other})
+    if not samples.exists():
+        truth, prefixes = truth_of(_judge(folder), tokenizer), read_json(prompts)["train"]
+        write_records(samples, sample_rows(policy, prefixes, truth, plan.max_new_tokens, noise, seed + 2))
 
 
 @cache
 def load_world(folder: Path) -> World:
     """What `make_world` left in a folder (absolute); the reference's log-probabilities are computed again."""
-    policy = load_policy(str(folder / SFT))
+    policy = load_policy(str(folder / "sft"))
     policy.model.requires_grad_(False)
-    rows = read_rows(folder)
-    found = read_json(folder / PROMPTS_FILE)
+    rows, found = read_rows(folder), read_json(folder / PROMPTS_FILE)
     whole = [Example(row["prompt"], row["completions"], "") for row in rows]
-    logps = reference_logps(policy.model, whole, micro_size=16, dtype="float32")
-    examples, reference = pairs_of(rows, logps)
+    examples, reference = pairs_of(rows, reference_logps(policy.model, whole, micro_size=16, dtype="float32"))
     truth = truth_of(_judge(folder), policy.tokenizer)
     return World(policy, truth, examples, reference, found["train"], found["held_out"], found["other"])
 
@@ -108,7 +144,10 @@ def _judge(folder: Path) -> BagOfWords | None:
     return BagOfWords(**read_json(path)) if path.exists() else None
 
 
-def _texts_stage(folder: Path, plan: Plan, reviews: str | None, seed: int) -> Texts:
+# -------------------------------------------------------------------------------------- texts and SFT model
+
+
+def _texts(folder: Path, plan: Plan, reviews: str | None, seed: int) -> Texts:
     """The texts, kept so that a file that changes under a run does no harm; of a file also the judge."""
     path = folder / TEXTS_FILE
     if path.exists():
@@ -117,7 +156,7 @@ def _texts_stage(folder: Path, plan: Plan, reviews: str | None, seed: int) -> Te
         texts = grammar_texts(plan, seed)
     else:
         texts, judge, share = file_texts(read_reviews(reviews), seed)
-        save_judge(judge, folder / TRUTH_FILE)
+        write_json(folder / TRUTH_FILE, judge._asdict())
         print(
             f"ground truth: a logistic regression on {len(judge.weights):,} words, right on {share:.1%} of "
             "the held-out reviews.", flush=True,
@@ -126,46 +165,165 @@ def _texts_stage(folder: Path, plan: Plan, reviews: str | None, seed: int) -> Te
     return texts
 
 
-def _sft_stage(folder: Path, plan: Plan, texts: Texts, seed: int, resume: bool) -> Policy:
-    """The SFT model, in RUN/sft; every token but the first of a review is learnt."""
-    target = folder / SFT
-    if (target / MODEL / WEIGHTS_FILE).exists():
-        return load_policy(str(target))
+def grammar_texts(plan: Plan, seed: int) -> Texts:
+    """Reviews of the grammar; prompts that a verb follows ("The new comedy ...") are the training's kind.
+
+    The other kind are the prompts that a sentence follows ("We saw a comedy last night."), which no
+    preference pair begins with; SFT reads both.
+    """
+    rows = demonstrations(plan.demonstrations + 300, seed=seed)
+    whole = [row["prompt"] + row["completion"] for row in rows]
+    own, other = (
+        [text for text, row in zip(whole, rows) if (row["prompt"][-1] in ".:") == opening]
+        for opening in (False, True)
+    )
+    return Texts(whole[300:], whole[:300], own, other)
+
+
+def file_texts(reviews: Sequence[Review], seed: int) -> tuple[Texts, BagOfWords, float]:
+    """Texts of a file, the judge learnt from nine tenths of its labels, and its accuracy on the rest.
+
+    The other kind of prompts are those of the package's grammar in lower case: another author's.
+    """
+    order = list(reviews)
+    random.Random(seed).shuffle(order)
+    tenth = len(order) // 10
+    held_out, learn = order[:tenth], order[tenth:]
+    judge = fit_bag_of_words(learn)
+    other = [row["prompt"].lower() + row["completion"].lower() for row in demonstrations(2000, seed=seed)]
+    texts = [[review.text for review in some] for some in (learn, held_out[:300], order)]
+    return Texts(*texts, other), judge, accuracy(judge, held_out)
+
+
+def _sft(folder: Path, plan: Plan, texts: Texts, seed: int, resume: bool) -> Policy:
+    """The SFT model; every token but the first of a review is learnt."""
+    if (folder / MODEL / WEIGHTS_FILE).exists():
+        return load_policy(str(folder))
     tokenizer = vocabulary(texts.learn, plan.vocab_size)
     torch.manual_seed(seed)
     model = GPT(GPTConfig(tokenizer.vocab_size, plan.context, plan.n_layer, 4, plan.n_embd))
-    learn, held_out = (_as_examples(some, tokenizer, plan.context) for some in (texts.learn, texts.held_out))
+    data = Data(*(_as_examples(some, tokenizer, plan.context) for some in (texts.learn, texts.held_out)))
     settings = Settings(
         learning_rate=plan.sft_learning_rate, optimizer="adamw", per_device_train_batch_size=32,
         gradient_accumulation_steps=1, num_train_epochs=plan.sft_epochs, max_steps=None, warmup_steps=20,
         max_grad_norm=1.0, logging_steps=10, eval_steps=0, save_steps=200, seed=seed, dtype="float32",
         device="cpu",
     )  # fmt: skip
-    target.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
     objective = sft_objective(model, dtype="float32")
-    run_training(target, model, objective, Data(learn, held_out), settings, name="SFT", resume=resume)
+    run_training(folder, model, objective, data, settings, name="SFT", resume=resume)
     policy = Policy(model, tokenizer)
-    save_policy(policy, target)
+    save_policy(policy, folder)
     return policy
 
 
 def vocabulary(texts: Sequence[str], most: int) -> Tokenizer:
     """A BPE of so many ids; where the texts have too few pairs for that, of half as many, and so on."""
-    text, size = "\n".join(texts), most
-    while True:
-        try:
-            return train_bpe(text, size)
-        except InputError:
-            if size <= 257:
-                raise
-            size = max(257, size // 2)
+    try:
+        return train_bpe("\n".join(texts), most)
+    except InputError:
+        if most <= 257:
+            raise
+        return vocabulary(texts, max(257, most // 2))
 
 
 def _as_examples(texts: Sequence[str], tokenizer: Tokenizer, context: int) -> list[Example]:
     """Reviews as [first token | the rest, end-of-text], cut at the context; a single token has no rest."""
-    rows = [tokenizer.encode(text) for text in texts]
+    rows = enumerate(map(tokenizer.encode, texts), start=1)
     return [
         Example(ids[:1], [[*ids[1:], tokenizer.eot][: context - 1]], f"review {number}")
-        for number, ids in enumerate(rows, start=1)
-        if len(ids) > 1
-    ]
+        for number, ids in rows if len(ids) > 1
+    ]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------- prefixes and pairs
+
+
+def take_prefixes(texts: Sequence[Sequence[int]], count: int, *, seed: int) -> list[list[int]]:
+    """Different beginnings of texts, 2 to 8 tokens each, every length as likely, in random order.
+
+    Args: texts as token ids; one shorter than its prefix and a further token is passed over.
+    Raises InputError where there are not enough different ones.
+    """
+    draw = random.Random(f"prefixes {seed}")
+    order = list(range(len(texts)))
+    draw.shuffle(order)
+    found: dict[tuple[int, ...], None] = {}
+    for number in order:
+        length = draw.randint(SHORTEST, LONGEST)
+        if len(texts[number]) > length:
+            found.setdefault(tuple(texts[number][:length]))
+    if len(found) < count:
+        raise InputError(
+            f"{len(texts)} reviews have {len(found)} different beginnings of {SHORTEST} to {LONGEST} tokens, "
+            f"but {count} are needed; give more reviews."
+        )
+    kept = list(found)
+    draw.shuffle(kept)  # short ones are found early, because they repeat
+    return [list(prefix) for prefix in kept[:count]]
+
+
+def label_pairs(
+    rewards: Tensor, completions: Sequence[Sequence[int]], *, noise: str, generator: torch.Generator
+) -> tuple[list[tuple[int, int]], int]:
+    """The pairs of K completions of one prefix as (chosen, rejected) positions, and how many were left out.
+
+    Without noise the better one is chosen, and equal rewards have no order, so that pair is left out. With
+    "bradley-terry" the first is chosen with probability sigmoid(r1 - r2), and only a pair of the same
+    completion twice is left out.
+
+    Args: rewards (K,) true ones.
+    """
+    pairs, left_out, values = [], 0, rewards.double()
+    for i, j in combinations(range(len(values)), 2):
+        first_wins, tie = bool(values[i] > values[j]), bool(values[i] == values[j])
+        if noise == "bradley-terry":
+            uniform = torch.rand(1, dtype=torch.float64, generator=generator)
+            first_wins = bool(uniform < bradley_terry(values[i : i + 1], values[j : j + 1]))
+            tie = list(completions[i]) == list(completions[j])
+        if tie:
+            left_out += 1
+        else:
+            pairs.append((i, j) if first_wins else (j, i))
+    return pairs, left_out
+
+
+def sample_rows(
+    policy: Policy, prefixes: Sequence[list[int]], truth: Truth, max_new_tokens: int, noise: str, seed: int
+) -> list[dict[str, Any]]:
+    """Four samples of each prefix with their rewards and labelled pairs: rows of preferences.jsonl."""
+    model, tokenizer = policy
+    generator, labels = (torch.Generator().manual_seed(seed + k) for k in range(2))
+    rows = []
+    together = max(1, rows_at_once(model, LONGEST + max_new_tokens) // K)
+    starts = range(0, len(prefixes), together)
+    for start in tqdm(starts, desc="four samples a prefix", disable=None, leave=False):
+        some = [prefix for prefix in prefixes[start : start + together] for _ in range(K)]
+        drawn = generate(model, some, max_new_tokens=max_new_tokens, eos=tokenizer.eot, generator=generator)
+        rewards = truth(some, drawn)
+        for place in range(0, len(some), K):
+            own, r = drawn[place : place + K], rewards[place : place + K]
+            pairs, left_out = label_pairs(r, own, noise=noise, generator=labels)
+            rows.append(
+                {"prompt": some[place], "completions": own, "rewards": r.tolist(), "pairs": pairs,
+                 "left_out": left_out, "text": tokenizer.decode(some[place]),
+                 "responses": [tokenizer.decode(y) for y in own]}
+            )  # fmt: skip
+    return rows
+
+
+def pairs_of(rows: Sequence[dict[str, Any]], logps: Tensor) -> tuple[list[Example], Tensor]:
+    """Rows as training pairs: P examples [chosen, rejected] and the reference's log-probabilities (P, 2).
+
+    Args: logps (N, K) of all completions under the reference.
+    """
+    examples, reference = [], []
+    for number, row in enumerate(rows):
+        for chosen, rejected in row["pairs"]:
+            two = [row["completions"][chosen], row["completions"][rejected]]
+            place = f"prefix {number + 1}, samples {chosen + 1} and {rejected + 1}"
+            examples.append(Example(row["prompt"], two, place))
+            reference.append(logps[number, [chosen, rejected]])
+    if not examples:
+        raise InputError("no two samples differ in reward, so there is nothing to prefer; use more prefixes.")
+    return examples, torch.stack(reference)
