@@ -200,7 +200,7 @@ def test_a_safe_step_never_raises_the_loss(kind, world):
     def step_objective(batch):
         return objective(policy(), world.ref_logps, batch, beta=world.beta)[0], {}
 
-    losses = [r["loss"] for r in train(step_objective, optimizer, itertools.repeat(rankings, 15))]
+    losses = [r["loss"] for r in train(step_objective, optimizer, itertools.repeat(rankings, 6))]
     # Rounding of one loss: a dozen terms, each computed from log-probabilities of size up to 40.
     slack = 1e-13 * (1 + max(losses))
     assert all(after <= before + slack for before, after in itertools.pairwise(losses))
@@ -359,12 +359,12 @@ def test_pairs_of_equal_completions_only_add_log_two():
 # ----------------------------------------------------------------------- layer one: the population optimum
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(5))
 def test_the_population_experiment_reaches_the_closed_form(seed):
     """Property 24: 8 prompts x 16 completions, exact probabilities; the trained table is
     pi_ref e^{r / beta} / Z within the certificate and within 1e-9 nats."""
     world = random_bandit(8, 16, generator=generator_of(4 * seed))
-    settings = Settings(beta=0.5, pairs=1, table_steps=2000, gpt_steps=1, seed=seed, device="cpu")
+    settings = Settings(beta=0.5, pairs=1, table_steps=600, gpt_steps=1, seed=seed, device="cpu")
     outcome = tabular(world, settings)
     target = tilt(world.ref_logps, world.rewards, 0.5)
     error = (outcome.logps - target).abs().amax(-1)
@@ -379,7 +379,7 @@ def test_the_population_experiment_reaches_the_closed_form(seed):
 def test_the_ranking_experiment_reaches_the_closed_form(seed):
     """[D8.3] the population optimum of the Plackett-Luce objective, rankings of four, is pi* too."""
     world = random_bandit(4, 8, generator=generator_of(seed))
-    settings = Settings(beta=0.5, pairs=1, table_steps=2000, gpt_steps=1, seed=seed, device="cpu")
+    settings = Settings(beta=0.5, pairs=1, table_steps=600, gpt_steps=1, seed=seed, device="cpu")
     outcome = plackett_luce(world, settings, 4)
     error = (outcome.logps - tilt(world.ref_logps, world.rewards, 0.5)).abs().amax(-1)
     assert (error <= outcome.logp_bound + 8 * EPS * 20).all()  # closed form's rounding, as above
@@ -507,12 +507,12 @@ def test_gradient_descent_keeps_each_components_sum_and_so_has_a_closed_form():
         expected[:, members] += (rewards[:, members] - rewards[:, members].mean()) / beta
     for options in ({"momentum": 0.9, "nesterov": True}, {"momentum": 0.0}):
         policy = TabularPolicy(ref)
-        logps = descend(policy, data, ref, beta, steps=3000, **options)
-        # Each step's gradient sums to zero but for an ulp of a number below one, 3000 of them.
+        logps = descend(policy, data, ref, beta, steps=300, **options)
+        # Each step's gradient sums to zero but for an ulp of a number below one, 300 of them.
         for members in components:
             drift = (policy.theta - ref)[:, members].sum().item()
-            assert abs(drift) <= 3000 * EPS
-        # linear convergence at a rate below 0.98 in the plain run: rounding only is left
+            assert abs(drift) <= 300 * EPS
+        # linear convergence, to 1e-14 after 100 steps: rounding only is left
         torch.testing.assert_close(policy.theta.detach(), expected, rtol=0, atol=1e-10)
         assert certify(logps, ref, data, beta=beta).logp_bound.item() == math.inf
     assert distance(logps, tilt(ref, rewards, beta)) > 0.05
@@ -528,7 +528,7 @@ def test_adam_leaves_the_components_sum_for_another_minimiser_of_equal_loss():
     def step_objective(batch):
         return dpo_objective(policy(), ref, batch, beta=0.7)[0], {}
 
-    last = list(train(step_objective, optimizer, itertools.repeat(data, 3000)))[-1]
+    last = list(train(step_objective, optimizer, itertools.repeat(data, 400)))[-1]
     drifts = [abs((policy.theta - ref)[:, members].sum().item()) for members in components]
     assert max(drifts) > 1e-3
     floor, _ = dpo_objective(tilt(ref, rewards, 0.7), ref, data, beta=0.7)
@@ -570,7 +570,7 @@ def test_a_tree_of_comparisons_ends_at_the_logit_of_every_edge():
 
 def test_dpo_descends_along_the_path_of_the_reward_model():
     """Property 23: gradient descent on DPO with step eta is gradient descent on the reward model with step
-    eta beta^2, tilted by the closed form, at every one of 500 steps."""
+    eta beta^2, tilted by the closed form, at every one of 200 steps."""
     generator = generator_of(17)
     world = random_bandit(2, 5, generator=generator)
     beta = 0.3
@@ -584,7 +584,7 @@ def test_dpo_descends_along_the_path_of_the_reward_model():
         return dpo_objective(policy(), world.ref_logps, batch, beta=beta)[0], {}
 
     worst = 0.0
-    for _ in train(step_objective, optimizer, itertools.repeat(rankings, 500)):
+    for _ in train(step_objective, optimizer, itertools.repeat(rankings, 200)):
         ranked = rankings.gather(scores)
         loss = rankings.weight @ bradley_terry_loss(ranked[:, 0], ranked[:, 1])
         (gradient,) = torch.autograd.grad(loss, scores)
@@ -593,7 +593,7 @@ def test_dpo_descends_along_the_path_of_the_reward_model():
         tilted = tilt(world.ref_logps, scores.detach(), beta)
         worst = max(worst, distance(policy().detach(), tilted))
     assert scores.detach().abs().max() > 0.5  # the two really went somewhere
-    assert worst <= 1e-12  # 500 roundings of numbers below ten, which add up linearly at worst
+    assert worst <= 1e-12  # 200 roundings of numbers below ten, which add up linearly at worst
 
 
 def test_a_pair_with_one_winner_diverges_at_the_known_rate():
@@ -611,9 +611,9 @@ def test_a_pair_with_one_winner_diverges_at_the_known_rate():
     def step_objective(batch):
         return dpo_objective(policy(), ref, batch, beta=beta)[0], {}
 
-    for record in train(step_objective, optimizer, itertools.repeat(data, 2000)):
+    for record in train(step_objective, optimizer, itertools.repeat(data, 500)):
         t = record["step"]
-        if t in (1, 2, 10, 100, 1000, 2000):
+        if t in (1, 2, 10, 100, 500):
             g = (policy() - ref).detach()
             u = beta * (g[:, 0] - g[:, 1])
             # u is off by t roundings of numbers below 20, and e^u multiplies that by itself
@@ -690,9 +690,9 @@ def test_a_wrong_training_does_not_meet_the_certificate(mistake):
         wrong_limit = tilt(ref, -world.rewards, beta)
     else:
         options["weight_decay"] = 0.01
-    logps = descend(TabularPolicy(ref), wrong_data, wrong_ref, beta, steps=3000, **options)
+    logps = descend(TabularPolicy(ref), wrong_data, wrong_ref, beta, steps=300, **options)
     if wrong_limit is not None:
-        # 3000 steps at a rate below 0.98: only rounding of numbers below 20 is left
+        # linear convergence, to 4e-10 after 100 steps: only rounding of numbers below 20 is left
         assert distance(logps, wrong_limit) <= 1e-10
     error = distance(logps, tilt(ref, world.rewards, beta))
     bound = certify(logps, ref, rankings, beta=beta).logp_bound.max().item()
