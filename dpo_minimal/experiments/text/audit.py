@@ -31,7 +31,7 @@ from ...text.batches import Example, tokenize
 from ...text.data import KINDS, Dataset
 from ...text.tokenizer import Tokenizer
 from ...validation import InputError
-from .options import COMMON, TOKENIZERS, Option, add_options, resolve
+from .options import COMMON, TOKENIZERS, Option, add_options, at_least, resolve
 from .setup import load_policy_tokenizer, load_rows, make_tokenizer
 
 REVIEWS = 1000  # rows where there is no file
@@ -46,7 +46,7 @@ GROUPS = {
         ),
         "kind": Option(
             "what the rows are: pairs of chosen and rejected, rankings with the best first, completions with "
-            "a label, or prompts with one completion to imitate", str, None, "preferences", choices=KINDS,
+            "a label, or prompts with one completion to imitate", str, "preferences", choices=KINDS,
         ),
         "skip_bad_rows": COMMON["skip_bad_rows"],
     },
@@ -58,7 +58,7 @@ GROUPS = {
         "model": COMMON["model"]._replace(help="the tokenizer of this run, folder, or released name"),
         "max_length": Option(
             "what a limit of N tokens for prompt and longest completion would do (default: no limit); rows "
-            "that cannot fit, at which training would stop, are counted"
+            "that cannot fit, at which training would stop, are counted", check=at_least(2),
         ),
         "max_prompt_length": Option("and a limit for the prompt alone"),
     },

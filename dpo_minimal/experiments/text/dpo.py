@@ -63,21 +63,10 @@ from ...text.reviews import sentiment
 from ...text.runs import write_records
 from ...text.training_run import Data
 from ...train import Record
-from ...validation import InputError, check_count
+from ...validation import InputError
 from . import setup, sft
 from .judged import as_pairs, judged_samples
-from .options import (
-    COMMON,
-    DATA,
-    RUN,
-    TRAINING,
-    Option,
-    add_options,
-    altered,
-    declared,
-    from_zero,
-    resolve,
-)
+from .options import COMMON, DATA, RUN, TRAINING, Option, add_options, altered, at_least, declared, resolve
 from .report import sample_lines, summary
 from .setup import CONFIG_FILE, MODEL, Policy, Rows, load_policy
 
@@ -123,7 +112,7 @@ GROUPS = {
             "dpo; cdpo and robust, for labels that may be wrong; ipo, whose log-ratio margin has the finite "
             "target 1 / (2 beta), and averaged_ipo, the same per token; kto, for single completions; simpo, "
             "orpo and unlikelihood, without a reference; unweighted_dpo, a warning; or plackett_luce for "
-            "rankings", str, None, "dpo", metavar="NAME", choices=LOSS_TYPES,
+            "rankings", str, "dpo", metavar="NAME", choices=LOSS_TYPES,
         ),
     },
     "options of the loss": {name: _loss_option(name, text) for name, text in {
@@ -140,12 +129,11 @@ GROUPS = {
     }.items()},
     "samples": {
         "eval_samples": Option(
-            "samples drawn at each evaluation, at most one a held-out row; 0 draws none", int, from_zero,
-            16, 256,
+            "samples drawn at each evaluation, at most one a held-out row; 0 draws none", int, 16, 256,
+            check=at_least(0),
         ),
         "max_new_tokens": Option(
-            "tokens of a sample at most (default: half of the model's context, but at most 128)",
-            int, check_count,
+            "tokens of a sample at most (default: half of the model's context, but at most 128)"
         ),
     },
     "run": altered(RUN, eval_steps={"reviews": 25}),

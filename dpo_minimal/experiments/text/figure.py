@@ -1,4 +1,4 @@
-"""The figure of a training on text. Records in, figure out; style and colours are those of plots.py."""
+"""The figure of a training on text. Records in, figure out."""
 
 from __future__ import annotations
 
@@ -8,15 +8,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from ...rivals.evaluate import Mean, Samples, mean_of
+from ...rivals.evaluate import Samples, mean_of
 from ...train import Record
 from ..figures import BLUE, GREEN, GREY, ORANGE, STYLE, save_figure
-
-
-def series(records: list[Record], name: str) -> tuple[list[float], list[float]]:
-    """Steps and values of a metric, of the records that have it."""
-    found = [(record["step"], record[name]) for record in records if record.get(name) is not None]
-    return [step for step, _ in found], [value for _, value in found]
 
 
 def preference_figure(
@@ -37,7 +31,7 @@ def preference_figure(
         if before is None or after is None:
             axes[1, 1].axis("off")
         else:
-            (_divergence_panel if after.rewards is None else _reward_panel)(axes[1, 1], before, after)
+            _samples_panel(axes[1, 1], before, after)
         save_figure(figure, path)
 
 
@@ -50,24 +44,10 @@ def sft_figure(records: list[Record], path: Path) -> None:
         save_figure(figure, path)
 
 
-def _trace(axis, steps: list[float], values: list[float], colour: str, label: str) -> None:
-    """A metric of single steps, thin, and its running mean."""
-    axis.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
-    axis.plot(steps, _running_mean(values), color=colour, label=label)
-
-
-def _curves(axis, records: list[Record], name: str, label: str = "training") -> None:
-    """A metric in training and, as points, on held-out rows."""
-    _trace(axis, *series(records, name), BLUE, label)
-    held_steps, held = series(records, f"eval_{name}")
-    if held:
-        axis.plot(held_steps, held, "o--", color=ORANGE, markersize=8, label="held out")
-        axis.legend()
-
-
-def _label_steps(axis, title: str, label: str) -> None:
-    axis.set(title=title, xlabel="optimizer step", ylabel=label)
-    axis.locator_params(axis="x", integer=True)
+def _series(records: list[Record], name: str) -> tuple[list[float], list[float]]:
+    """Steps and values of a metric, of the records that have it."""
+    found = [(record["step"], record[name]) for record in records if record.get(name) is not None]
+    return [step for step, _ in found], [value for _, value in found]
 
 
 def _running_mean(values: list[float], width: int = 10) -> np.ndarray:
@@ -78,18 +58,39 @@ def _running_mean(values: list[float], width: int = 10) -> np.ndarray:
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
+def _trace(axis, records: list[Record], name: str, colour: str, label: str) -> None:
+    """A metric of single steps, thin, and its running mean."""
+    steps, values = _series(records, name)
+    axis.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
+    axis.plot(steps, _running_mean(values), color=colour, label=label)
+
+
+def _curves(axis, records: list[Record], name: str, label: str = "training") -> None:
+    """A metric in training and, as points, on held-out rows."""
+    _trace(axis, records, name, BLUE, label)
+    steps, values = _series(records, f"eval_{name}")
+    if values:
+        axis.plot(steps, values, "o--", color=ORANGE, markersize=8, label="held out")
+        axis.legend()
+
+
+def _label_steps(axis, title: str, label: str) -> None:
+    axis.set(title=title, xlabel="optimizer step", ylabel=label)
+    axis.locator_params(axis="x", integer=True)
+
+
 def _loss_panel(axis, records: list[Record], start: float | None) -> None:
     _curves(axis, records, "loss")
     if start is not None:
-        label = "policy = reference" + (" (ln 2)" if math.isclose(start, math.log(2)) else f" ({start:.3g})")
-        axis.axhline(start, color=GREY, linestyle=":", label=label)
+        value = "ln 2" if math.isclose(start, math.log(2)) else f"{start:.3g}"
+        axis.axhline(start, color=GREY, linestyle=":", label=f"policy = reference ({value})")
         axis.legend()
     _label_steps(axis, "Loss", "loss per row")
 
 
 def _ratio_panel(axis, records: list[Record], *, of_reference: bool) -> None:
-    for name, colour in (("chosen", BLUE), ("rejected", ORANGE)):
-        _trace(axis, *series(records, f"rewards/{name}"), colour, name)
+    _trace(axis, records, "rewards/chosen", BLUE, "chosen")
+    _trace(axis, records, "rewards/rejected", ORANGE, "rejected")
     label = "reward of the loss, made of log π"
     if of_reference:
         axis.axhline(0, color=GREY, linestyle=":", label="as likely as under the reference")
@@ -102,30 +103,26 @@ def _accuracy_panel(axis, records: list[Record]) -> None:
     # Where policy = reference all rewards are equal: neither right nor wrong, so not to be drawn as wrong.
     decided = [r for r in records if max(r.get("dpo/ties", 0), r.get("eval_dpo/ties", 0)) < 0.5]
     _curves(axis, decided, "rewards/accuracies", label="rows ordered rightly")
-    steps, weights = series(records, "dpo/gradient_weight")
-    relative = np.array(weights) / weights[0]
-    axis.plot(steps, _running_mean(list(relative)), color=GREEN, label="gradient weight / its first value")
+    steps, weights = _series(records, "dpo/gradient_weight")
+    relative = [weight / weights[0] for weight in weights]
+    axis.plot(steps, _running_mean(relative), color=GREEN, label="gradient weight / its first value")
     axis.axhline(0.5, color=GREY, linestyle=":", label="guessing")
     axis.legend()
-    _label_steps(axis, "Order, and the pull that is left", "share of rows; ratio")
+    _label_steps(axis, "Order, and how much gradient is left", "share of rows; ratio")
 
 
-def _reward_panel(axis, before: Samples, after: Samples) -> None:
-    bins = np.linspace(-3, 3, 13)
-    both = [samples.rewards.numpy() for samples in (before, after)]
-    labels = [f"reference: mean {mean_of(before.rewards)}", f"policy: mean {mean_of(after.rewards)}"]
-    axis.hist(both, bins=bins, color=[GREY, BLUE], label=labels)
-    axis.set_ylim(top=1.4 * axis.get_ylim()[1])  # room for the legend
-    divergence: Mean = mean_of(after.log_ratios)
-    axis.legend(title=f"KL(policy, reference) = {divergence} nats", title_fontsize=13, loc="upper left")
-    axis.set(title="What the samples became", xlabel="true reward of a sample", ylabel="samples")
-
-
-def _divergence_panel(axis, before: Samples, after: Samples) -> None:
-    axis.hist(after.log_ratios.numpy(), bins=30, color=BLUE, alpha=0.7)
-    divergence: Mean = mean_of(after.log_ratios)
-    axis.axvline(divergence.value, color=ORANGE, label=f"mean, the KL: {divergence} nats")
-    axis.legend()
-    axis.set(
-        title="How far the samples have moved", xlabel="log π/π_ref of a sample (nats)", ylabel="samples"
-    )
+def _samples_panel(axis, before: Samples, after: Samples) -> None:
+    divergence = mean_of(after.log_ratios)
+    if after.rewards is None:
+        axis.hist(after.log_ratios.numpy(), bins=30, color=BLUE, alpha=0.7)
+        axis.axvline(divergence.value, color=ORANGE, label=f"mean, the KL: {divergence} nats")
+        axis.legend()
+        title, label = "How far the samples have moved", "log π/π_ref of a sample (nats)"
+    else:
+        names = f"reference: mean {mean_of(before.rewards)}", f"policy: mean {mean_of(after.rewards)}"
+        both = [samples.rewards.numpy() for samples in (before, after)]
+        axis.hist(both, bins=np.linspace(-3, 3, 13), color=[GREY, BLUE], label=names)
+        axis.set_ylim(top=1.4 * axis.get_ylim()[1])  # space for the legend
+        axis.legend(title=f"KL(policy, reference) = {divergence} nats", title_fontsize=13, loc="upper left")
+        title, label = "What the samples became", "true reward of a sample"
+    axis.set(title=title, xlabel=label, ylabel="samples")

@@ -78,6 +78,6 @@ def as_pairs(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     pairs = []
     for row in rows:
         best = row["ranking"].index(1)
-        chosen, rejected = row["responses"][best], row["responses"][1 - best]
-        pairs.append({"prompt": row["prompt"], "chosen": chosen, "rejected": rejected})
+        answers = {"chosen": row["responses"][best], "rejected": row["responses"][1 - best]}
+        pairs.append({"prompt": row["prompt"]} | answers)
     return pairs

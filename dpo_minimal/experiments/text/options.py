@@ -7,12 +7,12 @@ resume, can be told from a default.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...text.checkpoint import read_json_object
 from ...text.objectives import DTYPES
 from ...train import OPTIMIZERS
 from ...validation import (
@@ -26,6 +26,7 @@ from ...validation import (
 
 CONFIG_FILE = "config.json"
 HELD_OUT, MOST_HELD_OUT = 0.05, 500  # more rows would make evaluations longer than their precision is worth
+TOKENIZERS = ("bytes", "bpe", "gpt2")
 
 
 class Option(NamedTuple):
@@ -34,25 +35,25 @@ class Option(NamedTuple):
     Fields:
         help: what it is for, to which its default is added.
         kind: int, float or str; bool for a flag without a value; list for a text that may be repeated.
-        check: (flag, value) -> None, raises InputError; None where no value is out of range.
         default: its value where it is not given; None where something else decides, as its help then says.
-        reviews: the same for the generated reviews, without --data, where that differs.
+        reviews: the same without --data, for the generated reviews, where that differs.
+        check: (flag, value) -> None, raises InputError; by default, integers must be 1 or more.
         metavar: what its value is called in the help, if not N or X; choices, required: as in argparse.
     """
 
     help: str
     kind: type = int
-    check: Callable[[str, Any], None] | None = None
     default: Any = None
     reviews: Any = None
+    check: Callable[[str, Any], None] | None = None
     metavar: str | None = None
     choices: Collection[str] | None = None
     required: bool = False
 
     def arguments(self) -> dict[str, Any]:
         """Keywords for argparse's add_argument."""
-        texts = [str(value) for value in (self.default, self.reviews) if value is not None]
-        text = f"{self.help} (default {'; reviews '.join(texts)})" if texts else self.help
+        defaults = [str(value) for value in (self.default, self.reviews) if value is not None]
+        text = f"{self.help} (default {'; without --data '.join(defaults)})" if defaults else self.help
         if self.kind is bool:
             return {"help": text, "action": "store_true", "default": None}
         metavar = self.metavar or {int: "N", float: "X"}.get(self.kind)
@@ -61,51 +62,52 @@ class Option(NamedTuple):
 
 
 Group = dict[str, Option]  # by their names, which are the flags with _ for -
-from_zero = partial(check_count, minimum=0)
+Groups = dict[str, Group]  # by their titles in the help
 
 
-def _check_fraction(flag: str, value: float) -> None:
+def at_least(minimum: int) -> Callable[[str, int], None]:
+    """A check of integers."""
+    return partial(check_count, minimum=minimum)
+
+
+def _check_share(flag: str, value: float) -> None:
     if not 0 <= value < 1:
         raise InputError(f"{flag} must lie in [0, 1), got {value}.")
 
 
-# ------------------------------------------------------------- what several commands have; batch and warm-up
-# are the paper's
-
 COMMON: Group = {
     "model": Option("a run, a folder, or a released name (gpt2 to gpt2-xl)", str, metavar="MODEL"),
     "skip_bad_rows": Option("leave out and list bad rows of --data instead of stopping at the first", bool),
-    "device": Option("cpu or cuda", str, lambda _, value: check_device(value), "cpu", metavar="DEVICE"),
-    "seed": Option("the same seed gives the same run", int, check_seed, 0),
+    "device": Option("cpu or cuda", str, "cpu", check=lambda _, name: check_device(name), metavar="DEVICE"),
+    "seed": Option("the same seed gives the same run", int, 0, check=check_seed),
     "json": Option("print everything as JSON", bool),
 }
-TOKENIZERS = ("bytes", "bpe", "gpt2")
+# What sft and dpo share. Batch and warm-up are the paper's.
 DATA: Group = {
     "data": Option("", str, metavar="FILE"),
-    "rows": Option("without --data: how many rows to generate", int, partial(check_count, minimum=100)),
+    "rows": Option("without --data: how many rows to generate", check=at_least(100)),
     "skip_bad_rows": COMMON["skip_bad_rows"],
     "max_length": Option(
         "tokens of a prompt with its longest completion; a longer prompt loses its left end, a completion "
-        "is never cut (default: the model's context)", int, check_count,
+        "is never cut (default: the model's context)"
     ),
-    "max_prompt_length": Option("tokens of the prompt alone (default: no such limit)", int, check_count),
+    "max_prompt_length": Option("tokens of the prompt alone (default: no such limit)"),
     "held_out": Option(
         "share of the rows kept for evaluation, whole prompts at a time; 0 keeps none (default "
-        f"{HELD_OUT}, but {MOST_HELD_OUT} rows at most)", float, _check_fraction, metavar="SHARE",
+        f"{HELD_OUT}, but {MOST_HELD_OUT} rows at most)", float, check=_check_share,
     ),
 }  # fmt: skip
 TRAINING: Group = {
-    "learning_rate": Option("reached at the end of the warm-up, then constant", float, check_positive),
-    "per_device_train_batch_size": Option("rows that go through the model together", int, check_count, 8),
+    "learning_rate": Option("reached at the end of the warm-up, then constant", float, check=check_positive),
+    "per_device_train_batch_size": Option("rows that go through the model together", int, 8),
     "gradient_accumulation_steps": Option(
-        "such batches in an optimizer step, whose gradients are summed exactly to rounding",
-        int, check_count, 8,
+        "such batches in an optimizer step, the same as one large batch up to rounding", int, 8
     ),
-    "num_train_epochs": Option("passes over the data", int, check_count, 1),
-    "max_steps": Option("optimizer steps at most (default: no limit)", int, check_count),
-    "warmup_steps": Option("steps in which the learning rate grows linearly", int, from_zero, 150),
+    "num_train_epochs": Option("passes over the data", int, 1),
+    "max_steps": Option("optimizer steps at most (default: no limit)"),
+    "warmup_steps": Option("steps in which the learning rate grows linearly", int, 150, check=at_least(0)),
     "max_grad_norm": Option(
-        "clip the gradient to this norm; 0 clips nothing", float, check_not_negative, 1.0
+        "clip the gradient to this norm; 0: do not clip", float, 1.0, check=check_not_negative
     ),
     "optimizer": Option("without weight decay", str, choices=OPTIMIZERS),
 }  # fmt: skip
@@ -116,18 +118,14 @@ RUN: Group = {
         "options are then those of the run", str, metavar="DIR",
     ),
     "dtype": Option(
-        "of the matrix products; weights, log-softmax and loss are float32 in any case",
-        str, None, "float32", choices=DTYPES,
+        "of the matrix products; weights, log-softmax and loss are float32 in any case", str, "float32",
+        choices=DTYPES,
     ),
     "device": COMMON["device"],
     "seed": COMMON["seed"],
-    "logging_steps": Option(
-        "write every Nth step, the first and the last to metrics.jsonl", int, check_count, 1
-    ),
-    "eval_steps": Option(
-        "evaluate every N steps; 0: only before and after the training", int, from_zero, 50
-    ),
-    "save_steps": Option("write a checkpoint every N steps; 0: only at the end", int, from_zero, 200),
+    "logging_steps": Option("write every Nth step, the first and the last to metrics.jsonl", int, 1),
+    "eval_steps": Option("evaluate every N steps; 0: only before and after", int, 50, check=at_least(0)),
+    "save_steps": Option("write a checkpoint every N steps; 0: only at the end", int, 200, check=at_least(0)),
 }  # fmt: skip
 
 
@@ -136,22 +134,8 @@ def altered(group: Group, **changes: dict[str, Any]) -> Group:
     return group | {name: group[name]._replace(**fields) for name, fields in changes.items()}
 
 
-# -------------------------------------------------------------------------------- from declaration to values
-
-
-def add_options(parser: argparse.ArgumentParser, groups: dict[str, Group]) -> None:
-    """Declare a command's options, by the titles of their groups."""
-    needed = []
-    for title, group in groups.items():
-        section = parser.add_argument_group(title)
-        for name, option in group.items():
-            section.add_argument(flag_of(name), **option.arguments())
-            needed += [f"{flag_of(name)} {option.metavar}"] if option.required else []
-    parser.usage = " ".join(["%(prog)s", *needed, "[options]"])
-
-
-def declared(groups: dict[str, Group]) -> dict[str, Option]:
-    """All options, by their names."""
+def declared(groups: Groups) -> Group:
+    """All options of a command."""
     return {name: option for group in groups.values() for name, option in group.items()}
 
 
@@ -159,11 +143,20 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def add_options(parser: argparse.ArgumentParser, groups: Groups) -> None:
+    """Declare a command's options, by the titles of their groups."""
+    for title, group in groups.items():
+        section = parser.add_argument_group(title)
+        for name, option in group.items():
+            section.add_argument(flag_of(name), **option.arguments())
+    needed = [
+        f" {flag_of(name)} {option.metavar}" for name, option in declared(groups).items() if option.required
+    ]
+    parser.usage = f"%(prog)s{''.join(needed)} [options]"
+
+
 def resolve(
-    args: argparse.Namespace,
-    groups: dict[str, Group],
-    *rules: tuple[str, bool, str],
-    command: str | None = None,
+    args: argparse.Namespace, groups: Groups, *rules: tuple[str, bool, str], command: str | None = None
 ) -> argparse.Namespace:
     """All options with a value: given, else default; of a run to resume, those of the run.
 
@@ -184,12 +177,9 @@ def resolve(
     for name, option in declared(groups).items():
         if values[name] is None:
             values[name] = option.reviews if args.data is None and option.reviews else option.default
-        elif option.check is not None:
-            option.check(flag_of(name), values[name])
+        elif option.check is not None or option.kind is int:
+            (option.check or check_count)(flag_of(name), values[name])
     return argparse.Namespace(**values)
-
-
-# ----------------------------------------------------------------------------------------------- resuming
 
 
 def _resumed(args: argparse.Namespace, command: str) -> argparse.Namespace:
@@ -213,13 +203,9 @@ def _resumed(args: argparse.Namespace, command: str) -> argparse.Namespace:
 def read_run_config(folder: Path) -> dict[str, Any]:
     """config.json of a run folder. Raises InputError where it is missing or not one."""
     path = folder / CONFIG_FILE
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"--resume {folder}: has no {CONFIG_FILE}; name the folder of a run.") from None
-    except (OSError, ValueError):
-        raise InputError(f"{path}: cannot be read; start a new run.") from None
-    fields = {"options": dict, "threads": int}
-    if not isinstance(config, dict) or any(not isinstance(config.get(k), v) for k, v in fields.items()):
+    if not path.exists():
+        raise InputError(f"--resume {folder}: has no {CONFIG_FILE}; name the folder of a run.")
+    config = read_json_object(path)
+    if not isinstance(config.get("options"), dict) or not isinstance(config.get("threads"), int):
         raise InputError(f"{path}: is not that of a run of sft or dpo; name another folder.")
     return config

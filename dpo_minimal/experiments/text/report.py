@@ -52,25 +52,18 @@ def sample_lines(shown: int, samples: dict[str, Samples]) -> list[str]:
 
 def summary(before: Samples, after: Samples, beta: float) -> list[str]:
     """Reward, divergence and length before and after, and the best that beta allows."""
+    judged = before.rewards is not None
+    measures = [  # name, whether it is known, its value
+        ("true reward", judged, lambda s: mean_of(s.rewards)),
+        ("  samples with a positive one", judged, lambda s: f"{(s.rewards > 0).double().mean():.0%}"),
+        ("KL(policy, reference), nats", True, lambda s: mean_of(s.log_ratios)),
+        (f"reward - {beta:g} KL (Eq. 3)", judged, lambda s: mean_of(s.rewards - beta * s.log_ratios)),
+        ("tokens", True, lambda s: mean_of(s.lengths)),
+        ("ended by themselves", True, lambda s: f"{s.ended.double().mean():.0%}"),
+    ]
     lines = [f"{'':<34}{'before':>14}{'after':>14}"]
-    zero = mean_of(before.log_ratios)
-
-    def row(name: str, old: object, new: object) -> None:
-        lines.append(f"{name:<34}{old!s:>14}{new!s:>14}")
-
-    if before.rewards is not None:
-        row("true reward", mean_of(before.rewards), mean_of(after.rewards))
-        row(
-            "  samples with a positive one",
-            *(f"{(s.rewards > 0).double().mean():.0%}" for s in (before, after)),
-        )
-    row("KL(policy, reference), nats", zero, mean_of(after.log_ratios))
-    if before.rewards is not None:
-        objective = [mean_of(s.rewards - beta * s.log_ratios) for s in (before, after)]
-        row(f"reward - {beta:g} KL (Eq. 3)", *objective)
-    row("tokens", mean_of(before.lengths), mean_of(after.lengths))
-    row("ended by themselves", *(f"{s.ended.double().mean():.0%}" for s in (before, after)))
-    if before.rewards is not None:
+    lines += [f"{name:<34}{of(before)!s:>14}{of(after)!s:>14}" for name, known, of in measures if known]
+    if judged:
         best = best_objective(before, beta)
         lines.append(
             f"No policy can exceed reward - {beta:g} KL = {best:.2f}: it is beta log Z, here estimated"

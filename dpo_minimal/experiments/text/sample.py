@@ -29,7 +29,7 @@ from ...policy import shared_prompt_batch, shared_prompt_logps
 from ...text.data import KINDS, load_dataset
 from ...text.reviews import prompts as review_prompts
 from ...text.reviews import sentiment
-from ...validation import InputError, check_count, check_not_negative
+from ...validation import InputError, check_not_negative
 from .options import COMMON, Option, add_options, resolve
 from .report import prompt_line, text_lines
 from .setup import Policy, load_policy
@@ -50,25 +50,22 @@ GROUPS = {
         "data": Option(
             "prompts of a file that sft, dpo or audit reads (default: film reviews)", str, metavar="FILE"
         ),
-        "kind": Option("what the rows of --data are", str, None, "preferences", choices=KINDS),
-        "rows": Option("the first N of the prompts of --data or of the reviews", int, check_count, 5),
+        "kind": Option("what the rows of --data are", str, "preferences", choices=KINDS),
+        "rows": Option("the first N of the prompts of --data or of the reviews", int, 5),
     },
     "samples": {
-        "count": Option("samples of each prompt", int, check_count, 1),
+        "count": Option("samples of each prompt", int, 1),
         "max_new_tokens": Option(
-            f"tokens of a sample at most (default {LONGEST}, less where the model's context is shorter)",
-            int, check_count,
+            f"tokens of a sample at most (default {LONGEST}, less where the model's context is shorter)"
         ),
         "temperature": Option(
             "1 is the policy itself, above is more even; 0 takes the likeliest token each time",
-            float, check_not_negative, 1.0, metavar="T",
+            float, 1.0, check=check_not_negative, metavar="T",
         ),
-        "top_k": Option(
-            "draw from the K likeliest tokens only (default: from all)", int, check_count, metavar="K"
-        ),
+        "top_k": Option("draw from the K likeliest tokens only (default: from all)", metavar="K"),
         "top_p": Option(
             "draw from the fewest tokens that together have probability P (default: from all)",
-            float, _check_top_p, metavar="P",
+            float, check=_check_top_p, metavar="P",
         ),
         "seed": COMMON["seed"]._replace(help="of the draws and of the generated prompts"),
     },

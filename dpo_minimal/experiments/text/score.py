@@ -47,7 +47,7 @@ from ...text.checkpoint import state_fingerprint
 from ...text.data import dataset_from_rows
 from ...text.tokenizer import Tokenizer
 from ...validation import InputError, check_positive
-from .options import COMMON, CONFIG_FILE, Option, add_options, from_zero, read_run_config, resolve
+from .options import COMMON, CONFIG_FILE, Option, add_options, at_least, read_run_config, resolve
 from .pair_scores import SIDES, PairScores, pair_lines, pair_record, score_pairs
 from .setup import MODEL, Policy, context_of, load_policy, load_rows
 
@@ -61,7 +61,7 @@ GROUPS = {
             help="likewise, with the same vocabulary (default, for a run of dpo: what it started from)"
         ),
         "beta": Option(f"of the rewards (default: that of the run, else {BETA}, the paper's)", float,
-                       check_positive, metavar="B"),
+                       check=check_positive, metavar="B"),
     },
     "pairs": {
         "data": Option(
@@ -71,13 +71,14 @@ GROUPS = {
         "skip_bad_rows": COMMON["skip_bad_rows"],
         **{name: Option("of one pair of your own, exactly as it is", str, metavar="TEXT") for name in PAIR},
         "max_length": Option(
-            "tokens of a prompt with its longest completion (default: what both models can read)"
+            "tokens of a prompt with its longest completion (default: what both models can read)",
+            check=at_least(2),
         ),
     },
     "run": {
         "rows": Option(
-            f"pairs to show, the first ones (default {SHOWN}; with --json all); 0 shows the means alone", int,
-            from_zero,
+            f"pairs to show, the first ones (default {SHOWN}; with --json all); 0 shows the means alone",
+            check=at_least(0),
         ),
         "device": COMMON["device"],
         "json": COMMON["json"]._replace(

@@ -59,12 +59,11 @@ def load_policy(name: str) -> Policy:
     """
     folder = _folder_of(name)
     model = load_model(folder if folder.is_dir() else name)
-    vocab_size = model.config.vocab_size
-    tokenizer = _tokenizer_of(name, folder, vocab_size)
-    if tokenizer.vocab_size != vocab_size:
+    tokenizer = load_policy_tokenizer(name)
+    if tokenizer.vocab_size != model.config.vocab_size:
         raise InputError(
-            f"--model {name}: its tokenizer has {tokenizer.vocab_size} tokens but its model {vocab_size}; "
-            "put the file that belongs to it beside the weights."
+            f"--model {name}: its tokenizer has {tokenizer.vocab_size} tokens but its model "
+            f"{model.config.vocab_size}; put the file that belongs to it beside the weights."
         )
     return Policy(model, tokenizer)
 
@@ -74,9 +73,14 @@ def load_policy_tokenizer(name: str) -> Tokenizer:
     folder = _folder_of(name)
     if (folder / TOKENIZER_FILE).exists():
         return load_tokenizer(folder)
-    released = not folder.is_dir() and name in NAMES
+    released = not folder.is_dir() and name.removeprefix("openai-community/") in NAMES
     vocab_size = GPT2_VOCABULARY if released else read_config(folder / CONFIG_FILE).vocab_size
-    return _tokenizer_of(name, folder, vocab_size)
+    if vocab_size == GPT2_VOCABULARY:  # Hugging Face's own folders come with files for other libraries
+        return gpt2_tokenizer()
+    raise InputError(
+        f"--model {name}: has no {TOKENIZER_FILE}, and with {vocab_size} tokens it is not GPT-2's "
+        "vocabulary; put the tokenizer's file beside the weights."
+    )
 
 
 def _folder_of(name: str) -> Path:
@@ -87,17 +91,6 @@ def _folder_of(name: str) -> Path:
     if (folder / CONFIG_FILE).exists() and "options" in read_json_object(folder / CONFIG_FILE):
         raise InputError(f"--model {name}: that run has no model yet; finish it with --resume {name}.")
     return folder
-
-
-def _tokenizer_of(name: str, folder: Path, vocab_size: int) -> Tokenizer:
-    if (folder / TOKENIZER_FILE).exists():
-        return load_tokenizer(folder)
-    if vocab_size == GPT2_VOCABULARY:  # Hugging Face's own folders come with files for other libraries
-        return gpt2_tokenizer()
-    raise InputError(
-        f"--model {name}: has no {TOKENIZER_FILE}, and with {vocab_size} tokens it is not GPT-2's "
-        "vocabulary; put the tokenizer's file beside the weights."
-    )
 
 
 def save_policy(policy: Policy, folder: Path) -> None:
@@ -130,7 +123,7 @@ def sample_length(given: int | None, context: int) -> int:
         return max(1, min(128, context // 2))
     if given >= context:
         raise InputError(
-            f"--max-new-tokens {given}: leaves no token for a prompt in a context of {context}; lower it."
+            f"--max-new-tokens {given}: leaves none of a context of {context} for a prompt; lower it."
         )
     return given
 

@@ -28,9 +28,9 @@ from ...model import GPT, GPTConfig
 from ...text.data import Dataset
 from ...text.objectives import sft_objective
 from ...text.training_run import Data
-from ...validation import InputError, check_count
+from ...validation import InputError
 from . import setup
-from .options import COMMON, DATA, RUN, TOKENIZERS, TRAINING, Option, add_options, altered, resolve
+from .options import COMMON, DATA, RUN, TOKENIZERS, TRAINING, Option, add_options, altered, at_least, resolve
 from .report import sample_lines
 from .setup import Policy, Rows, load_policy
 
@@ -55,13 +55,13 @@ GROUPS = {
             f"and a default learning rate of {FINE_TUNING_RATE:g} (default: a new small GPT-2)"
         ),
         "tokenizer": Option(
-            "of a new model: raw bytes, a BPE learnt from the data, or GPT-2's own", str, None, "bpe",
+            "of a new model: raw bytes, a BPE learnt from the data, or GPT-2's own", str, "bpe",
             choices=TOKENIZERS,
         ),
-        "vocab_size": Option("tokens of that BPE", int, partial(check_count, minimum=258), 1024, 704),
-        "n_layer": Option("layers of a new model", int, check_count, 4),
-        "n_head": Option("heads of a new model", int, check_count, 4),
-        "n_embd": Option("width of a new model", int, check_count, 128),
+        "vocab_size": Option("tokens of that BPE", int, 1024, 704, check=at_least(258)),
+        "n_layer": Option("layers of a new model", int, 4),
+        "n_head": Option("heads of a new model", int, 4),
+        "n_embd": Option("width of a new model", int, 128),
     },
     "training": altered(
         TRAINING, learning_rate={"default": 1e-3, "reviews": 2e-3}, optimizer={"default": "adamw"},
