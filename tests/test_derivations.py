@@ -282,6 +282,7 @@ def test_every_tag_in_the_text_is_a_link_to_its_section(document):
     """[D3.4] in the prose works through a link definition at the end: the anchor of a section of the same
     document, or path and anchor of one that stands elsewhere. All other links lead somewhere too."""
     text, own = TEXTS[document], {tag for tag, place in HEADINGS.items() if place.document == ROOT / document}
+    assert not re.search(r"\[D\d+\.\d+,", PROSE[document]), "each tag has brackets of its own"
     used = set(re.findall(r"\[(D\d+\.\d+)\]", PROSE[document])) | own
     folder = (ROOT / document).parent
     right = {tag: f"#{HEADINGS[tag].anchor}" if tag in own else HEADINGS[tag].link(folder) for tag in used}
