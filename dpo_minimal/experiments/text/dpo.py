@@ -94,10 +94,7 @@ def _loss_option(name: str, text: str) -> Option:
 
 
 GROUPS = {
-    "data": altered(
-        DATA, data={"help": f"preference pairs (rankings for plackett_luce): {sft.FILES}"},
-        rows={"reviews": 6000},
-    ),
+    "data": altered(DATA, rows={"reviews": 6000}),
     "model": {
         "model": COMMON["model"]._replace(
             help="policy and reference start as this run, folder, or released name (gpt2 to gpt2-xl); needed "
@@ -163,7 +160,6 @@ def run(args: argparse.Namespace) -> Path:
     no_samples = args.eval_samples == 0
     options = resolve(
         args, GROUPS,
-        ("rows", args.data is not None, sft.NO_ROWS),
         ("data", args.model is None, "{} needs --model, the SFT model that is policy and reference at the "
          f"start; make one by `dpo-minimal sft --data {args.data}`, or name a folder or gpt2."),
         ("max_new_tokens", no_samples and args.data is not None,
@@ -224,7 +220,7 @@ def _train(
     reference = copy.deepcopy(model).requires_grad_(False)
     fingerprint = setup.pin_start(folder, policy, rows)
     listed = ", ".join(f"{name} {value:g}" for name, value in loss.items())
-    print(f"{setup.count_parameters(model):,} parameters; loss {options.loss_type}, {listed}.", flush=True)
+    print(f"{setup.size_of(model):,} parameters; loss {options.loss_type}, {listed}.", flush=True)
     logps = _reference(options, folder, policy, [*rows.train, *rows.held_out])
     data = Data(rows.train, rows.held_out, logps[: len(rows.train)], logps[len(rows.train) :])
     length = setup.sample_length(options.max_new_tokens, model.config.block_size)
@@ -308,7 +304,7 @@ def _judged_reviews(options: argparse.Namespace, folder: Path, policy: Policy) -
         rows = judged_samples(
             policy, options.rows, 2 if kind == "preferences" else RANKED, reward=sentiment,
             max_new_tokens=setup.sample_length(options.max_new_tokens, policy.model.config.block_size),
-            seed=options.seed, progress=partial(tqdm, desc="sampling", disable=None, leave=False),
+            seed=options.seed,
         )  # fmt: skip
         write_records(path, as_pairs(rows) if kind == "preferences" else rows)
     return load_dataset(path, kind)

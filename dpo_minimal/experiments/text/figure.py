@@ -24,14 +24,27 @@ def preference_figure(
         before, after: samples of the reference and of the trained policy for the same prompts, or None.
     """
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(2, 2, figsize=(16, 12), layout="constrained")
-        _loss_panel(axes[0, 0], records, start)
-        _ratio_panel(axes[0, 1], records, of_reference=start is not None)
-        _accuracy_panel(axes[1, 0], records)
+        figure, ((loss, ratio), (accuracy, samples)) = plt.subplots(
+            2, 2, figsize=(16, 12), layout="constrained"
+        )
+        _curves(loss, records, "loss")
+        _trace(ratio, records, "rewards/chosen", BLUE, "chosen")
+        _trace(ratio, records, "rewards/rejected", ORANGE, "rejected")
+        reward = "reward of the loss, made of log π"
+        if start is not None:
+            value = "ln 2" if math.isclose(start, math.log(2)) else f"{start:.3g}"
+            loss.axhline(start, color=GREY, linestyle=":", label=f"policy = reference ({value})")
+            loss.legend()
+            ratio.axhline(0, color=GREY, linestyle=":", label="as likely as under the reference")
+            reward = "implicit reward β log π/π_ref (nats)"
+        ratio.legend()
+        _label_steps(loss, "Loss", "loss per row")
+        _label_steps(ratio, "Are the chosen becoming likelier?", reward)
+        _accuracy_panel(accuracy, records)
         if before is None or after is None:
-            axes[1, 1].axis("off")
+            samples.axis("off")
         else:
-            _samples_panel(axes[1, 1], before, after)
+            _samples_panel(samples, before, after)
         save_figure(figure, path)
 
 
@@ -77,26 +90,6 @@ def _curves(axis, records: list[Record], name: str, label: str = "training") -> 
 def _label_steps(axis, title: str, label: str) -> None:
     axis.set(title=title, xlabel="optimizer step", ylabel=label)
     axis.locator_params(axis="x", integer=True)
-
-
-def _loss_panel(axis, records: list[Record], start: float | None) -> None:
-    _curves(axis, records, "loss")
-    if start is not None:
-        value = "ln 2" if math.isclose(start, math.log(2)) else f"{start:.3g}"
-        axis.axhline(start, color=GREY, linestyle=":", label=f"policy = reference ({value})")
-        axis.legend()
-    _label_steps(axis, "Loss", "loss per row")
-
-
-def _ratio_panel(axis, records: list[Record], *, of_reference: bool) -> None:
-    _trace(axis, records, "rewards/chosen", BLUE, "chosen")
-    _trace(axis, records, "rewards/rejected", ORANGE, "rejected")
-    label = "reward of the loss, made of log π"
-    if of_reference:
-        axis.axhline(0, color=GREY, linestyle=":", label="as likely as under the reference")
-        label = "implicit reward β log π/π_ref (nats)"
-    axis.legend()
-    _label_steps(axis, "Are the chosen becoming likelier?", label)
 
 
 def _accuracy_panel(axis, records: list[Record]) -> None:

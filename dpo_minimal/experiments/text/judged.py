@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from ...generation import generate, rows_at_once
 from ...text.reviews import prompts
@@ -20,14 +21,7 @@ from .setup import Policy
 
 
 def judged_samples(
-    policy: Policy,
-    count: int,
-    K: int,
-    *,
-    reward: Callable[[str], float],
-    max_new_tokens: int,
-    seed: int,
-    progress: Callable[[range], Any] = iter,
+    policy: Policy, count: int, K: int, *, reward: Callable[[str], float], max_new_tokens: int, seed: int
 ) -> list[dict[str, Any]]:
     """Rows {"prompt", "responses", "ranking"} of K different samples each, rank 1 for the best.
 
@@ -44,7 +38,7 @@ def judged_samples(
     openings = prompts(2 * count, seed=seed)  # more than enough: one in some hundred is passed over
     rows: list[dict[str, Any]] = []
     together = max(1, rows_at_once(model, model.config.block_size) // K)
-    for start in progress(range(0, len(openings), together)):
+    for start in tqdm(range(0, len(openings), together), desc="sampling", disable=None, leave=False):
         some = openings[start : start + together]
         ids = [tokenizer.encode(prompt) for prompt in some for _ in range(K)]
         drawn = generate(model, ids, max_new_tokens=max_new_tokens, eos=tokenizer.eot, generator=generator)

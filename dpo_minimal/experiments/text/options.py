@@ -30,23 +30,14 @@ TOKENIZERS = ("bytes", "bpe", "gpt2")
 
 
 class Option(NamedTuple):
-    """An option of a command.
+    """An option of a command."""
 
-    Fields:
-        help: what it is for, to which its default is added.
-        kind: int, float or str; bool for a flag without a value; list for a text that may be repeated.
-        default: its value where it is not given; None where something else decides, as its help then says.
-        reviews: the same without --data, for the generated reviews, where that differs.
-        check: (flag, value) -> None, raises InputError; by default, integers must be 1 or more.
-        metavar: what its value is called in the help, if not N or X; choices, required: as in argparse.
-    """
-
-    help: str
-    kind: type = int
-    default: Any = None
-    reviews: Any = None
-    check: Callable[[str, Any], None] | None = None
-    metavar: str | None = None
+    help: str  # what it is for; its default is added
+    kind: type = int  # or float, str; bool for a flag without a value; list for a text that may be repeated
+    default: Any = None  # None where something else decides, as its help then says
+    reviews: Any = None  # the default without --data, for the generated reviews, where that is another
+    check: Callable[[str, Any], None] | None = None  # of flag and value; integers must be 1 or more anyway
+    metavar: str | None = None  # if not N or X
     choices: Collection[str] | None = None
     required: bool = False
 
@@ -70,9 +61,14 @@ def at_least(minimum: int) -> Callable[[str, int], None]:
     return partial(check_count, minimum=minimum)
 
 
-def _check_share(flag: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise InputError(f"{flag} must lie in [0, 1), got {value}.")
+def must(rule: Callable[[float], bool], text: str) -> Callable[[str, float], None]:
+    """A check of numbers: what must be, and how to say it."""
+
+    def check(flag: str, value: float) -> None:
+        if not rule(value):
+            raise InputError(f"{flag} must {text}, got {value}.")
+
+    return check
 
 
 COMMON: Group = {
@@ -84,7 +80,10 @@ COMMON: Group = {
 }
 # What sft and dpo share. Batch and warm-up are the paper's.
 DATA: Group = {
-    "data": Option("", str, metavar="FILE"),
+    "data": Option(
+        "rows to train on: JSON or JSONL, gzipped or not; see `dpo-minimal audit --data FILE` first "
+        "(default: film reviews that the package generates)", str, metavar="FILE",
+    ),
     "rows": Option("without --data: how many rows to generate", check=at_least(100)),
     "skip_bad_rows": COMMON["skip_bad_rows"],
     "max_length": Option(
@@ -94,7 +93,8 @@ DATA: Group = {
     "max_prompt_length": Option("tokens of the prompt alone (default: no such limit)"),
     "held_out": Option(
         "share of the rows kept for evaluation, whole prompts at a time; 0 keeps none (default "
-        f"{HELD_OUT}, but {MOST_HELD_OUT} rows at most)", float, check=_check_share,
+        f"{HELD_OUT}, but {MOST_HELD_OUT} rows at most)", float,
+        check=must(lambda share: 0 <= share < 1, "lie in [0, 1)"),
     ),
 }  # fmt: skip
 TRAINING: Group = {
@@ -168,8 +168,13 @@ def resolve(
     """
     if command is not None and args.resume is not None:
         return _resumed(args, command)
-    unused = "{} is used only with --data, whose rows may be bad; leave it out."
-    for names, refused, message in (("skip_bad_rows", args.data is None, unused), *rules):
+    of_data = (
+        ("skip_bad_rows", args.data is None,
+         "{} is used only with --data, whose rows may be bad; leave it out."),
+        ("rows", command is not None and args.data is not None,
+         "{} is used only without --data, for the generated reviews; leave it out."),
+    )  # fmt: skip
+    for names, refused, message in (*of_data, *rules):
         for name in names.split():
             if refused and getattr(args, name, None) is not None:
                 raise InputError(message.format(flag_of(name)))

@@ -27,22 +27,14 @@ _INVISIBLE = 0.00005  # is shown as 0.0000
 
 
 class PairScores(NamedTuple):
-    """N pairs under a policy and its reference.
+    """N pairs under a policy and its reference."""
 
-    Fields:
-        examples: the pairs as token ids.
-        policy, reference: for each pair [chosen, rejected], each the (T,) log-probabilities in nats, float64.
-        log_ratios: (N, 2) log pi / pi_ref of chosen and rejected.
-        results: losses, implicit rewards and gradient weights, each (N,).
-        beta: what log-ratios are multiplied with.
-    """
-
-    examples: list[Example]
-    policy: list[list[Tensor]]
-    reference: list[list[Tensor]]
-    log_ratios: Tensor
-    results: PreferenceLoss
-    beta: float
+    examples: list[Example]  # the pairs as token ids
+    policy: list[list[Tensor]]  # for each pair [chosen, rejected]: (T,) log-probabilities in nats, float64
+    reference: list[list[Tensor]]  # likewise
+    log_ratios: Tensor  # (N, 2) log pi / pi_ref of chosen and rejected
+    results: PreferenceLoss  # losses, implicit rewards and gradient weights, each (N,)
+    beta: float  # the factor of the log-ratios
 
     @property
     def margins(self) -> Tensor:
@@ -148,34 +140,28 @@ def pair_record(scores: PairScores, pair: int, tokenizer: Tokenizer) -> dict[str
     }
 
 
-def pair_lines(scores: PairScores, pair: int, tokenizer: Tokenizer, *, colour: bool) -> list[str]:
-    """A pair as lines: its numbers, then each token with its contribution."""
-    example, results = scores.examples[pair], scores.results
-    lines = [example.place, "  " + prompt_line(tokenizer.decode(example.prompt))]
+def pair_lines(pair: dict[str, Any], beta: float, *, colour: bool) -> list[str]:
+    """A `pair_record` as lines: its numbers, then each token with its contribution."""
+    lines = [pair["place"], "  " + prompt_line(pair["prompt"])]
     lines.append(f"  {'':<10}{'log pi':>12}{'log pi_ref':>12}{'log-ratio':>12}{'reward':>12}")
-    for side, name in enumerate(SIDES):
-        policy, reference = scores.policy[pair][side].sum(), scores.reference[pair][side].sum()
-        ratio, reward = scores.log_ratios[pair, side], results[1 + side][pair]
-        lines.append(f"  {name:<10}{policy:>12.4f}{reference:>12.4f}{ratio:>+12.4f}{reward:>+12.4f}")
+    for name in SIDES:
+        logp, reference, ratio, reward = (
+            pair[name][key] for key in ("logp", "reference_logp", "log_ratio", "reward")
+        )
+        lines.append(f"  {name:<10}{logp:>12.4f}{reference:>12.4f}{ratio:>+12.4f}{reward:>+12.4f}")
     lines.append(
-        f"  margin {scores.margins[pair]:+.4f}, loss {results.losses[pair]:.4f}, weight "
-        f"{results.gradient_weights[pair]:.4f} of {scores.beta:g}; what each token adds to the margin:"
+        f"  margin {pair['margin']:+.4f}, loss {pair['loss']:.4f}, weight {pair['weight']:.4f} of {beta:g}; "
+        "what each token adds to the margin:"
     )
-    contributions = scores.contributions(pair)
-    largest = max(float(values.abs().max()) for values in contributions)
-    for name, ids, values in zip(SIDES, example.completions, contributions, strict=True):
-        tokens = [f"[{tokenizer.token_text(token)}]" for token in ids]
-        lines.append(f"  {name}, together {values.sum():+.4f}")
-        lines += _grid(tokens, values.tolist(), largest, colour)
+    largest = max(abs(value) for name in SIDES for value in pair[name]["contributions"])
+    for name in SIDES:
+        tokens, values = [f"[{token}]" for token in pair[name]["tokens"]], pair[name]["contributions"]
+        width = max(map(len, tokens)) + 9
+        columns = max(1, (WIDTH - 4) // (width + 1))
+        cells = list(map(partial(_cell, width=width, largest=largest, colour=colour), tokens, values))
+        lines.append(f"  {name}, together {sum(values):+.4f}")
+        lines += ["    " + " ".join(cells[at : at + columns]) for at in range(0, len(cells), columns)]
     return lines
-
-
-def _grid(tokens: list[str], values: list[float], largest: float, colour: bool) -> list[str]:
-    """Cells of one width, side by side, as many as fit on a line."""
-    width = max(map(len, tokens)) + 9
-    columns = max(1, (WIDTH - 4) // (width + 1))
-    cells = list(map(partial(_cell, width=width, largest=largest, colour=colour), tokens, values))
-    return ["    " + " ".join(cells[at : at + columns]) for at in range(0, len(cells), columns)]
 
 
 def _cell(token: str, value: float, *, width: int, largest: float, colour: bool) -> str:

@@ -30,17 +30,12 @@ from ...text.data import KINDS, load_dataset
 from ...text.reviews import prompts as review_prompts
 from ...text.reviews import sentiment
 from ...validation import InputError, check_not_negative
-from .options import COMMON, Option, add_options, resolve
+from .options import COMMON, Option, add_options, must, resolve
 from .report import prompt_line, text_lines
 from .setup import Policy, load_policy
 
 LONGEST = 128  # tokens of a sample where no number is given
 TOGETHER = 32  # samples; GPT-2's caches and logits of so many take some two gigabytes
-
-
-def _check_top_p(flag: str, value: float) -> None:
-    if not 0 < value <= 1:
-        raise InputError(f"{flag} must lie in (0, 1], got {value}; 1 keeps all tokens.")
 
 
 GROUPS = {
@@ -65,7 +60,7 @@ GROUPS = {
         "top_k": Option("draw from the K likeliest tokens only (default: from all)", metavar="K"),
         "top_p": Option(
             "draw from the fewest tokens that together have probability P (default: from all)",
-            float, check=_check_top_p, metavar="P",
+            float, check=must(lambda p: 0 < p <= 1, "lie in (0, 1]"), metavar="P",
         ),
         "seed": COMMON["seed"]._replace(help="of the draws and of the generated prompts"),
     },
@@ -88,10 +83,7 @@ class Sample(NamedTuple):
     reward: float | None  # the true one, or None where nobody knows it
 
 
-class _Prompt(NamedTuple):
-    place: str  # for messages
-    text: str
-    ids: list[int]
+_Prompt = tuple[str, str, list[int]]  # place, for messages; text; ids
 
 
 def run(args: argparse.Namespace) -> list[Sample]:
@@ -159,14 +151,14 @@ def _prompts(args: argparse.Namespace, policy: Policy) -> list[_Prompt]:
             ids = policy.tokenizer.encode(text) or [policy.tokenizer.eot]
         except InputError as error:
             raise InputError(f"{place}: {error}") from None
-        prompts.append(_Prompt(place, text, ids))
+        prompts.append((place, text, ids))
     return prompts
 
 
 def _longest(policy: Policy, prompts: list[_Prompt], asked: int | None) -> int:
     """Tokens that a sample may have. Raises InputError naming a prompt that leaves too few in the context."""
     context = policy.model.config.block_size
-    place, _, ids = max(prompts, key=lambda prompt: len(prompt.ids))
+    place, _, ids = max(prompts, key=lambda prompt: len(prompt[2]))
     if len(ids) + (asked or 1) > context:
         wanted = "leaves no room" if asked is None else f"leaves no room for --max-new-tokens {asked}"
         raise InputError(
@@ -185,7 +177,7 @@ def _draw(
     wanted = [prompt for prompt in prompts for _ in range(args.count)]
     for start in tqdm(range(0, len(wanted), TOGETHER), desc="sampling", disable=None, leave=False):
         some = wanted[start : start + TOGETHER]
-        ids = [prompt.ids for prompt in some]
+        ids = [prompt[2] for prompt in some]
         drawn = generate(
             model, ids, max_new_tokens=most, eos=tokenizer.eot, temperature=args.temperature,
             top_k=args.top_k, top_p=args.top_p, generator=generator,
@@ -193,7 +185,7 @@ def _draw(
         with torch.no_grad():
             batch = shared_prompt_batch(ids, [[y] for y in drawn]).to(args.device)
             logps = shared_prompt_logps(model, batch)[:, 0].tolist()
-        for prompt, y, logp in zip(some, drawn, logps, strict=True):
+        for (_, prompt, _), y, logp in zip(some, drawn, logps, strict=True):
             text = tokenizer.decode(y)
             reward = sentiment(text) if reviews else None
-            yield Sample(prompt.text, text, y[-1] == tokenizer.eot, len(y), logp, reward)
+            yield Sample(prompt, text, y[-1] == tokenizer.eot, len(y), logp, reward)

@@ -101,9 +101,12 @@ def run(args: argparse.Namespace) -> PairScores:
          f"{{}} needs {' '.join(missing[:1])}: a pair is --prompt, --chosen and --rejected."),
         ("no_color", bool(args.json), "{} is not used with --json, which has no colours; leave it out."),
     )  # fmt: skip
-    config = _run_of(args.model)
-    policy = load_policy(args.model)
-    reference = _reference(args, config, policy)
+    policy, folder = load_policy(args.model), Path(args.model)
+    run_of_dpo: dict[str, Any] = {"options": {}}
+    if (folder / MODEL).is_dir() and (folder / CONFIG_FILE).exists():
+        config = read_run_config(folder)
+        run_of_dpo = config if config.get("command") == "dpo" else run_of_dpo
+    reference = _reference(args, run_of_dpo, policy)
     if given:
         pair = {name: getattr(args, name) for name in PAIR}
         dataset = dataset_from_rows([pair], "the pair given", "preferences")
@@ -113,28 +116,18 @@ def run(args: argparse.Namespace) -> PairScores:
         dataset, policy.tokenizer, skip_bad_rows=bool(args.skip_bad_rows),
         max_length=min(*(context_of(args, gpt.config.block_size) for gpt in (policy.model, reference.model))),
     )  # fmt: skip
-    beta = args.beta or config["options"].get("beta") or BETA  # None: a loss without one
+    beta = args.beta or run_of_dpo["options"].get("beta") or BETA  # None: a loss without one
     scores = score_pairs(policy.model, reference.model, examples, beta=beta, device=args.device)
     (_print_json if args.json else _print_tables)(args, scores, audit, policy.tokenizer)
     return scores
 
 
-def _run_of(name: str) -> dict[str, Any]:
-    """config.json of a run of dpo; one without options where `name` is no such run."""
-    folder = Path(name)
-    if (folder / MODEL).is_dir() and (folder / CONFIG_FILE).exists():
-        config = read_run_config(folder)
-        if config.get("command") == "dpo":
-            return config
-    return {"options": {}}
-
-
-def _reference(args: argparse.Namespace, config: dict[str, Any], policy: Policy) -> Policy:
+def _reference(args: argparse.Namespace, run: dict[str, Any], policy: Policy) -> Policy:
     """The reference that is named, or else the one that the run of dpo started from."""
     name = args.reference
     if name is None:
         made = Path(args.model) / "sft"  # by a run of dpo that was given no model
-        name = config["options"].get("model") or (str(made) if made.is_dir() else None)
+        name = run["options"].get("model") or (str(made) if made.is_dir() else None)
     if name is None:
         raise InputError(
             f"--model {args.model}: is no run of dpo, which would know what it started from; name that by "
@@ -147,7 +140,7 @@ def _reference(args: argparse.Namespace, config: dict[str, Any], policy: Policy)
         if args.reference is None:
             reason = f"which {args.model} started from: {reason[:-1]}; or say by --reference where it is."
         raise InputError(f"--reference {name}{',' if args.reference is None else ':'} {reason}") from None
-    start = config.get("start", {}).get("model")
+    start = run.get("start", {}).get("model")
     if args.reference is None and start not in (None, state_fingerprint(reference.model)):
         raise InputError(
             f"--model {args.model}: {name}, which that run started from, has other weights by now; name a "
@@ -175,12 +168,15 @@ def _print_json(args: argparse.Namespace, scores: PairScores, audit: Audit, toke
 def _print_tables(args: argparse.Namespace, scores: PairScores, audit: Audit, tokenizer: Tokenizer) -> None:
     count = len(scores.examples)
     shown = min(SHOWN if args.rows is None else args.rows, count)
-    colour = _has_colours() and not args.no_color
+    # no-color.org
+    switched_off = args.no_color or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    colour = sys.stdout.isatty() and not switched_off
     print(f"{args.model}, beta {scores.beta:g}")
     if count > 1 or any(audit.findings.values()):
         print(f"\n{audit}")
     for pair in range(shown):
-        print("\n".join(["", *pair_lines(scores, pair, tokenizer, colour=colour)]))
+        record = pair_record(scores, pair, tokenizer)
+        print("\n".join(["", *pair_lines(record, scores.beta, colour=colour)]))
     if count == shown == 1:
         return  # its numbers stand there
     print(f"\nAll {count} pairs, mean ± standard error" if count > 1 else "\nThe one pair")
@@ -188,8 +184,3 @@ def _print_tables(args: argparse.Namespace, scores: PairScores, audit: Audit, to
         mean, error = mean_of(values)
         ending = f" ± {error:.4f}" if math.isfinite(error) else ""
         print(f"  {name.replace('_', ' '):<20}{mean:>10.4f}{ending}")
-
-
-def _has_colours() -> bool:
-    """Whether standard output shows colours and nobody has switched them off (no-color.org)."""
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

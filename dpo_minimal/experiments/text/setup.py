@@ -100,7 +100,7 @@ def save_policy(policy: Policy, folder: Path) -> None:
     save_model(policy.model, folder / MODEL, eos=policy.tokenizer.eot)
 
 
-def count_parameters(model: GPT) -> int:
+def size_of(model: GPT) -> int:
     """How many numbers a model has learnt, the tied head counted once."""
     return sum(parameter.numel() for parameter in model.parameters())
 

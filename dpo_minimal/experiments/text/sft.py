@@ -37,15 +37,9 @@ from .setup import Policy, Rows, load_policy
 CONTEXT, REVIEWS_CONTEXT = 256, 96  # a review is shorter than 96 tokens, but not than 96 bytes
 FINE_TUNING_RATE = 2e-5  # of a model that knows a language already
 SHOWN = 4
-NO_ROWS = "{} is used only without --data, for the generated reviews; leave it out."
-FILES = (
-    "JSON or JSONL, gzipped or not; see `dpo-minimal audit --data FILE` first (default: film reviews that "
-    "the package generates)"
-)
 GROUPS = {
     "data": altered(
-        DATA, data={"help": f"rows with a prompt and a completion to imitate: {FILES}"},
-        rows={"reviews": 16000},
+        DATA, rows={"reviews": 16000},
         max_length={"help": DATA["max_length"].help[:-1] + "; of a new model it is this number, else "
                     f"{CONTEXT}, or {REVIEWS_CONTEXT} for the reviews unless read as bytes)"},
     ),
@@ -78,7 +72,6 @@ def run(args: argparse.Namespace) -> Path:
     tuning = GROUPS | {"training": altered(GROUPS["training"], learning_rate=rate)}
     options = resolve(
         args, tuning if made else GROUPS,
-        ("rows", args.data is not None, NO_ROWS),
         ("tokenizer vocab_size n_layer n_head n_embd", made,
          "{} is given by the model of --model; leave it out."),
         ("vocab_size", args.tokenizer not in (None, "bpe"),
@@ -97,7 +90,7 @@ def run(args: argparse.Namespace) -> Path:
 def _train(options: argparse.Namespace, folder: Path, policy: Policy, rows: Rows) -> Path:
     setup.pin_start(folder, policy, rows)
     model = policy.model.to(options.device)
-    print(f"{setup.count_parameters(model):,} parameters, {policy.tokenizer.vocab_size} tokens.", flush=True)
+    print(f"{setup.size_of(model):,} parameters, {policy.tokenizer.vocab_size} tokens.", flush=True)
     records = setup.train_in(
         folder, options, policy, sft_objective(model, dtype=options.dtype), Data(rows.train, rows.held_out),
         name="SFT",
