@@ -15,7 +15,9 @@ from dpo_minimal.__main__ import COMMANDS, _parser, main
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = sorted(
-    path for path in ROOT.rglob("*.md") if not {".venv", "build", "runs", ".pytest_cache"} & set(path.parts)
+    path
+    for path in ROOT.rglob("*.md")
+    if not {".venv", "build", "runs", ".pytest_cache", ".ipynb_checkpoints"} & set(path.parts)
 )
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
