@@ -272,7 +272,7 @@ MUTANTS = {
         test_the_divergence_is_that_of_all_completions,
     ),
     "the prompt loses its right end": (
-        evaluate.sample, "[-room:]", "[:room]",
+        evaluate.sample, "[-longest:]", "[:longest]",
         test_the_same_seed_draws_the_same_and_a_long_prompt_loses_its_left_end,
     ),
     "an error without the root": (

@@ -1,14 +1,13 @@
 """What DPO is compared with, on tables: the same optimum by reinforcement learning, and other aims.
 
-    policy_gradient, natural_gradient_step      the gradient of Eq. 3, exactly, and the step that is enough
-    reinforce_variance, best_baseline           what one sample of that gradient is worth
+    policy_gradient, natural_gradient_step      the gradient of Eq. 3, exactly, and a step that reaches pi*
+    reinforce_variance, best_baseline           the variance of that gradient's estimate from one sample
     clipped_surrogate, AdaptiveKL, ppo          PPO, on anything whose call returns the table of log pi
     preferred_ft_logps, unlikelihood_logps      where fine-tuning on chosen completions ends
-    best_of_n_reward, best_of_n_kl_bound        best of n from samples, and what it can cost
+    best_of_n_reward, best_of_n_kl_bound        best of n from samples, and the most KL that it can have
 
 A reward model followed by the closed form needs no code of its own: it is `optimal_logps` of the rewards that
-`maximum_likelihood` estimates. A reward model made of a GPT lives in reward_model.py, PPO for a GPT that
-writes in ppo.py.
+`maximum_likelihood` estimates. A reward model made of a GPT is in reward_model.py, PPO for a GPT in ppo.py.
 
 Shapes: X prompts, Y completions, n samples of each prompt.
 """
@@ -80,8 +79,8 @@ def reinforce_variance(
 ) -> Tensor:
     """Trace of the covariance of REINFORCE's estimate (R(y) - b)(e_y - pi) from one sample y [D7.4].
 
-    The baseline b moves the mean nowhere, and the variance along a parabola around `best_baseline`. At pi*
-    the soft value, beta log Z, makes it zero; away from there it may be worse than none.
+    The baseline b does not change the mean; the variance is a parabola in b, least at `best_baseline`. At pi*
+    the soft value, beta log Z, makes it zero; elsewhere that may be worse than no baseline.
 
     Args: as `policy_gradient`; baseline (...,). Returns (...,) in squared units of reward.
     """
@@ -148,13 +147,13 @@ def clipped_surrogate(logps: Tensor, old_logps: Tensor, advantages: Tensor, *, c
 
 @dataclass
 class AdaptiveKL:
-    """The coefficient of the KL penalty: fixed, or steered until the divergence meets a target [D7.7].
+    """The coefficient of the KL penalty: fixed, or adapted until the divergence meets a target [D7.7].
 
     coefficient *= exp(rate * clip(KL / target - 1, -1, 1)) after each iteration, as in Ziegler et al.
-    (2019), who write 1 + rate * error, with a smaller clip. Where it comes to rest, the policy
-    maximises Eq. 3 for beta = coefficient, and so is a point of the frontier.
+    (2019), who write 1 + rate * error, with a smaller clip. Where it converges, the policy maximises Eq. 3
+    for beta = coefficient, and so is a point of the frontier.
 
-    Fields: coefficient > 0, the start; target in nats, None to keep the coefficient; rate of steering.
+    Fields: coefficient > 0, the start; target in nats, None to keep the coefficient; rate of adaptation.
     """
 
     coefficient: float
@@ -191,58 +190,46 @@ def ppo(
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[Record]:
-    """PPO on a policy whose call returns its table: draw completions, score them, climb [D7.7].
+    """PPO on a policy whose call returns its table; a completion is a single action [D7.7].
 
-    Completions are single actions here, drawn with the policy's exact probabilities, so that nothing is
-    approximate but the sampling. Advantages are penalised rewards minus a baseline. They are not divided by
-    their deviation, as implementations often do: at the optimum that deviation is zero, and dividing by it
-    would turn rounding into a random walk. As they are, the noise fades as pi* comes near. With one epoch the
-    ratio stays one and nothing is clipped: that is REINFORCE with a baseline.
+    Advantages are penalised rewards minus a baseline. They are not divided by their deviation, as
+    implementations often do: at the optimum that deviation is zero, and dividing by it would turn rounding
+    into a random walk. With one epoch nothing is clipped: that is REINFORCE with a baseline.
 
     Args:
-        policy: () -> (X, Y) log-probabilities; optimizer and scheduler over its parameters, the latter
-            stepped once an iteration.
+        policy: () -> (X, Y) log-probabilities; the optimizer has its parameters.
         ref_logps, rewards: (X, Y); rewards learned or true.
         controller: of the KL coefficient, updated with the exact divergence, a mean over prompts.
         iterations: rounds of sampling; samples: completions of each prompt and round; epochs: gradient steps
-            on each round's samples.
+            on each round's samples; scheduler: stepped once an iteration.
         baseline: "learned": each prompt's running mean of penalised rewards, i.e. a value function of the
-            prompt; "soft": beta log Z of the given rewards, which only a table knows.
-    Yields:
-        A record an iteration, after its gradient steps, of the policy before them: step, reward (of
+            prompt; "soft": beta log Z of the given rewards, which needs the whole table.
+    Yields: after each iteration's gradient steps a record of the policy before them: step, reward (of
         `rewards`, exact), kl/policy_reference (exact), kl/coefficient.
-    Raises:
-        InputError: an option out of range.
+    Raises: InputError: an option out of range.
     """
-    check_count("iterations", iterations)
-    check_count("samples", samples)
-    check_count("epochs", epochs)
+    for name, count in (("iterations", iterations), ("samples", samples), ("epochs", epochs)):
+        check_count(name, count)
     if baseline not in ("learned", "soft"):
         raise InputError(f"baseline must be learned or soft, got {baseline!r}.")
     value = None
     for step in range(1, iterations + 1):
+        beta = controller.coefficient
         with torch.no_grad():
             old = policy()
-            exact = old.double()
-            drawn = torch.multinomial(exact.exp(), samples, replacement=True, generator=generator)  # (X, n)
-            beta = controller.coefficient
-            old_logps = old.gather(-1, drawn)
-            penalised = penalised_rewards(
-                old_logps, ref_logps.gather(-1, drawn), rewards.gather(-1, drawn), beta=beta
-            )
+            drawn, old_logps, penalised = _drawn(old, ref_logps, rewards, samples, beta, generator)
             if baseline == "soft":
                 value = soft_value(ref_logps, rewards, beta=beta)
             elif value is None:
                 value = penalised.mean(-1)
             advantages = penalised - value.unsqueeze(-1)
-            if baseline == "learned":  # after its use: a value that has seen its own sample is biased
-                value = value + VALUE_RATE * (penalised.mean(-1) - value)
-            kl = kl_divergence(exact, ref_logps.double()).mean().item()
-            reward = (exact.exp() * rewards).sum(-1).mean().item()
+            # After its use, because a value that has seen its own sample is biased.
+            value = value + VALUE_RATE * (penalised.mean(-1) - value)
+            kl = kl_divergence(old.double(), ref_logps.double()).mean().item()
+            reward = (old.double().exp() * rewards).sum(-1).mean().item()
         for _ in range(epochs):
             optimizer.zero_grad(set_to_none=True)
-            loss = clipped_surrogate(policy().gather(-1, drawn), old_logps, advantages, clip=clip).mean()
-            loss.backward()
+            clipped_surrogate(policy().gather(-1, drawn), old_logps, advantages, clip=clip).mean().backward()
             optimizer.step()
         if scheduler is not None:
             scheduler.step()
@@ -251,6 +238,15 @@ def ppo(
 
 
 VALUE_RATE = 0.3  # of the running mean: forgets the policy of ten rounds ago
+
+
+def _drawn(
+    logps: Tensor, ref_logps: Tensor, rewards: Tensor, count: int, beta: float, generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(X, n) completions drawn from a table, their log-probabilities and their penalised rewards."""
+    drawn = torch.multinomial(logps.double().exp(), count, replacement=True, generator=generator)
+    logps, ref_logps, rewards = (table.gather(-1, drawn) for table in (logps, ref_logps, rewards))
+    return drawn, logps, penalised_rewards(logps, ref_logps, rewards, beta=beta)
 
 
 # --------------------------------------------------------------------------- fine-tuning on chosen ones
@@ -303,7 +299,7 @@ def best_of_n_reward(rewards: Tensor, *, n: int) -> Tensor:
     """The expected best of n, from m >= n independent draws: the mean over all their subsets of n [D10.3].
 
     Of m sorted draws the i-th is the best of C(i - 1, n - 1) of the C(m, n) subsets. So one set of draws
-    serves all n, without bias and without waste.
+    gives an unbiased estimate for every n.
 
     Args: rewards (..., m) of draws from the reference; n in [1, m]. Returns (...,).
     """

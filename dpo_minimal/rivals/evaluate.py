@@ -1,8 +1,6 @@
-"""What a policy does when it speaks: its samples, their divergence from a reference, their reward, and how
-often it beats another.
+"""A policy judged by its own samples: their divergence from a reference, their reward, and win rates.
 
-A loss on pairs says how well the policy orders other people's completions; only its own samples say what it
-has become.
+A loss on pairs says how well the policy orders given completions; only its own samples say what it writes.
 
 But: sampling is generation.py's, scoring policy.py's; here they are put together, in chunks.
 
@@ -50,7 +48,7 @@ class Samples(NamedTuple):
         ended: (N,) whether it ended by itself, with end-of-text.
         lengths: (N,) tokens, end-of-text included.
         log_ratios: (N,) log pi(y|x) - log pi_ref(y|x), nats; their mean estimates KL(pi || pi_ref).
-        rewards: (N,) true rewards, or None where nobody knows them.
+        rewards: (N,) true rewards, or None where they are unknown.
     """
 
     prompts: list[str]
@@ -81,8 +79,8 @@ def sample(
         reward: completion text -> true reward.
     """
     generator = torch.Generator(model.wte.weight.device).manual_seed(seed)
-    room = model.config.block_size - max_new_tokens
-    ids = [(tokenizer.encode(prompt) or [tokenizer.eot])[-room:] for prompt in prompts]
+    longest = model.config.block_size - max_new_tokens
+    ids = [(tokenizer.encode(prompt) or [tokenizer.eot])[-longest:] for prompt in prompts]
     completions: list[list[int]] = []
     ratios = []
     together = rows_at_once(model, max(map(len, ids)) + max_new_tokens)
@@ -142,10 +140,8 @@ def win_rate(first_rewards: Tensor, second_rewards: Tensor) -> WinRate:
     check_finite(first_rewards=first_rewards, second_rewards=second_rewards)
     if first_rewards.dim() != 1:
         raise InputError(f"rewards must have shape (N,), got {tuple(first_rewards.shape)}.")
-    wins, losses = (
-        (first_rewards > second_rewards).sum().item(),
-        (first_rewards < second_rewards).sum().item(),
-    )
+    wins = (first_rewards > second_rewards).sum().item()
+    losses = (first_rewards < second_rewards).sum().item()
     count = len(first_rewards)
     lead = (wins - losses) / count
     low = -_furthest_lead(losses, wins, count)  # the same question with the roles exchanged

@@ -1,4 +1,4 @@
-"""PPO for a GPT that writes: each token is an action, and what is paid is told at the last one.
+"""PPO for a GPT: each token is an action, and the completion's reward comes with the last one.
 
     an iteration:  draw prompts -> sample completions -> reward, reference, value: once, without gradient
                    -> several gradient steps on those samples, of the policy and of the value function
@@ -15,6 +15,7 @@ Shapes: n completions of an iteration, N tokens of them.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -33,7 +34,7 @@ Reward = Callable[[Sequence[list[int]], Sequence[list[int]]], Tensor]
 
 
 class PPOSettings(NamedTuple):
-    """How to climb [D7.7].
+    """How to train [D7.7].
 
     Fields:
         iterations: rounds of sampling; prompts: completions of each, one of a prompt drawn at random.
@@ -43,7 +44,7 @@ class PPOSettings(NamedTuple):
         clip: of pi / pi_old around 1.
         kl_coefficient: beta, or where it starts if there is a target.
         target_kl: nats a completion, to which beta is steered; None keeps beta.
-        max_new_tokens: where a sample is cut; a cut sample is paid at its last token like any other.
+        max_new_tokens: where a sample is cut; a cut sample gets its reward at its last token like any other.
         max_grad_norm: of policy and value each; None clips nothing.
         seed: of prompts and samples.
     """
@@ -87,13 +88,13 @@ def train_ppo(
     *,
     eos: int,
 ) -> Iterator[Record]:
-    """Climb E[r] - beta KL(pi || pi_ref) (Eq. 3) from samples [D7.7].
+    """Maximise E[r] - beta KL(pi || pi_ref) (Eq. 3) from samples [D7.7].
 
     Advantages are not divided by their deviation, as implementations often do. As the policy comes near the
     optimum of Eq. 3, and the value near its soft value, advantages vanish for every completion; divided, they
-    would be noise of fixed size, and the policy would never rest. On film reviews, still far from there after
-    60 iterations, dividing made no difference. The loss is a sum over tokens and a mean over completions: at
-    ratio 1 its gradient is that of the objective, whatever the lengths.
+    would be noise of fixed size, and the policy would not converge. On film reviews, still far from there
+    after 60 iterations, dividing made no difference. The loss is a sum over tokens and a mean over
+    completions: at ratio 1 its gradient is that of the objective, whatever the lengths.
 
     Args:
         policy: altered in place; usually starts as a copy of the reference.
@@ -158,7 +159,7 @@ def collect(
     eos: int,
     generator: torch.Generator,
 ) -> tuple[list[Rollout], Record]:
-    """Draw completions and look at them once with every network [D7.7].
+    """Draw completions and evaluate every network on them once [D7.7].
 
     Args: as `train_ppo`; coefficient beta; generator on the policy's device.
     Returns: rollouts of micro_size completions of similar length, and what is logged of them.
@@ -261,7 +262,7 @@ def _gradient_step(
         torch.nn.utils.clip_grad_norm_(network.parameters(), settings.max_grad_norm or float("inf")).item()
         for network in (policy, value)
     ]
-    if not all(map(torch.isfinite, map(torch.tensor, norms))):
+    if not all(map(math.isfinite, norms)):
         raise InputError(
             f"iteration {step}: gradient norms {norms[0]:.4g} of the policy and {norms[1]:.4g} of the value "
             "function; lower the learning rates."

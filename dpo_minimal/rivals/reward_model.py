@@ -1,6 +1,6 @@
 """A learned reward: a GPT body with one number at the end of a completion, fitted to preferences (Eq. 2).
 
-Its head starts at zero, so that before the first step all completions are worth the same. The same network
+Its head starts at zero, so that before the first step all completions have the same reward. The same network
 with a number at each token is the value function of ppo.py.
 
 But: what is done with the reward, by PPO (ppo.py) or by the closed form (closed_form.py).
@@ -22,7 +22,7 @@ from ..policy import SharedPromptBatch, pick, shared_prompt_batch, shared_prompt
 from ..text.batches import Example, windows
 from ..text.objectives import make_window
 from ..train import Objective, Record, Window, average, make_optimizer, train
-from ..validation import InputError, check_count, check_finite, check_positive, check_same_shape, check_seed
+from ..validation import InputError, check_count, check_positive, check_seed
 
 MICRO_SIZE = 16  # rows that go through the model together: of similar length, and few enough for a cache
 SCORED_AT_ONCE = 64
@@ -31,7 +31,7 @@ SCORED_AT_ONCE = 64
 class RewardModel(nn.Module):
     """A GPT body and a linear map from its hidden state to a number [D2.2].
 
-    Args: body, the GPT to use, altered by training; the caller copies it where it is needed as it was.
+    Args: body, the GPT to use; training alters it.
     """
 
     def __init__(self, body: GPT):
@@ -104,12 +104,12 @@ def fit_reward_model(
         body: where it starts, usually the SFT model; it is not altered.
         train_rows, held_out: pairs, chosen first.
         learning_rate: AdamW's, without weight decay; batch_size: pairs a step.
-        look_every: steps between two looks at the held-out pairs; the last step is followed by one too.
+        look_every: steps between two evaluations on the held-out pairs; the last step is followed by one too.
         progress: wraps the stream of records, e.g. in a progress bar.
     Returns:
         (model, records): the weights with the highest held-out accuracy, the earlier where two are equal;
-        a record a step as from `train`, those with a look have eval_loss, eval_rewards/accuracies, ... of the
-        weights after the step.
+        a record a step as from `train`, some with eval_loss, eval_rewards/accuracies, ... of the weights
+        after the step.
     Raises:
         InputError: no rows on a side, an option out of range.
     """
@@ -129,10 +129,10 @@ def fit_reward_model(
     best, best_weights, records = -1.0, {}, []
     for record in progress(train(objective, optimizer, steps, max_grad_norm=max_grad_norm)):
         if record["step"] % look_every == 0 or record["step"] == len(steps):
-            look = average(objective, held_out_window)
-            record |= {f"eval_{name}": value for name, value in look.items()}
-            if look["rewards/accuracies"] > best:
-                best, best_weights = look["rewards/accuracies"], copy.deepcopy(model.state_dict())
+            found = average(objective, held_out_window)
+            record |= {f"eval_{name}": value for name, value in found.items()}
+            if found["rewards/accuracies"] > best:
+                best, best_weights = found["rewards/accuracies"], copy.deepcopy(model.state_dict())
         records.append(record)
     model.load_state_dict(best_weights)
     return model, records
@@ -144,10 +144,8 @@ def _windows(rows: Sequence[Example], size: int, device: str, *, seed: int, epoc
     made = [make_window(rows, step, None, dtype="float32", device=device) for step in steps]
     # Shares of a loss per pair; make_window counts tokens.
     pairs = [[len(micro.ids) for micro in window.micro_batches] for window in made]
-    return [
-        window._replace(shares=[count / sum(counts) for count in counts])
-        for window, counts in zip(made, pairs)
-    ]
+    shares = [[count / sum(counts) for count in counts] for counts in pairs]
+    return [window._replace(shares=parts) for window, parts in zip(made, shares)]
 
 
 # ------------------------------------------------------------------------------------------------ rewards
@@ -172,36 +170,18 @@ def score_completions(
     return rewards
 
 
-def normalised_rewards(rewards: Tensor, reference_rewards: Tensor) -> Tensor:
-    """r(x, y) - E_ref[r(x, y')], so that the reference's completions are worth zero at each prompt [D2.2].
+def normalised_reward(
+    model: RewardModel, prompts: Sequence[list[int]], samples: Sequence[Sequence[list[int]]]
+) -> Callable[[Sequence[list[int]], Sequence[list[int]]], Tensor]:
+    """r(x, y) - E_ref[r(x, y')] as PPO takes it, (prompts, completions) -> (N,) [D2.2].
 
     The paper's convention, E_{y|x} r(x, y) = 0 for each x. A loss on pairs leaves such a shift of each prompt
     undetermined; it moves no optimum, but makes rewards of different prompts comparable.
 
     Args:
-        rewards: (X, Y) of any completions.
-        reference_rewards: (X, n) of the reference's samples, maybe the same.
-    Returns: (X, Y). Source: Rafailov et al. (2023), section 3.
-    """
-    for name, table in (("rewards", rewards), ("reference_rewards", reference_rewards)):
-        check_same_shape(**{name: table})
-        check_finite(**{name: table})
-    if rewards.dim() != 2 or reference_rewards.dim() != 2 or len(rewards) != len(reference_rewards):
-        raise InputError(
-            "rewards and reference_rewards must have shapes (X, Y) and (X, n), got "
-            f"{tuple(rewards.shape)} and {tuple(reference_rewards.shape)}."
-        )
-    return rewards - reference_rewards.mean(-1, keepdim=True)
-
-
-def normalised_reward(
-    model: RewardModel, prompts: Sequence[list[int]], samples: Sequence[Sequence[list[int]]]
-) -> Callable[[Sequence[list[int]], Sequence[list[int]]], Tensor]:
-    """The reward model as PPO takes it, (prompts, completions) -> (N,), of mean zero at each prompt [D2.2].
-
-    Args:
-        prompts: X, those that will be asked for; samples: of each n completions that the reference drew.
+        prompts: X, those that will be asked for; samples: of each, n completions that the reference drew.
     Raises: InputError: here, counts that do not fit; later, a prompt that is not among these.
+    Source: Rafailov et al. (2023), section 3.
     """
     count = len(samples[0]) if samples else 0
     if not prompts or len(prompts) != len(samples) or count == 0 or any(len(s) != count for s in samples):
