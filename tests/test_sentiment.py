@@ -18,12 +18,23 @@ from dpo_minimal.experiments.sentiment import (
     command as sentiment,
 )
 from dpo_minimal.experiments.sentiment import (
-    runs as sentiment_runs,
+    methods as sentiment_methods,
 )
 from dpo_minimal.experiments.sentiment import (
     world as sentiment_world,
 )
-from dpo_minimal.experiments.sentiment.methods import Run, all_runs, budget_of, check_plan, ppo_settings
+from dpo_minimal.experiments.sentiment.methods import (
+    Run,
+    all_runs,
+    budget_of,
+    check_plan,
+    jobs_of,
+    learn_reward,
+    measure,
+    measured_steps,
+    path_of,
+    ppo_settings,
+)
 from dpo_minimal.experiments.sentiment.results import (
     MOST_OF_N,
     Group,
@@ -34,7 +45,6 @@ from dpo_minimal.experiments.sentiment.results import (
     reward_within,
     student_95,
 )
-from dpo_minimal.experiments.sentiment.runs import jobs_of, learn_reward, measure, measured_steps, path_of
 from dpo_minimal.experiments.sentiment.truth import (
     MOST,
     BagOfWords,
@@ -452,7 +462,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(finished, monkeypatch):
         return measure(folder, run, plan)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sentiment_runs, "measure", some)
+        patch.setattr(sentiment_methods, "measure", some)
         make(folder, resume=True)
     kept = {run.name: path_of(folder, run.name).stat().st_mtime_ns for run in made}
     make(folder, resume=True)

@@ -51,9 +51,10 @@ from ...preferences import (
     sample_pairs,
 )
 from ...rivals.baselines import natural_gradient_step
-from ...text.runs import new_run_folder, refuse_used_folder, versions, write_arrays, write_json, write_records
-from ...validation import InputError, check_count, check_flip_probability, check_positive, check_seed
+from ...text.runs import new_run_folder, versions, write_arrays, write_json, write_records
+from ...validation import InputError, check_count, check_flip_probability, check_positive
 from ..study import Job, Study, carry_out, table
+from ..text.options import COMMON, RUN, Option, add_options, resolve
 from . import methods, pair_methods, pairs
 from .methods import Run
 from .worlds import World, gpt_world, table_world
@@ -68,44 +69,60 @@ LONGER = 3  # times the usual effort on the ways to one optimum
 MOST_PAIRS = 10_000_000  # what memory allows; by then the exact preferences are as good
 
 
+def _check_beta(flag: str, value: float) -> None:
+    check_positive(flag, value)
+    if not 1e-2 <= value <= 1e2:
+        raise InputError(f"{flag} must lie between 0.01 and 100, got {value}; the rewards are about one.")
+
+
+def _check_pairs(flag: str, value: int) -> None:
+    check_count(flag, value)
+    if value > MOST_PAIRS:
+        raise InputError(f"{flag} must be at most {MOST_PAIRS:,}, got {value:,}; beyond, use --population.")
+
+
+OPTIONS = {
+    "preferences": {
+        "num_pairs": Option("comparisons to sample in each world", int, _check_pairs, 20_000),
+        "population": Option("exact preference probabilities instead of sampled pairs", bool),
+        "flip_probability": Option(
+            "label noise: the chance that a label is reversed, 0 to 1/2; cDPO and robust DPO are told it, or "
+            f"{NOISE:g} where it is 0", float, lambda flag, e: check_flip_probability(e, flag), 0.0,
+        ),
+        "beta": Option(
+            "of the ways to one optimum, of the methods without a range of their own, and of --pairs; where "
+            "PPO's coefficient starts", float, _check_beta, 0.5,
+        ),
+        "pairs": Option(
+            "instead of the frontier: the gap to pi* as the number of pairs grows from 100 to a million", bool
+        ),
+    },
+    "run": {
+        "world": Option("only this one (default both)", str, choices=("table", "gpt")),
+        "seed": COMMON["seed"],
+        "output_dir": RUN["output_dir"],
+        "quick": Option(
+            "85 instead of 341 completions a prompt for the GPT, and a quarter of the steps", bool
+        ),
+    },
+}  # fmt: skip
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    data = parser.add_argument_group("preferences")
-    data.add_argument(
-        "--num-pairs", type=int, metavar="N", help="comparisons to sample in each world (default 20000)"
-    )
-    data.add_argument(
-        "--population", action="store_true", help="exact preference probabilities instead of sampled pairs"
-    )
-    data.add_argument(
-        "--flip-probability", type=float, metavar="E",
-        help="label noise: the chance that a label is reversed, 0 to 1/2 (default 0); cDPO and robust DPO "
-        f"are told it, or {NOISE:g} where it is 0",
-    )  # fmt: skip
-    data.add_argument(
-        "--beta", type=float, default=0.5,
-        help="of the ways to one optimum, of the methods without a range of their own, and of --pairs; where "
-        "PPO's coefficient starts (default %(default)s)",
-    )  # fmt: skip
-    data.add_argument(
-        "--pairs", action="store_true",
-        help="instead of the frontier: the gap to pi* as the number of pairs grows from 100 to a million",
-    )  # fmt: skip
-    run = parser.add_argument_group("run")
-    run.add_argument("--world", choices=("table", "gpt"), help="only this one (default both)")
-    run.add_argument("--seed", type=int, default=0, help="the same seed gives the same numbers (default 0)")
-    run.add_argument("--output-dir", metavar="DIR", help="new folder to write to (default runs/frontier-NNN)")
-    run.add_argument(
-        "--quick", action="store_true",
-        help="85 instead of 341 completions a prompt for the GPT, and a quarter of the steps",
-    )  # fmt: skip
+    add_options(parser, OPTIONS)
 
 
 def run(args: argparse.Namespace) -> Path:
     """Check everything, run, print, and write the run folder, which is returned."""
     torch.set_num_threads(1)  # tables and models this small are faster on one core, and the same everywhere
-    _check(args)
-    refuse_used_folder(args.output_dir)
+    args = resolve(
+        args, OPTIONS,
+        ("num_pairs", args.population, "--population has no number of pairs; leave {} out."),
+        ("population num_pairs flip_probability", args.pairs,
+         "--pairs goes through its own numbers of clean pairs; leave {} out."),
+    )  # fmt: skip
+    args.population, args.pairs, args.quick = map(bool, (args.population, args.pairs, args.quick))
     folder = new_run_folder(args.output_dir, "frontier")
     write_json(folder / "config.json", {"command": "frontier", **vars(args), **versions()})
     worlds = [] if args.world == "gpt" else [table_world(args.seed)]
@@ -114,31 +131,8 @@ def run(args: argparse.Namespace) -> Path:
         print("Every way to the same optimum first, then every method below the frontier.", flush=True)
         for world in worlds:
             print("\n" + "\n".join(ways_to_one_optimum(world, args)), flush=True)
-    study = pairs_study(worlds, args) if args.pairs else frontier_study(worlds, args)
-    carry_out(study, folder)
+    carry_out(pairs_study(worlds, args) if args.pairs else frontier_study(worlds, args), folder)
     return folder
-
-
-def _check(args: argparse.Namespace) -> None:
-    check_positive("--beta", args.beta)
-    if not 1e-2 <= args.beta <= 1e2:
-        raise InputError(f"--beta must lie between 0.01 and 100, got {args.beta}; the rewards are about one.")
-    check_seed("--seed", args.seed)
-    if args.population and args.num_pairs is not None:
-        raise InputError("--population has no number of pairs; leave --num-pairs out.")
-    if args.pairs and (args.population or args.num_pairs is not None or args.flip_probability is not None):
-        raise InputError(
-            "--pairs goes through its own numbers of clean pairs; leave --population, --num-pairs and "
-            "--flip-probability out."
-        )
-    args.num_pairs = 20_000 if args.num_pairs is None else args.num_pairs
-    check_count("--num-pairs", args.num_pairs)
-    if args.num_pairs > MOST_PAIRS:
-        raise InputError(
-            f"--num-pairs must be at most {MOST_PAIRS:,}, got {args.num_pairs:,}; beyond, use --population."
-        )
-    args.flip_probability = 0.0 if args.flip_probability is None else args.flip_probability
-    check_flip_probability(args.flip_probability, "--flip-probability")
 
 
 def _comparisons(world: World, args: argparse.Namespace, *, seed: int) -> Rankings:

@@ -36,14 +36,13 @@ import torch
 
 from ...text.allocator import keep_freed_memory
 from ...text.runs import new_run_folder, refuse_used_folder, versions, write_json
-from ...validation import InputError, check_count, check_seed
+from ...validation import check_count, check_seed
 from ..study import Study, carry_out
-from ..text.options import CONFIG_FILE, read_run_config
+from ..text.options import CONFIG_FILE, RUN, Option, add_options, resolve
 from ..text.setup import resumable
-from .methods import all_runs, check_plan
+from .methods import all_runs, check_plan, jobs_of, learn_reward
 from .report import files, report
 from .results import results_of
-from .runs import jobs_of, learn_reward
 from .truth import read_reviews
 from .world import NOISES, Plan, load_world, make_world, read_rows
 
@@ -65,104 +64,85 @@ QUICK_REVIEWS = REVIEWS._replace(
 SEEDS = 3
 
 
+OPTIONS = {
+    "data": {
+        "reviews": Option(
+            "real reviews, a line each: label (1 or 0), tab, text (default: the package's grammar)", str,
+            metavar="FILE.tsv",
+        ),
+        "label_noise": Option(
+            "none: the better completion is always chosen, as in the paper; bradley-terry: with probability "
+            "sigmoid of the difference in reward", str, default=NOISES[0], choices=NOISES,
+        ),
+    },
+    "run": {
+        "seeds": Option(
+            f"trainings of each method and setting (default {SEEDS}; 1 with --quick)", int, check_count
+        ),
+        "seed": Option("of the SFT model, the prefixes and the pairs", int, check_seed, 0),
+        "quick": Option("fewer settings, prompts and steps, one seed", bool),
+        "output_dir": RUN["output_dir"],
+        "resume": Option(
+            "go on with an interrupted run, to the same result; other options but --workers are the run's",
+            str, metavar="DIR",
+        ),
+    },
+}  # fmt: skip
+WORKERS = Option(
+    "processes that train at the same time; the results do not depend on it (default: the cores, 2 at most)"
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--reviews", metavar="FILE.tsv",
-        help="real reviews, a line each: label (1 or 0), tab, text (default: the package's grammar)",
-    )  # fmt: skip
-    data.add_argument(
-        "--label-noise", choices=NOISES,
-        help="none: the better completion is always chosen, as in the paper; bradley-terry: with probability "
-        "sigmoid of the difference in reward (default none)",
-    )  # fmt: skip
-    run = parser.add_argument_group("run")
-    run.add_argument(
-        "--seeds", type=int, metavar="N",
-        help=f"trainings of each method and setting (default {SEEDS}; 1 with --quick)",
-    )  # fmt: skip
-    run.add_argument("--seed", type=int, help="of the SFT model, the prefixes and the pairs (default 0)")
-    run.add_argument(
-        "--quick", action="store_true", default=None, help="fewer settings, prompts and steps, one seed"
-    )
-    run.add_argument(
-        "--workers", type=int, metavar="N",
-        help="processes that train at the same time; the results do not depend on it (default: the "
-        "cores, 2 at most)",
-    )  # fmt: skip
-    run.add_argument(
-        "--output-dir", metavar="DIR", help="new folder to write to (default runs/sentiment-NNN)"
-    )
-    run.add_argument(
-        "--resume", metavar="DIR",
-        help="go on with an interrupted run, to the same result; other options but --workers are the run's",
-    )  # fmt: skip
+    add_options(parser, OPTIONS | {"processes": {"workers": WORKERS}})
 
 
 def run(args: argparse.Namespace) -> Path:
     """Check everything, make what is missing, and write the run folder, which is returned."""
     torch.set_num_threads(1)  # models this small; and the same sums everywhere
     keep_freed_memory()
-    if args.workers is not None:
-        check_count("--workers", args.workers)
-    folder, options = _open(args)
-    plan = Plan(**options["plan"])
+    workers = vars(args).pop("workers")
+    if workers is not None:
+        check_count("--workers", workers)
+    options = resolve(args, OPTIONS, command="sentiment")
+    folder = options.resume or _new_folder(options)
+    plan = Plan(**options.plan)
     check_plan(plan)
     with resumable("sentiment", folder):
         make_world(
-            folder, plan, reviews=options["reviews"], noise=options["label_noise"], seed=options["seed"],
-            resume=args.resume is not None,
+            folder, plan, reviews=options.reviews, noise=options.label_noise, seed=options.seed,
+            resume=options.resume is not None,
         )  # fmt: skip
-        workers = args.workers or min(2, os.cpu_count() or 1)
-        carry_out(_study(folder, plan, options), folder, workers=workers)
+        carry_out(_study(folder, plan, options), folder, workers=workers or min(2, os.cpu_count() or 1))
     return folder
 
 
-def _study(folder: Path, plan: Plan, options: dict) -> Study:
+def _new_folder(options: argparse.Namespace) -> Path:
+    """A new run's folder, with its config.json; the options that depend on others are filled in."""
+    options.quick = bool(options.quick)
+    options.seeds = options.seeds or (1 if options.quick else SEEDS)
+    plans = (GRAMMAR, QUICK) if options.reviews is None else (REVIEWS, QUICK_REVIEWS)
+    options.plan = plans[options.quick]._asdict()
+    refuse_used_folder(options.output_dir)
+    if options.reviews is not None:
+        read_reviews(options.reviews)  # before anything is written
+    folder = new_run_folder(options.output_dir, "sentiment")
+    kept = {name: value for name, value in vars(options).items() if name != "resume"}
+    write_json(folder / CONFIG_FILE, {"command": "sentiment", "options": kept, "threads": 1, **versions()})
+    return folder
+
+
+def _study(folder: Path, plan: Plan, options: argparse.Namespace) -> Study:
     """Every training of the plan, from the world in the folder to the figures."""
     folder = folder.resolve()  # one name for what a process keeps of it
-    runs = all_runs(seeds=options["seeds"], quick=options["quick"])
-    reward = learn_reward(folder, plan, options["seed"])
+    runs = all_runs(seeds=options.seeds, quick=options.quick)
+    reward = learn_reward(folder, plan, options.seed)
     jobs, world, drawn = jobs_of(folder, runs, plan), load_world(folder), read_rows(folder)
-    what = "film reviews of a file" if options["reviews"] else "the grammar's film reviews"
+    what = "film reviews of a file" if options.reviews else "the grammar's film reviews"
     return Study(
         plan={"methods": list(jobs.values())},
         runs=lambda found: results_of(dict(zip(jobs, found)) | {"reward-model": reward}, runs, plan),
-        table=lambda results: report(results, runs, plan, world, options["label_noise"], drawn),
+        table=lambda results: report(results, runs, plan, world, options.label_noise, drawn),
         files=lambda found: files(*found, world, what),
     )
-
-
-def _open(args: argparse.Namespace) -> tuple[Path, dict]:
-    """The run's folder and its options: a new one, or the one to go on with."""
-    if args.resume is not None:
-        folder = Path(args.resume)
-        config = read_run_config(folder)
-        if config.get("command") != "sentiment":
-            raise InputError(f"--resume {folder}: is a run of {config.get('command')!r}; use that command.")
-        for name, was in config["options"].items():
-            if getattr(args, name, None) not in (None, was):
-                flag = "--" + name.replace("_", "-")
-                raise InputError(f"--resume {folder}: {flag} is {was} in that run; leave it out.")
-        return folder, config["options"]
-    quick = bool(args.quick)
-    plans = (GRAMMAR, QUICK) if args.reviews is None else (REVIEWS, QUICK_REVIEWS)
-    options = {
-        "reviews": args.reviews,
-        "label_noise": args.label_noise or NOISES[0],
-        "seeds": (1 if quick else SEEDS) if args.seeds is None else args.seeds,
-        "seed": args.seed or 0,
-        "quick": quick,
-        "output_dir": args.output_dir,
-        "plan": plans[quick]._asdict(),
-    }
-    check_count("--seeds", options["seeds"])
-    check_seed("--seed", options["seed"])
-    refuse_used_folder(args.output_dir)
-    if args.reviews is not None:
-        read_reviews(args.reviews)  # before anything is written
-    folder = new_run_folder(args.output_dir, "sentiment")
-    config = {"command": "sentiment", "options": options, "threads": 1, **versions()}
-    write_json(folder / CONFIG_FILE, config)
-    return folder, options

@@ -9,8 +9,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from ..figures import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, STYLE, save_figure, with_intervals
+from .methods import TEMPERATURES
 from .results import Group, Results, Row, crossed_interval, win_interval
-from .runs import TEMPERATURES
 
 COLOURS = {  # other methods are grey, best of N is red
     "DPO": BLUE, "PPO": ORANGE, "PPO-GT": GREEN, "Unlikelihood": PINK, "Preferred-FT": SKY, "SFT": "black",

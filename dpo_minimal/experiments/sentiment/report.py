@@ -14,9 +14,8 @@ import torch
 from ...text.runs import write_json, write_records
 from ..study import paragraph, table, write_csv, write_text
 from ..text.report import prompt_line, text_lines
-from .methods import REWARD_EPOCHS, Run, budget_of
+from .methods import REWARD_EPOCHS, SHOWN, Run, budget_of
 from .results import NATS, Group, Results, Row, path_rows
-from .runs import SHOWN
 from .world import K, Plan, World
 
 PRINTED = 2  # prompts whose samples are printed

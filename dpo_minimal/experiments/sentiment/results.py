@@ -23,8 +23,7 @@ from torch import Tensor
 from ...closed_form import reward_kl_frontier
 from ...rivals.baselines import best_of_n_kl_bound, best_of_n_reward
 from ...rivals.evaluate import win_rate
-from .methods import Run, budget_of
-from .runs import OTHER_TEMPERATURES, TEMPERATURES, Arrays
+from .methods import OTHER_TEMPERATURES, TEMPERATURES, Arrays, Run, budget_of
 from .world import Plan
 
 Row = dict[str, Any]

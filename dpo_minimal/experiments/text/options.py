@@ -168,10 +168,11 @@ def resolve(
     """
     if command is not None and args.resume is not None:
         return _resumed(args, command)
+    data = getattr(args, "data", None)  # which frontier and sentiment do not have
     of_data = (
-        ("skip_bad_rows", args.data is None,
+        ("skip_bad_rows", data is None,
          "{} is used only with --data, whose rows may be bad; leave it out."),
-        ("rows", command is not None and args.data is not None,
+        ("rows", command is not None and data is not None,
          "{} is used only without --data, for the generated reviews; leave it out."),
     )  # fmt: skip
     for names, refused, message in (*of_data, *rules):
@@ -181,7 +182,7 @@ def resolve(
     values = dict(vars(args))
     for name, option in declared(groups).items():
         if values[name] is None:
-            values[name] = option.reviews if args.data is None and option.reviews else option.default
+            values[name] = option.reviews if data is None and option.reviews else option.default
         elif option.check is not None or option.kind is int:
             (option.check or check_count)(flag_of(name), values[name])
     return argparse.Namespace(**values)
@@ -195,7 +196,7 @@ def _resumed(args: argparse.Namespace, command: str) -> argparse.Namespace:
             f"--resume {folder}: is a run of {config.get('command')!r}; go on with it by that command."
         )
     options = config["options"]
-    if missing := sorted(set(vars(args)) - set(options)):
+    if missing := sorted(set(vars(args)) - set(options) - {"resume"}):
         raise InputError(f"--resume {folder}: was made without {flag_of(missing[0])}; start a new run.")
     for name, value in vars(args).items():
         if value is not None and name != "resume" and value != options.get(name):
