@@ -38,15 +38,16 @@ class Study(NamedTuple):
 
     Fields:
         plan: name of a part, such as a world -> its jobs.
-        runs: what the jobs of a part returned, in their order -> the part's runs.
-        table: the part's runs -> the text to print when they are there.
+        table: the runs of a part -> the lines to print when they are there.
         files: the runs of all parts -> name of a file -> what writes it, given its path.
+        runs: what the jobs of a part returned, in their order -> the part's runs; here of jobs that each
+            return a list of them.
     """
 
     plan: dict[str, list[Job]]
-    runs: Callable[[list[Any]], Any]
-    table: Callable[[Any], str]
+    table: Callable[[Any], list[str]]
     files: Callable[[list[Any]], dict[str, Callable[[Path], None]]]
+    runs: Callable[[list[Any]], Any] = lambda found: [run for runs in found for run in runs]
 
 
 def carry_out(study: Study, folder: Path, *, workers: int = 1) -> None:
@@ -54,7 +55,7 @@ def carry_out(study: Study, folder: Path, *, workers: int = 1) -> None:
     found = []
     for part, jobs in study.plan.items():
         found.append(study.runs(run_jobs(jobs, part, workers)))
-        print("\n" + study.table(found[-1]), flush=True)
+        print("", *study.table(found[-1]), sep="\n", flush=True)
     files = study.files(found)
     for name, write in files.items():
         write(folder / name)

@@ -37,7 +37,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ...certificates import certify
 from ...closed_form import kl_divergence, optimal_logps
@@ -67,6 +66,16 @@ NOISE = 0.1  # that cDPO and robust DPO expect where labels have none: what a wr
 FT_SEEDS = 3
 LONGER = 3  # times the usual effort on the ways to one optimum
 MOST_PAIRS = 10_000_000  # what memory allows; by then the exact preferences are as good
+
+WAYS = (
+    ("road", "<38", ""), ("KL(pi||pi*)", ">11", ".1e"), ("max|dlogp|", ">10", ".1e"), ("bound", ">8", ".1e"),
+    ("steps", ">6", ""), ("sec", ">5", ".1f"),
+)  # fmt: skip
+COLUMNS = (
+    ("method", "<31", ""), ("setting", "<14", ""), ("KL", ">6", ".3f"), ("reward", ">7", ".3f"),
+    ("gap", ">7", "z.4f"), ("in nats", ">8", "z.4f"), ("end", ">8", ".1e"), ("steps", ">6", ""),
+    ("sec", ">5", ".1f"),
+)  # fmt: skip
 
 
 def _check_beta(flag: str, value: float) -> None:
@@ -130,7 +139,7 @@ def run(args: argparse.Namespace) -> Path:
     if not args.pairs:
         print("Every way to the same optimum first, then every method below the frontier.", flush=True)
         for world in worlds:
-            print("\n" + "\n".join(ways_to_one_optimum(world, args)), flush=True)
+            print("", *ways_to_one_optimum(world, args), sep="\n", flush=True)
     carry_out(pairs_study(worlds, args) if args.pairs else frontier_study(worlds, args), folder)
     return folder
 
@@ -145,54 +154,43 @@ def _comparisons(world: World, args: argparse.Namespace, *, seed: int) -> Rankin
     )  # fmt: skip
 
 
-# --------------------------------------------------------------------------------- ways to one optimum
-
-
 def ways_to_one_optimum(world: World, args: argparse.Namespace) -> list[str]:
     """Train towards one pi* in every way there is; the lines to print."""
     beta, effort = args.beta, methods.effort(world, quick=args.quick)
-    optimal = optimal_logps(world.ref_logps, world.rewards, beta=beta)
     exists = torch.ones_like(world.rewards, dtype=torch.bool)
     generator = torch.Generator().manual_seed(args.seed)
     # Any connected choice of pairs has the same optimum; rings of neighbours cover rare completions too.
     population = expected_pairs(world.rewards, random_cycles(exists, cycles=4, generator=generator))
     triples = random_cycles(exists, cycles=2, size=3, generator=generator)
     rankings = expected_rankings(world.rewards, triples)
-    rows = []
-
-    def add(name: str, logps: Tensor, steps: int, seconds: float, data: Rankings | None = None) -> None:
-        bound = math.inf
+    train = partial(methods.train_on_pairs, world, steps=LONGER * effort.steps)
+    started = time.perf_counter()
+    newton = methods.closed_form(world, maximum_likelihood(population, exists), "", beta)
+    newton = replace(newton, seconds=time.perf_counter() - started)
+    longer = effort._replace(iterations=LONGER * effort.iterations)
+    ways = {
+        "DPO": (train(pair_methods.dpo(beta), population), population),
+        "DPO on rankings of 3": (train(pair_methods.plackett_luce(beta), rankings), rankings),
+        "reward model (Newton) + closed form": (newton, population),
+        "PPO with the true reward": (
+            methods.climb(world, world.rewards, "", beta=beta, effort=longer, seed=args.seed), None
+        ),
+    }  # fmt: skip
+    if world.name == "table":
+        one = natural_gradient_step(
+            world.ref_logps, world.ref_logps, world.rewards, beta=beta, learning_rate=1 / beta
+        )
+        step = Run(world, "", "", torch.stack([world.ref_logps, one]), [0, 1], None)
+        ways["natural gradient, one step of 1/beta"] = step, None
+    optimal, rows = optimal_logps(world.ref_logps, world.rewards, beta=beta), []
+    for name, (run, data) in ways.items():
+        logps, bound = run.path[-1], math.inf
         if data is not None:
             bound = certify(logps, world.ref_logps, data, beta=beta).logp_bound.max().item()
         kl, worst = kl_divergence(logps, optimal).max().item(), (logps - optimal).abs().max().item()
-        rows.append((name, kl, worst, bound if math.isfinite(bound) else "-", steps, seconds))
-
-    for name, method, data in (
-        ("DPO", pair_methods.dpo(beta), population),
-        ("DPO on rankings of 3", pair_methods.plackett_luce(beta), rankings),
-    ):
-        found = methods.train_on_pairs(world, method, data, steps=LONGER * effort.steps)
-        add(name, found.path[-1], found.steps, found.seconds, data)
-    started = time.perf_counter()
-    estimate = maximum_likelihood(population, exists)
-    seconds = time.perf_counter() - started
-    closed = optimal_logps(world.ref_logps, estimate, beta=beta)
-    add("reward model (Newton) + closed form", closed, 0, seconds, population)
-    longer = effort._replace(iterations=LONGER * effort.iterations)
-    found = methods.climb(world, world.rewards, "PPO-GT", beta=beta, effort=longer, seed=args.seed)
-    add("PPO with the true reward", found.path[-1], found.steps, found.seconds)
-    if world.name == "table":
-        reached = natural_gradient_step(
-            world.ref_logps, world.ref_logps, world.rewards, beta=beta, learning_rate=1 / beta
-        )
-        add("natural gradient, one step of 1/beta", reached, 1, 0.0)
-    columns = [("road", "<38", ""), ("KL(pi||pi*)", ">11", ".1e"), ("max|dlogp|", ">10", ".1e"),
-               ("bound", ">8", ".1e"), ("steps", ">6", ""), ("sec", ">5", ".1f")]  # fmt: skip
+        rows.append((name, kl, worst, bound if bound < math.inf else "-", run.steps, run.seconds))
     title = f"Roads to one optimum: {world.name}, exact preferences, beta = {beta:g}"
-    return [title, *table(columns, rows, indent="  ")]
-
-
-# ---------------------------------------------------------------------------------------- the frontier
+    return [title, *table(WAYS, rows, indent="  ")]
 
 
 def frontier_study(worlds: list[World], args: argparse.Namespace) -> Study:
@@ -204,8 +202,7 @@ def frontier_study(worlds: list[World], args: argparse.Namespace) -> Study:
         drawn += f", {args.flip_probability:.3g} of the labels flipped"
     return Study(
         plan={world.name: plan(world, args) for world in worlds},
-        runs=lambda found: [run for runs in found for run in runs],
-        table=lambda runs: "\n".join(results_table(runs)),
+        table=results_table,
         files=lambda found: {
             "frontier.png": partial(frontier_figure, found, drawn),
             "result.npz": partial(write_arrays, arrays=_arrays(found)),
@@ -219,18 +216,14 @@ def pairs_study(worlds: list[World], args: argparse.Namespace) -> Study:
     from .figure import pairs_figure
 
     laws = {world.name: pairs.law_of(world, beta=args.beta) for world in worlds}
+    arrays = {f"{name}_law": np.array(law) for name, law in laws.items()}
     return Study(
         plan={world.name: pairs.plan(world, args) for world in worlds},
-        runs=lambda found: [point for points in found for point in points],
-        table=lambda points: "\n".join(pairs.summary(points, laws[points[0].world], args.beta)),
+        table=lambda points: pairs.summary(points, laws[points[0].world], args.beta),
         files=lambda found: {
             "pairs.png": partial(pairs_figure, found, laws, args.beta),
-            "metrics.jsonl": partial(
-                write_records, records=[p._asdict() for points in found for p in points]
-            ),
-            "result.npz": partial(
-                write_arrays, arrays={f"{name}_law": np.array(law) for name, law in laws.items()}
-            ),
+            "metrics.jsonl": partial(write_records, records=[p._asdict() for ps in found for p in ps]),
+            "result.npz": partial(write_arrays, arrays=arrays),
         },
     )
 
@@ -293,22 +286,13 @@ def kl_of_best(world: World) -> float:
     return -world.ref_logps.gather(-1, best).mean().item()
 
 
-COLUMNS = (
-    ("method", "<31", ""), ("setting", "<14", ""), ("KL", ">6", ".3f"), ("reward", ">7", ".3f"),
-    ("gap", ">7", "z.4f"), ("in nats", ">8", "z.4f"), ("end", ">8", ".1e"), ("steps", ">6", ""),
-    ("sec", ">5", ".1f"),
-)  # fmt: skip
-
-
 def results_table(runs: list[Run]) -> list[str]:
     """The lines that are printed for a world."""
     rows = []
     for run in runs:
-        end = run.distance if run.distance < math.inf else run.ends
-        numbers = [values[-1] for values in run.gap]  # KL, reward, and the two gaps
-        rows.append(
-            (run.family, run.setting, *numbers, end if run.steps else "exact", run.steps, run.seconds)
-        )
+        end = "exact" if run.steps == 0 else run.distance if run.distance < math.inf else run.ends
+        ends = [values[-1] for values in run.gap]  # KL, reward, and the two gaps
+        rows.append((run.family, run.setting, *ends, end, run.steps, run.seconds))
     world = runs[0].world
     X, Y = world.rewards.shape
     return [
@@ -330,16 +314,9 @@ def _arrays(found: list[list[Run]]) -> dict[str, np.ndarray]:
 def _rows(found: list[list[Run]]) -> list[dict]:
     """A row for each policy along the path of each run."""
     names = ("kl/policy_reference", "reward", "gap/reward", "gap/nats")
-    return [
-        {
-            "world": run.world.name,
-            "number": number,
-            "method": run.family,
-            "setting": run.setting,
-            "step": step,
-        }
-        | dict(zip(names, (values[k].item() for values in run.gap)))
-        for runs in found
-        for number, run in enumerate(runs)
-        for k, step in enumerate(run.steps_at)
-    ]
+    rows = []
+    for number, run in ((number, run) for runs in found for number, run in enumerate(runs)):
+        who = {"world": run.world.name, "number": number, "method": run.family, "setting": run.setting}
+        for k, step in enumerate(run.steps_at):
+            rows.append(who | {"step": step} | dict(zip(names, (values[k].item() for values in run.gap))))
+    return rows

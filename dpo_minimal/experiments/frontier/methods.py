@@ -95,9 +95,6 @@ class Run:
         return frontier_gap(self.path, self.world.ref_logps, self.world.rewards)
 
 
-# ------------------------------------------------------------------------------------- by comparisons
-
-
 def train_on_pairs(world: World, method: PairMethod, rankings: Rankings, *, steps: int) -> Run:
     """Adam on the whole of the comparisons, its rate falling linearly to zero."""
     policy = world.policy()
@@ -151,9 +148,6 @@ def follow(policy: nn.Module, stream: Iterable, steps: int) -> tuple[Tensor, lis
 def pairs_loss(rewards: Tensor, pairs: Rankings) -> Tensor:
     """-log sigmoid of the margin of each comparison (Eq. 2), summed by their weights; rewards (X, Y)."""
     return pairs.weight @ bradley_terry_loss(*pairs.gather(rewards).unbind(-1))
-
-
-# -------------------------------------------------------------------------------------------- by rewards
 
 
 def climb(

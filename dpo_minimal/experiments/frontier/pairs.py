@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -41,9 +42,6 @@ NARROW = 8  # width of the GPT that cannot express pi*
 STEPS = 1200  # of the reward model: as many as DPO's on a table
 PRIOR_STEPS = 400  # with a prior nothing runs away, and Adam is there sooner
 POPULATION = math.inf  # pairs, where preferences are exact
-
-
-# ------------------------------------------------------------------------------------------- comparisons
 
 
 def draw(population: Rankings, num_pairs: float, generator: np.random.Generator) -> Rankings:
@@ -133,9 +131,6 @@ def covered(world: World, rankings: Rankings, *, beta: float) -> Tensor:
     return (world.ref_logps + (world.rewards - mean) / beta).log_softmax(-1)
 
 
-# --------------------------------------------------------------------------------------- plan and runs
-
-
 class Point(NamedTuple):
     """One measurement: gap in nats of one method, for N pairs and one data set."""
 
@@ -148,15 +143,22 @@ class Point(NamedTuple):
 def plan(world: World, args: argparse.Namespace) -> list[Job]:
     """What is to be run on a world: each job returns points."""
     if world.name == "table":
-        jobs = [partial(_on_table, world, size, args) for size in (*SIZES, POPULATION)]
+        jobs = [partial(_points, size, args, _on_table, world) for size in (*SIZES, POPULATION)]
     else:
         narrow = gpt_world(args.seed, quick=args.quick, width=NARROW)
         sets = [(size, k) for size in GPT_SIZES for k in range(1 if args.quick else GPT_SEEDS)]
-        jobs = [partial(_on_gpt, world, narrow, size, k, args) for size, k in (*sets, (POPULATION, 0))]
-    return [*jobs, lambda: [_ppo(world, world.rewards, "PPO-GT", POPULATION, 0, args)]]
+        sets.append((POPULATION, 0))
+        jobs = [partial(_points, size, args, _on_gpt, world, narrow, k) for size, k in sets]
+    return [*jobs, partial(_points, POPULATION, args, _by_the_true_reward, world)]
 
 
-def _on_table(world: World, size: float, args: argparse.Namespace) -> list[Point]:
+def _points(size: float, args: argparse.Namespace, policies: Callable[..., Iterator], *worlds) -> list[Point]:
+    """The gap of each policy to its own world's pi*; policies yields world, method, log pi."""
+    found = policies(size, args, *worlds)
+    return [Point(w.name, name, size, gap_to_optimum(w, logps, beta=args.beta)) for w, name, logps in found]
+
+
+def _on_table(size: float, args: argparse.Namespace, world: World) -> Iterator[tuple[World, str, Tensor]]:
     """All methods on the data sets of one size, whose reward models are fitted together."""
     generator = np.random.default_rng([args.seed, 0 if size == POPULATION else int(size)])
     count = 1 if size == POPULATION else REPLICATES
@@ -164,34 +166,36 @@ def _on_table(world: World, size: float, args: argparse.Namespace) -> list[Point
     parts = [_parts(each, size, generator) for each in sets]
     shown, held = (torch.stack([win_counts(p[k], *world.rewards.shape) for p in parts]) for k in (0, 1))
     rewards = fit_rewards(shown, held, steps=STEPS)
-    points = []
     for data, learned in zip(sets, rewards):
-        policy = optimal_logps(world.ref_logps, learned, beta=args.beta)
-        points.append(_point(world, "DPO", size, policy, args))
-        points.append(_point(world, "coverage", size, covered(world, data, beta=args.beta), args))
+        yield world, "DPO", optimal_logps(world.ref_logps, learned, beta=args.beta)
+        yield world, "coverage", covered(world, data, beta=args.beta)
     if size != POPULATION:
-        known = with_prior(world, sets, beta=args.beta)
-        points += [_point(world, "prior", size, policy, args) for policy in known]
-    climbed = min(count, 1 if args.quick else CLIMBED)
-    return [*points, *(_ppo(world, rewards[k], "PPO", size, k, args) for k in range(climbed))]
+        yield from ((world, "prior", policy) for policy in with_prior(world, sets, beta=args.beta))
+    for k in range(min(count, 1 if args.quick else CLIMBED)):
+        yield world, "PPO", _ppo(world, rewards[k], args, k)
 
 
-def _on_gpt(world: World, narrow: World, size: float, k: int, args: argparse.Namespace) -> list[Point]:
+def _on_gpt(
+    size: float, args: argparse.Namespace, world: World, narrow: World, k: int
+) -> Iterator[tuple[World, str, Tensor]]:
     """All methods on the k-th data set of one size, and DPO of the narrow GPT on one of its own."""
     generator = np.random.default_rng([args.seed, k, 0 if size == POPULATION else int(size)])
     data = draw(_population(world), size, generator)
     parts = _parts(data, size, generator)
-    points = [_dpo(world, "DPO", size, parts, args)]
+    yield world, "DPO", _stopped_dpo(world, parts, args)
     if size != POPULATION:
-        points.append(_point(world, "prior", size, with_prior(world, [data], beta=args.beta)[0], args))
-    points.append(_point(world, "coverage", size, covered(world, data, beta=args.beta), args))
+        yield world, "prior", with_prior(world, [data], beta=args.beta)[0]
+    yield world, "coverage", covered(world, data, beta=args.beta)
     narrow_parts = _parts(draw(_population(narrow), size, generator), size, generator)
-    points.append(_dpo(narrow, "DPO, narrow GPT", size, narrow_parts, args))
+    yield narrow, "DPO, narrow GPT", _stopped_dpo(narrow, narrow_parts, args)
     steps = methods.effort(world, quick=args.quick).steps
     rewards = methods.gpt_reward_model(world, *parts, steps=steps, seed=args.seed + k)
-    closed = optimal_logps(world.ref_logps, rewards, beta=args.beta)
-    points.append(_point(world, "reward model + closed form", size, closed, args))
-    return [*points, _ppo(world, rewards, "PPO", size, k, args)]
+    yield world, "reward model + closed form", optimal_logps(world.ref_logps, rewards, beta=args.beta)
+    yield world, "PPO", _ppo(world, rewards, args, k)
+
+
+def _by_the_true_reward(size: float, args: argparse.Namespace, world: World) -> Iterator:
+    yield world, "PPO-GT", _ppo(world, world.rewards, args, 0)
 
 
 def _population(world: World) -> Rankings:
@@ -203,20 +207,15 @@ def _parts(data: Rankings, size: float, generator: np.random.Generator) -> tuple
     return (data, data) if size == POPULATION else split(data, generator)
 
 
-def _dpo(world: World, name: str, size: float, parts, args: argparse.Namespace) -> Point:
+def _stopped_dpo(world: World, parts: tuple[Rankings, Rankings], args: argparse.Namespace) -> Tensor:
     steps = methods.effort(world, quick=args.quick).steps
     found = methods.train_on_pairs(world, pair_methods.dpo(args.beta), parts[0], steps=steps)
-    return _point(world, name, size, found.path[best_on_path(found, parts[1], beta=args.beta)], args)
+    return found.path[best_on_path(found, parts[1], beta=args.beta)]
 
 
-def _ppo(world: World, rewards: Tensor, name: str, size: float, k: int, args: argparse.Namespace) -> Point:
+def _ppo(world: World, rewards: Tensor, args: argparse.Namespace, k: int) -> Tensor:
     effort = methods.effort(world, quick=args.quick)
-    found = methods.climb(world, rewards, name, beta=args.beta, effort=effort, seed=args.seed + k)
-    return _point(world, name, size, found.path[-1], args)
-
-
-def _point(world: World, name: str, size: float, logps: Tensor, args: argparse.Namespace) -> Point:
-    return Point(world.name, name, size, gap_to_optimum(world, logps, beta=args.beta))
+    return methods.climb(world, rewards, "", beta=args.beta, effort=effort, seed=args.seed + k).path[-1]
 
 
 def gap_to_optimum(world: World, logps: Tensor, *, beta: float) -> float:
@@ -228,9 +227,6 @@ def best_on_path(found: methods.Run, held_out: Rankings, *, beta: float) -> int:
     """Where along a path the implicit rewards predict held-out comparisons best."""
     rewards = beta * (found.path - found.world.ref_logps)
     return int(np.argmin([methods.pairs_loss(each, held_out).item() for each in rewards]))
-
-
-# --------------------------------------------------------------------------------------- rows and table
 
 
 class Spread(NamedTuple):
@@ -253,9 +249,8 @@ def spreads(points: list[Point], method: str) -> dict[float, Spread]:
 
 def spreads_of_all(points: list[Point]) -> dict[str, dict[float, Spread]]:
     """Those of every method that learns from pairs, in the order of the points."""
-    return {
-        name: spreads(points, name) for name in dict.fromkeys(p.method for p in points) if name != "PPO-GT"
-    }
+    names = dict.fromkeys(point.method for point in points if point.method != "PPO-GT")
+    return {name: spreads(points, name) for name in names}
 
 
 def law_of(world: World, *, beta: float) -> float:

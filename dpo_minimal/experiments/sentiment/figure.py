@@ -135,9 +135,6 @@ def _settings(axis, results: Results, right: float) -> None:
             )  # fmt: skip
 
 
-# --------------------------------------------------------------------------------------------- win rates
-
-
 def win_rate_figure(results: Results, path: Path) -> None:
     """Four panels: over temperatures, over training, of best of N, and on other prompts."""
     with plt.rc_context(STYLE | LARGE):

@@ -62,10 +62,7 @@ def _plus_minus(row: Row, name: str) -> str:
 
 def budget_text(plan: Plan, runs: Sequence[Run]) -> str:
     """What every method may use."""
-    used = {tuple(budget_of(run, plan).values()) for run in runs if run.kind != "none"}
-    if len(used) != 1:
-        raise AssertionError(f"the budgets differ, which is a bug in here: {used}")
-    steps, completions, judged = used.pop()
+    steps, completions, judged = next(budget_of(run, plan).values() for run in runs if run.kind != "none")
     return paragraph(
         f"Every method: {steps} gradient steps on {completions} completions each, AdamW at "
         f"{plan.learning_rate:g} after {plan.warmup} steps of warm-up, gradients clipped at 1, and "
@@ -153,13 +150,13 @@ def sample_text(world: World, shown: int, groups: Sequence[Group]) -> str:
 
 def report(
     results: Results, runs: Sequence[Run], plan: Plan, world: World, noise: str, drawn: Sequence[Row]
-) -> str:
+) -> list[str]:
     """Everything that is printed; drawn: the rows of preferences.jsonl."""
-    parts = (
-        table_text(results.rows), budget_text(plan, runs), labels_text(drawn, noise),
-        comparison_text(results, drawn), character_text(results), sample_text(world, PRINTED, results.full),
-    )  # fmt: skip
-    return "\n\n".join(parts)
+    return [
+        table_text(results.rows), "", budget_text(plan, runs), "", labels_text(drawn, noise), "",
+        comparison_text(results, drawn), "", character_text(results), "",
+        sample_text(world, PRINTED, results.full),
+    ]  # fmt: skip
 
 
 def files(results: Results, world: World, what: str) -> dict[str, Callable[[Path], None]]:

@@ -80,9 +80,6 @@ def _review(line: bytes, place: str) -> Review:
     return Review(body.strip(), label == "1")
 
 
-# ----------------------------------------------------------------------------------------- bag of words
-
-
 class BagOfWords(NamedTuple):
     """A logistic regression on which words a text contains.
 
@@ -152,9 +149,6 @@ def fit_bag_of_words(reviews: Sequence[Review], *, l2: float = L2) -> BagOfWords
 def accuracy(judge: BagOfWords, reviews: Sequence[Review]) -> float:
     """Share of reviews whose sign the judge finds."""
     return sum((judge.log_odds(review.text) > 0) == review.positive for review in reviews) / len(reviews)
-
-
-# ------------------------------------------------------------------------------------------ as a reward
 
 
 def truth_of(judge: BagOfWords | None, tokenizer: Tokenizer) -> Truth:
