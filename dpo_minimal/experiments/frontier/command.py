@@ -92,15 +92,16 @@ def _check_pairs(flag: str, value: int) -> None:
 
 OPTIONS = {
     "preferences": {
-        "num_pairs": Option("comparisons to sample in each world", int, _check_pairs, 20_000),
+        "num_pairs": Option("comparisons to sample in each world", int, 20_000, check=_check_pairs),
         "population": Option("exact preference probabilities instead of sampled pairs", bool),
         "flip_probability": Option(
             "label noise: the chance that a label is reversed, 0 to 1/2; cDPO and robust DPO are told it, or "
-            f"{NOISE:g} where it is 0", float, lambda flag, e: check_flip_probability(e, flag), 0.0,
+            f"{NOISE:g} where it is 0", float, 0.0,
+            check=lambda flag, share: check_flip_probability(share, flag),
         ),
         "beta": Option(
             "of the ways to one optimum, of the methods without a range of their own, and of --pairs; where "
-            "PPO's coefficient starts", float, _check_beta, 0.5,
+            "PPO's coefficient starts", float, 0.5, check=_check_beta,
         ),
         "pairs": Option(
             "instead of the frontier: the gap to pi* as the number of pairs grows from 100 to a million", bool

@@ -76,10 +76,8 @@ OPTIONS = {
         ),
     },
     "run": {
-        "seeds": Option(
-            f"trainings of each method and setting (default {SEEDS}; 1 with --quick)", int, check_count
-        ),
-        "seed": Option("of the SFT model, the prefixes and the pairs", int, check_seed, 0),
+        "seeds": Option(f"trainings of each method and setting (default {SEEDS}; 1 with --quick)"),
+        "seed": Option("of the SFT model, the prefixes and the pairs", int, 0, check=check_seed),
         "quick": Option("fewer settings, prompts and steps, one seed", bool),
         "output_dir": RUN["output_dir"],
         "resume": Option(
