@@ -96,7 +96,6 @@ def implicit_reward(logps: Tensor, ref_logps: Tensor, *, beta: float) -> Tensor:
     Raises:
         InputError: shapes differ, an entry is not finite (the ratio is undefined off the support), beta <= 0.
     """
-    check_same_shape(logps=logps, ref_logps=ref_logps)
     check_finite(logps=logps, ref_logps=ref_logps)
     check_positive("beta", beta)
     return beta * (logps - ref_logps)
@@ -313,7 +312,6 @@ def next_token_logps(completion_logps: Tensor, completions: Tensor, lengths: Ten
         InputError: completion_logps is no distribution with full support, the shapes do not fit together,
             or the completions are not prefix-free.
     """
-    check_same_shape(completion_logps=completion_logps)
     check_finite(completion_logps=completion_logps)
     check_log_distribution(completion_logps=completion_logps)
     Y = completion_logps.shape[-1]

@@ -23,7 +23,6 @@ from .validation import (
     check_flip_probability,
     check_log_distribution,
     check_positive,
-    check_same_shape,
 )
 
 
@@ -84,7 +83,6 @@ def bradley_terry(first_rewards: Tensor, second_rewards: Tensor) -> Tensor:
     Raises:
         InputError: shapes differ or an entry is not finite.
     """
-    check_same_shape(first_rewards=first_rewards, second_rewards=second_rewards)
     check_finite(first_rewards=first_rewards, second_rewards=second_rewards)
     return torch.sigmoid(first_rewards - second_rewards)
 
@@ -94,7 +92,6 @@ def preference_matrix(rewards: Tensor) -> Tensor:
 
     Args: rewards (..., Y), finite. Returns (..., Y, Y), with 1/2 on the diagonal.
     """
-    check_same_shape(rewards=rewards)
     check_finite(rewards=rewards)
     return torch.sigmoid(rewards.unsqueeze(-1) - rewards.unsqueeze(-2))
 
@@ -111,7 +108,6 @@ def plackett_luce_logprob(ranked_rewards: Tensor) -> Tensor:
         >>> plackett_luce_logprob(torch.zeros(3)).exp()                        # each of 3! orders alike
         tensor(0.1667)
     """
-    check_same_shape(ranked_rewards=ranked_rewards)
     check_finite(ranked_rewards=ranked_rewards)
     still_there = ranked_rewards.flip(-1).logcumsumexp(-1).flip(-1)  # entry k: log sum over j >= k
     return (ranked_rewards - still_there).sum(-1)
@@ -236,7 +232,6 @@ def sample_pairs(
 
 
 def _chance_of_first(rewards: Tensor, slate: Slate, temperature: float, flip_probability: float) -> Tensor:
-    check_same_shape(rewards=rewards)
     check_finite(rewards=rewards)
     check_positive("temperature", temperature)
     check_flip_probability(flip_probability)
@@ -249,7 +244,6 @@ def _chance_of_first(rewards: Tensor, slate: Slate, temperature: float, flip_pro
 def expected_rankings(rewards: Tensor, slate: Slate) -> Rankings:
     """The population of rankings: all K! orders of each set with their Plackett-Luce probability (Eq. 18)
     [D8.1]. Returns E * K! rankings, weights summing to one."""
-    check_same_shape(rewards=rewards)
     check_finite(rewards=rewards)
     size = slate.items.shape[-1]
     orders = torch.tensor(list(itertools.permutations(range(size))))  # (K!, K)
@@ -267,7 +261,6 @@ def sample_rankings(
     Returns: Rankings, the distinct outcomes weighted by how often they came.
     """
     check_count("num_rankings", num_rankings)
-    check_same_shape(rewards=rewards)
     check_finite(rewards=rewards)
     drawn = torch.multinomial(slate.weight, num_rankings, replacement=True, generator=generator)
     items, prompt = slate.items[drawn], slate.prompt[drawn]

@@ -1,8 +1,8 @@
-"""What every public function does at its door: check, with one sentence that names the argument, and widen.
+"""Checks of arguments, each with one sentence that names the argument, and `widen`.
 
-The checks look at values, so on an accelerator each costs one synchronisation. They are here because
-the alternative is silent: `(B,)` against `(B, 1)` broadcasts to `(B, B)`, a NaN spreads, and an
-unnormalised table converges to the wrong policy.
+The checks read values, so on an accelerator each costs one synchronisation. Without them the mistakes would
+be silent: `(B,)` against `(B, 1)` broadcasts to `(B, B)`, a NaN spreads, and an unnormalised table converges
+to the wrong policy.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ def check_same_shape(**tensors: Tensor) -> None:
 
 
 def check_finite(**tensors: Tensor) -> None:
-    """Require every entry to be finite."""
+    """Require what `check_same_shape` requires, and every entry to be finite."""
+    check_same_shape(**tensors)
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor.detach()).all():
             bad = (~torch.isfinite(tensor.detach())).nonzero()[0].tolist()

@@ -31,7 +31,6 @@ from ..validation import (
     check_log_distribution,
     check_not_negative,
     check_positive,
-    check_same_shape,
 )
 
 # ------------------------------------------------------------------------- the gradient of the objective
@@ -44,7 +43,6 @@ def penalised_rewards(logps: Tensor, ref_logps: Tensor, rewards: Tensor, *, beta
 
     Args: logps, ref_logps, rewards of one shape, finite; beta > 0. Returns that shape, in units of reward.
     """
-    check_same_shape(logps=logps, ref_logps=ref_logps, rewards=rewards)
     check_finite(logps=logps, ref_logps=ref_logps, rewards=rewards)
     check_positive("beta", beta)
     return rewards - beta * (logps - ref_logps)
@@ -116,7 +114,6 @@ def kl_estimates(logps: Tensor, ref_logps: Tensor) -> tuple[Tensor, Tensor, Tens
 
     Args: log-probabilities of the samples under both, of one shape. Returns three tensors of that shape.
     """
-    check_same_shape(logps=logps, ref_logps=ref_logps)
     check_finite(logps=logps, ref_logps=ref_logps)
     ratio = logps - ref_logps
     return ratio, ratio.square() / 2, torch.expm1(-ratio) + ratio
@@ -138,7 +135,6 @@ def clipped_surrogate(logps: Tensor, old_logps: Tensor, advantages: Tensor, *, c
     Returns: losses of that shape.
     Source: Schulman et al. (2017), "Proximal Policy Optimization Algorithms".
     """
-    check_same_shape(logps=logps, old_logps=old_logps, advantages=advantages)
     check_finite(logps=logps, old_logps=old_logps, advantages=advantages)
     check_positive("clip", clip)
     ratio, advantages = (logps - old_logps.detach()).exp(), advantages.detach()
@@ -303,7 +299,6 @@ def best_of_n_reward(rewards: Tensor, *, n: int) -> Tensor:
 
     Args: rewards (..., m) of draws from the reference; n in [1, m]. Returns (...,).
     """
-    check_same_shape(rewards=rewards)
     check_finite(rewards=rewards)
     check_count("n", n)
     m = rewards.shape[-1]

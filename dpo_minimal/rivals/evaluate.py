@@ -136,7 +136,6 @@ def win_rate(first_rewards: Tensor, second_rewards: Tensor) -> WinRate:
         >>> str(win_rate(torch.tensor([3.0, 2.0, 1.0, 0.0]), torch.tensor([0.0, 0.0, 0.0, 0.0])))
         '87.5% (44.6% to 97.7%)'
     """
-    check_same_shape(first_rewards=first_rewards, second_rewards=second_rewards)
     check_finite(first_rewards=first_rewards, second_rewards=second_rewards)
     if first_rewards.dim() != 1:
         raise InputError(f"rewards must have shape (N,), got {tuple(first_rewards.shape)}.")
