@@ -114,7 +114,7 @@ def certificate(logps, ref_logps, w, l, share, *, beta):
 
 
 def main():
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # on matrices this small, two threads wait for each other
     torch.manual_seed(SEED)
     prompt, completions = torch.tensor(PROMPT), enumerate_completions()
     policy = GPT().double()
