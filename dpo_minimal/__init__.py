@@ -4,10 +4,11 @@ The book's names are imported here; those of the annexes when they are first ask
 `import dpo_minimal` costs little more than torch.
 """
 
+# ruff: noqa: F401  (what is imported here is `__all__`, computed below)
 from importlib import import_module
 
 from .bandit import Bandit, TabularPolicy, random_bandit
-from .certificates import certify
+from .certificates import certify, maximum_likelihood
 from .closed_form import (
     best_of_n_logps,
     canonical_reward,
@@ -22,24 +23,13 @@ from .closed_form import (
 )
 from .generation import generate
 from .losses import (
-    LabelLoss,
     PreferenceLoss,
-    averaged_ipo_loss,
     bradley_terry_loss,
-    cdpo_loss,
     dpo_loss,
     dpo_loss_from_indices,
-    ipo_loss,
-    kto_kl_estimate,
-    kto_loss,
-    orpo_loss,
     plackett_luce_dpo_loss,
     plackett_luce_gradient_weights,
     plackett_luce_loss,
-    robust_dpo_loss,
-    simpo_loss,
-    unlikelihood_loss,
-    unweighted_dpo_loss,
 )
 from .model import GPTConfig
 from .policy import (
@@ -72,87 +62,27 @@ from .train import train
 from .validation import InputError
 from .version import __version__
 
-_ANNEXES = {  # name: the annex file that has it
-    "GPT": "text.checkpoint",  # which adds from_pretrained and save_pretrained to it
-    "PreferencePair": "text.data",
-    "load_preferences": "text.data",
-    "maximum_likelihood": "laws.finite_data",
+_ANNEXES = {  # the file of an annex: its public names
+    "text.checkpoint": ("GPT",),  # which adds from_pretrained and save_pretrained to it
+    "text.data": ("PreferencePair", "load_preferences"),
+    "zoo.ipo": ("averaged_ipo_loss", "ipo_loss"),
+    "zoo.kto": ("LabelLoss", "kto_kl_estimate", "kto_loss"),
+    "zoo.noise": ("cdpo_loss", "robust_dpo_loss"),
+    "zoo.orpo": ("orpo_loss",),
+    "zoo.simpo": ("simpo_loss",),
+    "zoo.unlikelihood": ("unlikelihood_loss", "unweighted_dpo_loss"),
 }
+_FILE_OF = {name: file for file, names in _ANNEXES.items() for name in names}
+_HERE = [name for name, value in globals().items() if getattr(value, "__module__", "").startswith(__name__)]
+__all__ = sorted({*_HERE, *_FILE_OF, "__version__"})
 
 
 def __getattr__(name: str):
-    if name not in _ANNEXES:
+    if name not in _FILE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f".{_ANNEXES[name]}", __name__), name)
+    value = globals()[name] = getattr(import_module(f".{_FILE_OF[name]}", __name__), name)
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_ANNEXES})
-
-
-__all__ = [
-    "GPT",
-    "Bandit",
-    "Completions",
-    "EnumeratedPolicy",
-    "GPTConfig",
-    "InputError",
-    "LabelLoss",
-    "PreferenceLoss",
-    "PreferencePair",
-    "Rankings",
-    "SequenceBatch",
-    "SharedPromptBatch",
-    "Slate",
-    "TabularPolicy",
-    "__version__",
-    "all_sets",
-    "averaged_ipo_loss",
-    "best_of_n_logps",
-    "bradley_terry",
-    "bradley_terry_loss",
-    "canonical_reward",
-    "cdpo_loss",
-    "certify",
-    "completion_logps",
-    "dpo_loss",
-    "dpo_loss_from_indices",
-    "enumerate_completions",
-    "expected_pairs",
-    "expected_rankings",
-    "generate",
-    "implicit_reward",
-    "ipo_loss",
-    "kl_divergence",
-    "kto_kl_estimate",
-    "kto_loss",
-    "load_preferences",
-    "log_partition",
-    "maximum_likelihood",
-    "next_token_logps",
-    "optimal_logps",
-    "orpo_loss",
-    "plackett_luce_dpo_loss",
-    "plackett_luce_gradient_weights",
-    "plackett_luce_logprob",
-    "plackett_luce_loss",
-    "preference_matrix",
-    "random_bandit",
-    "random_cycles",
-    "reward_kl_frontier",
-    "rlhf_objective",
-    "robust_dpo_loss",
-    "sample_pairs",
-    "sample_rankings",
-    "sequence_logps",
-    "shared_prompt_batch",
-    "shared_prompt_logps",
-    "simpo_loss",
-    "soft_value",
-    "tally",
-    "token_logps",
-    "train",
-    "unlikelihood_loss",
-    "unweighted_dpo_loss",
-]
+    return sorted({*globals(), *_FILE_OF})

@@ -15,19 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .closed_form import kl_divergence
-from .losses import (
-    LabelLoss,
-    PreferenceLoss,
-    averaged_ipo_loss,
-    dpo_loss,
-    ipo_loss,
-    kto_loss,
-    orpo_loss,
-    plackett_luce_dpo_loss,
-    plackett_luce_gradient_weights,
-    simpo_loss,
-    unlikelihood_loss,
-)
+from .losses import Loss, PreferenceLoss, dpo_loss, plackett_luce_preference_loss
 from .preferences import Rankings
 from .validation import (
     InputError,
@@ -118,12 +106,8 @@ def dpo_on_table(logps: Tensor, ref_logps: Tensor, rankings: Rankings, *, beta: 
     return loss_on_table(dpo_loss, logps, ref_logps, rankings, beta=beta)
 
 
-WITHOUT_REFERENCE = (simpo_loss, orpo_loss, unlikelihood_loss)
-WITH_LENGTHS = (simpo_loss, orpo_loss, averaged_ipo_loss)
-
-
 def loss_on_table(
-    loss: Callable[..., PreferenceLoss],
+    loss: Loss | Callable[..., PreferenceLoss],
     logps: Tensor,
     ref_logps: Tensor,
     rankings: Rankings,
@@ -131,71 +115,52 @@ def loss_on_table(
     lengths: Tensor | None = None,
     **options: float,
 ) -> PreferenceLoss:
-    """Any pair loss of losses.py on every comparison at once, (E,) each [D12.1].
+    """Any loss on every comparison (ranking) at once, (E,) each [D12.1].
 
     Args:
-        loss: `dpo_loss`, `simpo_loss`, ...; options are its options.
+        loss: `dpo_loss`, `simpo_loss`, ..., a record, or a function of your own: what it reads is told by the
+            names of its parameters, which are those of `losses.READS`. Options are its options.
         logps, ref_logps: (X, Y) tables; the reference is not read by losses without one.
         lengths: (Y,) or (X, Y) tokens of each completion, for losses that average; None for one each.
+    Raises:
+        InputError: as the loss does, or a parameter that is no option given and none of `losses.READS`.
     """
-    arguments = [*rankings.gather(logps).unbind(-1)]
-    if loss not in WITHOUT_REFERENCE:
-        arguments += rankings.gather(ref_logps).unbind(-1)
-    if loss in WITH_LENGTHS:
-        lengths = torch.ones_like(logps) if lengths is None else lengths.expand(logps.shape)
-        arguments += rankings.gather(lengths).unbind(-1)
-    return loss(*arguments, **options)
+
+    def token_counts() -> Tensor:
+        return rankings.gather(torch.ones_like(logps) if lengths is None else lengths.expand(logps.shape))
+
+    record = loss if isinstance(loss, Loss) else Loss.of(loss)
+    tables = {
+        "policy": lambda: rankings.gather(logps),
+        "reference": lambda: rankings.gather(ref_logps),
+        "lengths": token_counts,
+        "kl_estimate": lambda: kl_divergence(logps.detach(), ref_logps)[rankings.prompt],  # exact here
+    }
+    return record.on(tables, options)
 
 
-def kto_on_table(
-    logps: Tensor,
-    ref_logps: Tensor,
-    rankings: Rankings,
-    *,
-    beta: float,
-    desirable_weight: float,
-    undesirable_weight: float,
-) -> LabelLoss:
-    """`kto_loss` of every comparison, the chosen completion desirable and the rejected one not, (E, 2) each
-    [D12.4].
+def mean_on_table(loss, logps: Tensor, ref_logps: Tensor, rankings: Rankings, **options):
+    """The expected loss over all comparisons, population or data alike: sum of weight * loss [D4.4].
 
-    A table knows the divergence that z0 stands for: it is exact here, each prompt's own.
-    """
-    policy, reference = rankings.gather(logps), rankings.gather(ref_logps)
-    desirable = torch.tensor([True, False], device=policy.device).expand(policy.shape)
-    z0 = kl_divergence(logps.detach(), ref_logps)[rankings.prompt].unsqueeze(-1).expand(policy.shape)
-    return kto_loss(
-        policy, reference, desirable, z0, beta=beta, desirable_weight=desirable_weight,
-        undesirable_weight=undesirable_weight,
-    )  # fmt: skip
-
-
-def dpo_objective(logps: Tensor, ref_logps: Tensor, rankings: Rankings, *, beta: float):
-    """The expected DPO loss over all pairs, population or data alike: sum of weight * loss (Eq. 7) [D4.4].
-
+    Args: as `loss_on_table`.
     Returns:
         (scalar loss, scalar mean gradient weight), the mean taken with the same weights, detached.
     """
-    out = dpo_on_table(logps, ref_logps, rankings, beta=beta)
+    out = loss_on_table(loss, logps, ref_logps, rankings, **options)
     return rankings.weight @ out.losses, rankings.weight @ out.gradient_weights
 
 
-def ipo_objective(logps: Tensor, ref_logps: Tensor, rankings: Rankings, *, beta: float):
-    """The expected IPO loss, as `dpo_objective` [D12.1]."""
-    out = loss_on_table(ipo_loss, logps, ref_logps, rankings, beta=beta)
-    return rankings.weight @ out.losses, rankings.weight @ out.gradient_weights
+def dpo_objective(logps: Tensor, ref_logps: Tensor, rankings: Rankings, *, beta: float):
+    """`mean_on_table` of `dpo_loss` (Eq. 7) [D4.4]."""
+    return mean_on_table(dpo_loss, logps, ref_logps, rankings, beta=beta)
 
 
 def plackett_luce_objective(logps: Tensor, ref_logps: Tensor, rankings: Rankings, *, beta: float):
-    """The expected Plackett-Luce DPO loss over rankings of any K (Eq. 20) [D8.3].
+    """`mean_on_table` of the Plackett-Luce DPO loss over rankings of any K (Eq. 20) [D8.3].
 
-    Returns:
-        (scalar loss, scalar mean gradient weight of the top-ranked answer, detached).
+    The gradient weight is that of the top-ranked answer.
     """
-    policy, reference = rankings.gather(logps), rankings.gather(ref_logps)
-    losses = plackett_luce_dpo_loss(policy, reference, beta=beta)
-    weights = plackett_luce_gradient_weights(policy, reference, beta=beta)
-    return rankings.weight @ losses, rankings.weight @ weights[:, 0]
+    return mean_on_table(plackett_luce_preference_loss, logps, ref_logps, rankings, beta=beta)
 
 
 def safe_learning_rate(rankings: Rankings, *, beta: float | None) -> float:

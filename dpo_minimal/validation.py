@@ -60,6 +60,13 @@ def check_flip_probability(value: float, name: str = "flip_probability") -> None
         raise InputError(f"{name} must lie in [0, 0.5), got {value!r}.")
 
 
+def check_share(name: str, value: float) -> None:
+    """Require a number in [0, 1]."""
+    check_not_negative(name, value)
+    if value > 1:
+        raise InputError(f"{name} must lie in [0, 1], got {value!r}.")
+
+
 def check_device(device: str) -> None:
     """Require --device to name a device that is there and has float64."""
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):

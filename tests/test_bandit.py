@@ -17,7 +17,6 @@ from dpo_minimal.bandit import (
     TabularPolicy,
     dpo_objective,
     dpo_on_table,
-    ipo_objective,
     plackett_luce_objective,
     random_bandit,
     safe_learning_rate,
@@ -36,6 +35,7 @@ from dpo_minimal.preferences import (
     tally,
 )
 from dpo_minimal.train import train
+from dpo_minimal.zoo.ipo import ipo_objective
 
 EPS = torch.finfo(torch.float64).eps
 

@@ -15,8 +15,14 @@ from hypothesis import strategies as st
 from strategies import generators, normal, worlds
 
 from dpo_minimal.bandit import TabularPolicy, dpo_objective, safe_learning_rate
-from dpo_minimal.certificates import certify, connected, curvature, laplacian_inverse, largest_resistance
-from dpo_minimal.laws.finite_data import maximum_likelihood
+from dpo_minimal.certificates import (
+    certify,
+    connected,
+    curvature,
+    laplacian_inverse,
+    largest_resistance,
+    maximum_likelihood,
+)
 from dpo_minimal.losses import plackett_luce_loss
 from dpo_minimal.model import GPT, GPTConfig
 from dpo_minimal.policy import EnumeratedPolicy, enumerate_completions

@@ -13,19 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import generators, normal
 
-from dpo_minimal.bandit import TabularPolicy, ipo_objective, random_bandit, safe_learning_rate
-from dpo_minimal.certificates import curvature, largest_resistance
-from dpo_minimal.closed_form import optimal_logps
-from dpo_minimal.experiments.bandit.convergence import Settings, finite
-from dpo_minimal.laws.finite_data import (
-    add_prior,
+from dpo_minimal.bandit import TabularPolicy, random_bandit, safe_learning_rate
+from dpo_minimal.certificates import (
+    curvature,
     groups_at_fault,
-    ipo_estimate,
-    ipo_standard_errors,
+    largest_resistance,
     maximum_likelihood,
     require_estimate,
-    standard_errors,
 )
+from dpo_minimal.closed_form import optimal_logps
+from dpo_minimal.experiments.bandit.convergence import Settings, finite
+from dpo_minimal.laws.finite_data import add_prior, ipo_standard_errors, standard_errors
 from dpo_minimal.laws.sampling_laws import chi_square_quantile, finite_data_law, normal_quantile
 from dpo_minimal.preferences import (
     Rankings,
@@ -38,6 +36,7 @@ from dpo_minimal.preferences import (
 )
 from dpo_minimal.train import train
 from dpo_minimal.validation import InputError
+from dpo_minimal.zoo.ipo import ipo_estimate, ipo_objective
 
 EPS = torch.finfo(torch.float64).eps
 Z = 4.8916  # two-sided normal quantile at a false-alarm rate of 1e-6; checked below

@@ -14,33 +14,34 @@ from planting import CAUGHT, plant
 
 from dpo_minimal import (
     all_sets,
+    averaged_ipo_loss,
     best_of_n_logps,
+    bradley_terry_loss,
     expected_pairs,
     kl_divergence,
+    kto_loss,
     maximum_likelihood,
     optimal_logps,
+    orpo_loss,
     random_bandit,
+    simpo_loss,
+    unlikelihood_loss,
 )
 from dpo_minimal.__main__ import main
-from dpo_minimal.bandit import TabularPolicy, kto_on_table, loss_on_table
+from dpo_minimal.bandit import TabularPolicy, loss_on_table
 from dpo_minimal.closed_form import frontier_gap
 from dpo_minimal.experiments.frontier import command as frontier
 from dpo_minimal.experiments.frontier import figure as frontier_plots
 from dpo_minimal.experiments.frontier import methods, pair_methods, pairs
+from dpo_minimal.experiments.frontier.pair_methods import pair_method
 from dpo_minimal.experiments.frontier.worlds import World, gpt_world, table_world
 from dpo_minimal.experiments.study import carry_out
-from dpo_minimal.laws.finite_data import ipo_estimate
 from dpo_minimal.laws.sampling_laws import finite_data_law
-from dpo_minimal.losses import (
-    averaged_ipo_loss,
-    bradley_terry_loss,
-    dpo_loss,
-    kto_loss,
-    orpo_loss,
-    simpo_loss,
-    unlikelihood_loss,
-)
+from dpo_minimal.losses import dpo_loss
 from dpo_minimal.preferences import Rankings, expected_rankings, reference_pairs, sample_pairs, win_counts
+from dpo_minimal.zoo import noise
+from dpo_minimal.zoo.ipo import ipo_estimate
+from dpo_minimal.zoo.kto import _of_pairs, kto_on_table
 
 BETA, NOISE = 0.4, 0.1
 
@@ -83,7 +84,7 @@ def test_losses_are_given_what_they_need():
     assert torch.equal(found.losses[:, 0], kto_loss(policy[0], reference[0], good, z0, **options).losses)
     assert torch.equal(found.losses[:, 1], kto_loss(policy[1], reference[1], ~good, z0, **options).losses)
     both = kto_on_table(logps, w.ref_logps, data, beta=BETA, desirable_weight=1.0, undesirable_weight=1.0)
-    mean = pair_methods.kto(BETA).objective(w)(logps, w.ref_logps, data)
+    mean = pair_method("kto", beta=BETA).objective(w)(logps, w.ref_logps, data)
     assert abs(mean - data.weight @ both.losses.sum(-1) / 2) <= 1e-15
 
 
@@ -91,10 +92,11 @@ def test_losses_are_given_what_they_need():
 
 
 ENDS = {
-    "DPO": pair_methods.dpo(BETA), "cDPO": pair_methods.cdpo(BETA, NOISE),
-    "robust DPO": pair_methods.robust(BETA, NOISE), "IPO": pair_methods.ipo(BETA),
-    "Unlikelihood": pair_methods.unlikelihood(0.05), "Preferred-FT": pair_methods.preferred_ft(),
-    "rankings": pair_methods.plackett_luce(BETA),
+    "DPO": pair_method("dpo", beta=BETA), "cDPO": pair_method("cdpo", beta=BETA, label_smoothing=NOISE),
+    "robust DPO": pair_method("robust", beta=BETA, flip_probability=NOISE),
+    "IPO": pair_method("ipo", beta=BETA), "averaged IPO": pair_method("averaged_ipo", beta=BETA),
+    "Unlikelihood": pair_method("unlikelihood", alpha=0.05), "Preferred-FT": pair_methods.preferred_ft(),
+    "rankings": pair_method("plackett_luce", beta=BETA),
 }  # fmt: skip
 
 
@@ -121,7 +123,7 @@ def test_without_flips_robust_dpo_has_no_end():
     """[D12.3] A pair that is flipped less often than it is told: no optimum, and so no distance."""
     w = small_world()
     sure = expected_pairs(6 * w.rewards, uniform(w))
-    run = methods.train_on_pairs(w, pair_methods.robust(BETA, 0.2), sure, steps=5)
+    run = methods.train_on_pairs(w, pair_method("robust", beta=BETA, flip_probability=0.2), sure, steps=5)
     assert run.optimum is None and math.isnan(run.distance)
 
 
@@ -130,7 +132,7 @@ def test_sampled_pairs_end_at_the_estimate_and_near_the_truth():
     says, at a false-alarm rate of 1e-6 [D11.4]."""
     w = small_world()
     data = sample_pairs(w.rewards, 5000, slate=uniform(w), generator=torch.Generator().manual_seed(0))
-    run = methods.train_on_pairs(w, pair_methods.dpo(BETA), data, steps=600)
+    run = methods.train_on_pairs(w, pair_method("dpo", beta=BETA), data, steps=600)
     assert run.distance <= 1e-8
     optimal = optimal_logps(w.ref_logps, w.rewards, beta=BETA)
     law = finite_data_law(optimal, w.ref_logps, data, beta=BETA)
@@ -202,7 +204,7 @@ def test_the_reward_model_is_dpo_in_other_words():
     wins = [win_counts(part, *w.rewards.shape)[None] for part in (shown, held_out)]
     rewards = pairs.fit_rewards(*wins, steps=100)[0]
     for beta in (0.1, 2.0):
-        run = methods.train_on_pairs(w, pair_methods.dpo(beta), shown, steps=100)
+        run = methods.train_on_pairs(w, pair_method("dpo", beta=beta), shown, steps=100)
         best = pairs.best_on_path(run, held_out, beta=beta)
         assert run.steps_at[best] == 20
         # The floor of 1e-12 takes its ratio to the gradients, here above 1e-5, off each of at most 100 steps
@@ -572,18 +574,18 @@ def test_all_roads_lead_to_one_optimum(tmp_path, capsys):
 MUTANTS = {
     "lengths of the wrong order": (
         loss_on_table,
-        "rankings.gather(lengths).unbind(-1)",
-        "rankings.gather(lengths).flip(-1).unbind(-1)",
+        "lengths.expand(logps.shape))",
+        "lengths.expand(logps.shape)).flip(-1)",
         test_losses_are_given_what_they_need,
     ),
     "both desirable": (
-        kto_on_table,
+        _of_pairs,
         "torch.tensor([True, False]",
         "torch.tensor([True, True]",
         test_losses_are_given_what_they_need,
     ),
     "mixture reversed": (
-        pair_methods._mixed,
+        noise._mixed,
         "[right * rankings.weight, wrong * rankings.weight]",
         "[wrong * rankings.weight, right * rankings.weight]",
         lambda: test_training_ends_at_the_formula("cDPO"),

@@ -18,7 +18,10 @@ from hypothesis import strategies as st
 from strategies import betas, generators, normal, worlds
 from torch import Tensor
 
-from dpo_minimal import losses
+from dpo_minimal import (
+    ipo_loss,
+    losses,
+)
 
 U = 2.0**-53
 STEP = (
@@ -225,7 +228,7 @@ def dpo_rows(beta: float):
 
 
 def ipo_rows(beta: float):
-    return lambda table: losses.ipo_loss(*table.unbind(-1), beta=beta).losses
+    return lambda table: ipo_loss(*table.unbind(-1), beta=beta).losses
 
 
 def from_margin(loss, margin: Tensor, *, beta: float) -> losses.PreferenceLoss:
@@ -598,7 +601,7 @@ def test_half_precision_is_widened_before_subtracting(dtype, gap):
     weight = f64([beta * sigmoid(-beta * gap)])
     assert_within(out.gradient_weights, weight, 1.01 * roundoff(dtype) * weight)
 
-    ipo = losses.ipo_loss(*table.unbind(-1), beta=beta)
+    ipo = ipo_loss(*table.unbind(-1), beta=beta)
     assert ipo.losses.dtype == dtype
     expected = f64([(gap - 1 / (2 * beta)) ** 2])
     assert_within(ipo.losses, expected, 1.01 * roundoff(dtype) * expected)
@@ -619,7 +622,7 @@ def test_half_precision_results_are_rounded_once(example, dtype):
         assert_within(actual, expected, 1.01 * roundoff(dtype) * expected.abs() + float32_error + smallest)
 
     u = roundoff(torch.float32)
-    dpo, ipo = (loss(*table.unbind(-1), beta=beta) for loss in (losses.dpo_loss, losses.ipo_loss))
+    dpo, ipo = (loss(*table.unbind(-1), beta=beta) for loss in (losses.dpo_loss, ipo_loss))
     dpo_error = dpo_rounding(table, beta, torch.float32)
     assert_rounded_once(dpo.losses, dpo_values(table, beta), dpo_error)
     assert_rounded_once(dpo.gradient_weights, dpo_weights(table, beta), beta * (dpo_error + 8 * u))
@@ -649,7 +652,7 @@ def test_readouts_are_detached_implicit_rewards(example):
     table = example.table.clone().requires_grad_()
     policy, reference = example.table[:, :2], example.table[:, 2:]
     expected = f64(exact_rewards(policy, reference, example.beta))
-    for loss in (losses.dpo_loss, losses.ipo_loss):
+    for loss in (losses.dpo_loss, ipo_loss):
         out = loss(*table.unbind(-1), beta=example.beta)
         assert out.losses.requires_grad
         assert not any(readout.requires_grad for readout in out[1:])
@@ -739,7 +742,7 @@ def test_index_form_at_extreme_margins(dtype):
 @given(pairs())
 def test_ipo_value_in_exact_arithmetic(example):
     """IPO (Azar et al. 2023): (h - 1/(2 beta))^2 with h computed without rounding."""
-    actual = losses.ipo_loss(*example.table.unbind(-1), beta=example.beta).losses
+    actual = ipo_loss(*example.table.unbind(-1), beta=example.beta).losses
     assert_within(actual, ipo_values(*example), ipo_rounding(*example))
 
 
@@ -751,13 +754,13 @@ def test_ipo_is_zero_at_its_target_and_only_there(example, power):
     table = on_grid(example.table)
     table[:, 0] = table[:, 1] + table[:, 2] - table[:, 3] + 1 / (2 * beta)
     assert all(h == 1 / (2 * Fraction(beta)) for h in logratio_margins(table))
-    out = losses.ipo_loss(*table.unbind(-1), beta=beta)
+    out = ipo_loss(*table.unbind(-1), beta=beta)
     assert (out.losses == 0).all() and (out.gradient_weights == 0).all()
     assert (autograd(ipo_rows(beta), table) == 0).all()
     table[:, 0] += 2.0**-10
-    assert (losses.ipo_loss(*table.unbind(-1), beta=beta).losses == 2.0**-20).all()
+    assert (ipo_loss(*table.unbind(-1), beta=beta).losses == 2.0**-20).all()
     table[:, :2] = table[:, 2:]
-    assert (losses.ipo_loss(*table.unbind(-1), beta=beta).losses == 1 / (4 * beta**2)).all()
+    assert (ipo_loss(*table.unbind(-1), beta=beta).losses == 1 / (4 * beta**2)).all()
 
 
 @given(pairs())
@@ -766,7 +769,7 @@ def test_ipo_gradient_by_hand_autograd_and_differences(example):
     by_hand = ipo_weights(*example).unsqueeze(-1) * SIGNS
     # four roundoffs of each number that enters, doubled for the factor 2 in front of h
     weight_error = (8 * U * (example.table.abs().sum(-1) + 1 / example.beta)).unsqueeze(-1)
-    weights = losses.ipo_loss(*example.table.unbind(-1), beta=example.beta).gradient_weights
+    weights = ipo_loss(*example.table.unbind(-1), beta=example.beta).gradient_weights
     assert_within(weights.unsqueeze(-1) * SIGNS, by_hand, weight_error)
 
     gradient = autograd(ipo_rows(example.beta), example.table)
@@ -786,7 +789,7 @@ def test_ipo_weight_changes_sign_past_the_target(example, power, steps):
     beta = 2.0**power
     table = on_grid(example.table)
     table[:, 0] = table[:, 1] + table[:, 2] - table[:, 3] + 1 / (2 * beta) + steps * 2.0**-10
-    weights = losses.ipo_loss(*table.unbind(-1), beta=beta).gradient_weights
+    weights = ipo_loss(*table.unbind(-1), beta=beta).gradient_weights
     assert (weights == -2 * steps * 2.0**-10).all()  # everything is on a grid: exact
     assert (autograd(ipo_rows(beta), table)[:, 0] == 2 * steps * 2.0**-10).all()
 
@@ -802,7 +805,7 @@ def test_ipo_expectation_is_least_squares_on_preferences(world):
     p = f64([sigmoid(rewards[a] - rewards[b]) for a, b in zip(i.tolist(), j.tolist())])
 
     def ipo(w, v):
-        return losses.ipo_loss(policy[w], policy[v], reference[w], reference[v], beta=beta).losses
+        return ipo_loss(policy[w], policy[v], reference[w], reference[v], beta=beta).losses
 
     expectation = mass @ (p * ipo(i, j) + (1 - p) * ipo(j, i))
     h, d = (policy - reference)[i] - (policy - reference)[j], 2 * p - 1
@@ -817,7 +820,7 @@ def test_dpo_is_ipo_to_third_order(example):
     """Eq. 7 and IPO: log 2 - u/2 + u^2/8 is log 2 - 1/2 + (beta^2/8) (h - 2/beta)^2, IPO with a target of
     2/beta, hence with beta/4; what is left is at most u^4/192, as l'''' <= 1/8."""
     dpo = losses.dpo_loss(*example.table.unbind(-1), beta=example.beta)
-    ipo = losses.ipo_loss(*example.table.unbind(-1), beta=example.beta / 4)
+    ipo = ipo_loss(*example.table.unbind(-1), beta=example.beta / 4)
     margin = example.beta * f64([float(h) for h in logratio_margins(example.table)])
     parabola = math.log(2) - 0.5 + example.beta**2 / 8 * ipo.losses
     # ipo's rounding, scaled, and a few roundoffs of numbers of the size of the parabola
@@ -828,7 +831,7 @@ def test_dpo_is_ipo_to_third_order(example):
     # at the reference both pull the same way (property 65), with beta/2 and 1/beta
     at_reference = [
         loss(*[example.table[:, 0]] * 4, beta=example.beta).gradient_weights
-        for loss in (losses.dpo_loss, losses.ipo_loss)
+        for loss in (losses.dpo_loss, ipo_loss)
     ]
     assert_within(at_reference[0] * 2 / example.beta, at_reference[1] * example.beta, 4 * U)  # both are one
 
@@ -838,7 +841,7 @@ def test_ipo_at_extreme_margins(dtype):
     """IPO, property 74: at h = +-1e4 loss and gradient are large and finite, and keep their precision."""
     beta = 0.5
     margin = f64([1e4, -1e4]).to(dtype).requires_grad_()
-    out = from_margin(losses.ipo_loss, margin, beta=beta)
+    out = from_margin(ipo_loss, margin, beta=beta)
     assert all(field.dtype == dtype for field in out)
     wide = margin.detach().double()
     value, weight = (wide - 1 / (2 * beta)) ** 2, 1 / beta - 2 * wide

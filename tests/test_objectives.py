@@ -23,14 +23,13 @@ from dpo_minimal.text import objectives
 from dpo_minimal.text.batches import Example, windows
 from dpo_minimal.text.objectives import (
     DTYPES,
-    LOSS_TYPES,
-    OPTIONS,
     PreferenceBatch,
     cache_key,
     check_start,
     completion_logps_of,
     layout,
     load_reference_logps,
+    loss_of,
     loss_options,
     make_window,
     preference_objective,
@@ -41,6 +40,7 @@ from dpo_minimal.text.objectives import (
 from dpo_minimal.text.tokenizer import byte_tokenizer, train_bpe
 from dpo_minimal.train import Window, _means, average, make_optimizer, train
 from dpo_minimal.validation import InputError
+from dpo_minimal.zoo import LOSSES, kto
 
 VOCAB = 11
 SHAPE = GPTConfig(vocab_size=VOCAB, block_size=256, n_layer=2, n_head=2, n_embd=16)
@@ -72,16 +72,16 @@ def rows_of(seed: int, sizes: list[int], *, prompt: int = 4, completion: int = 6
 
 def sizes_of(loss_type: str, count: int) -> list[int]:
     """How many completions each row has: pairs, KTO's with a third, or rankings of uneven length."""
-    if LOSS_TYPES[loss_type].rows == "rankings":
+    if LOSSES[loss_type].rows == "rankings":
         return [2 + n % 3 for n in range(count)]
-    return [3 if LOSS_TYPES[loss_type].mismatched else 2] * count
+    return [3 if loss_type == "kto" else 2] * count
 
 
 def options_of(loss_type: str, beta: float = 0.3) -> dict[str, float]:
     """Values for the options of a loss, none of them a default."""
     values = dict(label_smoothing=0.2, flip_probability=0.15, gamma=0.4, lam=0.7, alpha=0.6)
     values |= dict(beta=beta, desirable_weight=1.3, undesirable_weight=0.8)
-    return {name: values[name] for name in LOSS_TYPES[loss_type].options}
+    return {option.name: values[option.name] for option in LOSSES[loss_type].options}
 
 
 def padded(table: list[list[float]]) -> torch.Tensor:
@@ -177,7 +177,7 @@ def by_hand(
 
 def check_by_hand(loss_type: str, seed: int, beta: float, sizes: list[int]) -> None:
     gpt, reference = loud(GPT(SHAPE), seed), loud(GPT(SHAPE), seed + 1)
-    if LOSS_TYPES[loss_type].mismatched:
+    if loss_type == "kto":
         sizes = [size + 1 for size in sizes]  # two rows at least
     rows = rows_of(seed, sizes_of(loss_type, sum(sizes)))
     policy_logps, reference_table = looped(gpt, rows), looped(reference, rows)
@@ -202,7 +202,7 @@ def check_by_hand(loss_type: str, seed: int, beta: float, sizes: list[int]) -> N
         assert record["loss"] == pytest.approx(dpo_loss(*columns, **options).losses.mean().item(), **CLOSE)
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", LOSSES)
 @settings(max_examples=4)
 @given(seed=seeds, beta=st.floats(0.05, 2), sizes=st.lists(st.integers(1, 4), min_size=1, max_size=3))
 def test_loss_and_metrics_are_those_of_a_loop_over_tokens(loss_type, seed, beta, sizes):
@@ -242,7 +242,7 @@ def test_the_third_completion_only_moves_ktos_estimate():
     batch = layout(rows, **HERE)
     live = completion_logps_of(gpt, batch, "float32").detach()
     logps = live.clone().requires_grad_()
-    loss = LOSS_TYPES["kto"].loss(logps, PreferenceBatch(batch, live - 0.5), **options_of("kto"))
+    loss = loss_of(LOSSES["kto"], logps, PreferenceBatch(batch, live - 0.5), options_of("kto"))
     loss.losses.sum().backward()
     assert (logps.grad[:, 2] == 0).all() and (logps.grad[:, 0] < 0).all() and (logps.grad[:, 1] > 0).all()
     for shift, z0 in ((0.5, 0.5), (-0.5, 0.0)):
@@ -342,7 +342,7 @@ def separate_gradients(gpt: GPT, loss_type: str | None, rows: list[Example], ref
         if loss_type in RELATIVES:  # the loss itself is tested elsewhere; here, how rows are put together
             lengths = torch.tensor([[len(ids) for ids in row.completions]])
             of_row = PreferenceBatch(SharedPromptBatch(None, None, lengths), reference[number : number + 1])
-            loss = LOSS_TYPES[loss_type].loss(torch.stack(logps, -1), of_row, **options_of(loss_type))
+            loss = loss_of(LOSSES[loss_type], torch.stack(logps, -1), of_row, options_of(loss_type))
             losses.append(loss.losses)
         elif loss_type == "ipo":
             losses.append((ratios[0] - ratios[1] - 1 / (2 * beta)) ** 2)
@@ -355,7 +355,7 @@ WINDOWS = [[7], [3, 3, 1], [1, 4, 2], [1] * 7]
 
 
 # not KTO, whose estimate is each micro-batch's own
-@pytest.mark.parametrize("loss_type", [*(name for name in LOSS_TYPES if name != "kto"), None])
+@pytest.mark.parametrize("loss_type", [*(name for name in LOSSES if name != "kto"), None])
 def test_micro_batches_give_what_the_whole_window_gives(loss_type):
     """#14: a share forgotten or the same for each micro-batch, above all for a last smaller one; tokens where
     rows are meant or the reverse; a gradient that is not accumulated, or is twice."""
@@ -434,17 +434,17 @@ def test_the_first_loss_is_ln_2(dtype, beta, seed):
 
 def test_a_start_by_name_is_the_loss_where_policy_is_reference():
     """The number that figures show and the loss that is trained must not part."""
-    for name, of in LOSS_TYPES.items():
+    for name, of in LOSSES.items():
         if of.start is None:  # nothing to start from: the same rows under another policy cost something else
             assert name in ("simpo", "orpo", "unlikelihood")
             continue
         for K in (2,) if of.rows == "preferences" else (2, 3, 5):
             for beta in (0.1, 3.0):
-                logps = torch.randn(4, K + of.mismatched, dtype=torch.float64)
+                logps = torch.randn(4, K + (name == "kto"), dtype=torch.float64)
                 lengths = torch.randint(1, 9, logps.shape)
                 micro = PreferenceBatch(SharedPromptBatch(None, None, lengths), logps)
                 options = options_of(name, beta)
-                losses = of.loss(logps, micro, **options).losses
+                losses = loss_of(of, logps, micro, options).losses
                 assert losses.tolist() == pytest.approx([of.start(K, **options)] * 4, rel=1e-12)
 
 
@@ -713,13 +713,14 @@ def test_a_full_disk_leaves_the_older_table(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------- options
 
 
+OPTIONS = {option.name for loss in LOSSES.values() for option in loss.options}
 BAD_VALUES = {"beta": (0, -0.1, math.nan, math.inf, "0.1"), "label_smoothing": (-0.1, 0.5, math.nan, "0.1")}
 BAD_VALUES |= {"gamma": (-0.1, math.nan, math.inf, "1"), "alpha": (-0.1, 1.1, math.nan, "0.5")}
 BAD_VALUES |= {"flip_probability": BAD_VALUES["label_smoothing"], "lam": BAD_VALUES["gamma"]}
 BAD_VALUES |= {f"{side}desirable_weight": BAD_VALUES["beta"] for side in ("", "un")}
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", LOSSES)
 def test_options_that_a_loss_does_not_use_are_refused(loss_type):
     """#10: label smoothing given to a loss that ignores it; a beta that nobody gave."""
     good = options_of(loss_type)
@@ -746,7 +747,7 @@ def test_options_that_a_loss_does_not_use_are_refused(loss_type):
 
 def test_an_unknown_loss_is_refused_with_the_known_ones():
     with pytest.raises(
-        InputError, match=r"^--loss-type ppo: no such loss; choose one of dpo, cdpo, [^.]*luce\.$"
+        InputError, match=r"^--loss-type ppo: no such loss; choose one of dpo, [^.]*cdpo, [^.]*luce\.$"
     ):
         loss_options("ppo", {"beta": 0.1})
 
@@ -754,11 +755,11 @@ def test_an_unknown_loss_is_refused_with_the_known_ones():
 def test_weights_that_are_not_numbers_stop_the_first_step():
     """Named with step and rows, before anything moves."""
     gpt = gpt_of(0)
-    rows = {name: rows_of(0, [3 if name == "kto" else 2] * 5) for name in (*LOSS_TYPES, None)}
+    rows = {name: rows_of(0, [3 if name == "kto" else 2] * 5) for name in (*LOSSES, None)}
     tables = {name: reference_logps(gpt, some, **PASSES) for name, some in rows.items()} | {None: None}
     gpt.ln_f.bias.data[0] = math.nan
     before = copy.deepcopy(gpt.state_dict())
-    for loss_type in (*LOSS_TYPES, None):
+    for loss_type in (*LOSSES, None):
         if loss_type is None:
             objective = sft_objective(gpt, dtype="float32")
         else:
@@ -818,8 +819,8 @@ MUTANTS = {
     ),
     "policy and reference swapped": (
         objectives.preference_objective,
-        "loss_of(logps, micro, **options)",
-        "loss_of(micro.reference_logps, micro._replace(reference_logps=logps), **options)",
+        "loss_of(loss, logps, micro, options)",
+        "loss_of(loss, micro.reference_logps, micro._replace(reference_logps=logps), options)",
         test_by_hand_fixed,
     ),
     "columns of the reference swapped": (
@@ -830,27 +831,28 @@ MUTANTS = {
         "policy[:, 0], micro.reference_logps[:, 0]", relatives_by_hand,
     ),
     "KTO's labels swapped": (
-        objectives._kto, "torch.tensor([True, False]", "torch.tensor([False, True]", relatives_by_hand,
+        kto._of_pairs, "torch.tensor([True, False]", "torch.tensor([False, True]", relatives_by_hand,
     ),
     "KTO's row is a sum": (
-        objectives._kto, "out.losses.mean(-1)", "out.losses.sum(-1)", relatives_by_hand,
+        kto.kto_pair_loss, "out.losses.mean(-1)", "out.losses.sum(-1)", relatives_by_hand,
     ),
     "order by the reference where there is none": (
-        objectives.preference_objective, "policy if kind.start is None else ratios", "ratios",
+        objectives._metrics, "ratios if \"reference\" in reads else policy", "ratios",
         relatives_by_hand,
     ),
     "order by sums where the loss averages": (
-        objectives.preference_objective, "if kind.averages", "if False", relatives_by_hand,
+        objectives._metrics, 'if "lengths" in reads', "if False", relatives_by_hand,
     ),
     "the mismatched completion counted": (
-        objectives.preference_objective, "if kind.mismatched:  # the", "if False:  # the", relatives_by_hand,
+        objectives._metrics, 'if "kl_estimate" in reads:  # the', "if False:  # the",
+        relatives_by_hand,
     ),
     "ties count as right": (
-        objectives.preference_objective, "(order > tie)", "(order >= -tie)",
+        objectives._metrics, "(order > tie)", "(order >= -tie)",
         test_wrong_order_ties_and_displacement_are_counted_apart,
     ),
     "displacement of the rejected completion": (
-        objectives.preference_objective, "ratios[:, 0] <", "ratios[:, -1] <",
+        objectives._metrics, "ratios[:, 0] <", "ratios[:, -1] <",
         test_wrong_order_ties_and_displacement_are_counted_apart,
     ),
     "share forgotten in the gradient": (_means, "each(share * loss)", "each(loss)", accumulation),

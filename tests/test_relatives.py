@@ -17,10 +17,23 @@ from strategies import World, betas, generators, normal, worlds
 from test_losses import HALF, WIDE, U, assert_within, f64, minus_log_sigmoid, roundoff, sigmoid
 from torch import Tensor
 
-from dpo_minimal import losses
+from dpo_minimal import (
+    LabelLoss,
+    averaged_ipo_loss,
+    cdpo_loss,
+    ipo_loss,
+    kto_kl_estimate,
+    kto_loss,
+    losses,
+    orpo_loss,
+    robust_dpo_loss,
+    simpo_loss,
+    unlikelihood_loss,
+    unweighted_dpo_loss,
+)
 from dpo_minimal.closed_form import kl_divergence, optimal_logps
-from dpo_minimal.laws.finite_data import ipo_estimate
 from dpo_minimal.preferences import Rankings, preference_matrix
+from dpo_minimal.zoo.ipo import ipo_estimate
 
 # Some twenty float64 operations on numbers up to 1e3, most of them far below. A wrong formula is off by more
 # than 1e-3 in one of the drawn rows.
@@ -102,13 +115,13 @@ def orpo_pulls(row: Row, lam: float) -> tuple[float, float]:
 
 RELATIVES = {
     "cdpo": Relative(
-        losses.cdpo_loss, "r", ("beta", "label_smoothing"),
+        cdpo_loss, "r", ("beta", "label_smoothing"),
         lambda row, beta, label_smoothing: (1 - label_smoothing) * minus_log_sigmoid(margin(row, beta))
         + label_smoothing * minus_log_sigmoid(-margin(row, beta)),
         lambda row, beta, label_smoothing: equal(beta * (sigmoid(-margin(row, beta)) - label_smoothing)),
     ),
     "robust": Relative(
-        losses.robust_dpo_loss, "r", ("beta", "flip_probability"),
+        robust_dpo_loss, "r", ("beta", "flip_probability"),
         lambda row, beta, flip_probability: (
             (1 - flip_probability) * minus_log_sigmoid(margin(row, beta))
             - flip_probability * minus_log_sigmoid(-margin(row, beta))
@@ -118,21 +131,21 @@ RELATIVES = {
         ),
     ),
     "unweighted_dpo": Relative(
-        losses.unweighted_dpo_loss, "r", ("beta",),
+        unweighted_dpo_loss, "r", ("beta",),
         lambda row, beta: -margin(row, beta), lambda row, beta: equal(beta),
     ),
     "averaged_ipo": Relative(
-        losses.averaged_ipo_loss, "rt", ("beta",),
+        averaged_ipo_loss, "rt", ("beta",),
         lambda row, beta: (averaged_gap(row) - 1 / (2 * beta)) ** 2, averaged_ipo_pulls,
     ),
     "simpo": Relative(
-        losses.simpo_loss, "t", ("beta", "gamma"),
+        simpo_loss, "t", ("beta", "gamma"),
         lambda row, beta, gamma: minus_log_sigmoid(beta * (row.averages[0] - row.averages[1]) - gamma),
         simpo_pulls,
     ),
-    "orpo": Relative(losses.orpo_loss, "t", ("lam",), orpo_value, orpo_pulls),
+    "orpo": Relative(orpo_loss, "t", ("lam",), orpo_value, orpo_pulls),
     "unlikelihood": Relative(
-        losses.unlikelihood_loss, "", ("alpha",),
+        unlikelihood_loss, "", ("alpha",),
         lambda row, alpha: -row.policy_w + alpha * row.policy_l, lambda row, alpha: (1.0, alpha),
     ),
 }  # fmt: skip
@@ -208,8 +221,8 @@ def check_value(name: str, table: Tensor, options: dict) -> None:
 @few
 @given(table=tables(), options=all_options)
 def test_gradient_is_that_of_the_two_pulls(name, table, options):
-    """Both pulls, of chosen and rejected, by hand and by autograd; the field holds the chosen one's; rewards
-    and weights carry no gradient."""
+    """Both pulls, of chosen and rejected, by hand, by autograd and from the fields; rewards and weights carry
+    no gradient."""
     check_gradient(name, table, options)
 
 
@@ -218,7 +231,8 @@ def check_gradient(name: str, table: Tensor, options: dict) -> None:
     _, slopes = by_hand(relative, table, options)
     torch.testing.assert_close(autograd(relative, table, options), slopes, **CLOSE)
     out = call(relative, table.clone().requires_grad_(), options)
-    torch.testing.assert_close(out.gradient_weights, -slopes[:, 0], **CLOSE)
+    torch.testing.assert_close(out.chosen_weights, -slopes[:, 0], **CLOSE)
+    torch.testing.assert_close(out.rejected_weights, slopes[:, 1], **CLOSE)
     assert not any(readout.requires_grad for readout in out[1:])
 
 
@@ -265,7 +279,7 @@ def check_reductions(table: Tensor, options: dict, tokens: int) -> None:
         assert all(torch.equal(one, other) for one, other in zip(out, dpo))
 
     averaged, plain = torch.cat([table[:, :4], torch.full_like(table[:, 4:], tokens)], -1), pair[:4]
-    ipo = losses.ipo_loss(*plain, beta=beta / tokens)
+    ipo = ipo_loss(*plain, beta=beta / tokens)
     out = call(RELATIVES["averaged_ipo"], averaged, options)
     torch.testing.assert_close(out.losses * tokens**2, ipo.losses, **CLOSE)
     torch.testing.assert_close(out.gradient_weights * tokens**2, ipo.gradient_weights, **CLOSE)
@@ -302,7 +316,8 @@ def test_extreme_log_probabilities(name, dtype):
     relative_error = 16 * roundoff(torch.float32 if dtype == torch.bfloat16 else dtype) + roundoff(dtype)
     tiny = torch.finfo(dtype).tiny
     assert_within(out.losses, value, relative_error * value.abs() + tiny)
-    assert_within(out.gradient_weights, -slopes[:, 0], relative_error * slopes[:, 0].abs() + tiny)
+    assert_within(out.chosen_weights, -slopes[:, 0], relative_error * slopes[:, 0].abs() + tiny)
+    assert_within(out.rejected_weights, slopes[:, 1], relative_error * slopes[:, 1].abs() + tiny)
     # A bfloat16 gradient adds up parts that were each rounded to it.
     assert_within(gradient, slopes, 4 * relative_error * slopes.abs() + tiny)
 
@@ -320,10 +335,10 @@ def check_half_precision(name: str, dtype: torch.dtype) -> None:
     options = SOME | {"alpha": 0.7}  # 40 - 0.7 * 57 is 0.1, and 0 where the product is rounded first
     value, slopes = by_hand(RELATIVES[name], table, options)
     out = call(RELATIVES[name], table, options)
-    weights = -slopes[:, 0]
     float32 = 500 * 16 * roundoff(torch.float32)  # a dozen operations on numbers up to 500
     assert_within(out.losses, value, 1.01 * roundoff(dtype) * value.abs() + float32)
-    assert_within(out.gradient_weights, weights, 1.01 * roundoff(dtype) * weights.abs() + float32)
+    for weights, pulls in ((out.chosen_weights, -slopes[:, 0]), (out.rejected_weights, slopes[:, 1])):
+        assert_within(weights, pulls, 1.01 * roundoff(dtype) * pulls.abs() + float32)
 
 
 @pytest.mark.parametrize("dtype", [*WIDE, torch.bfloat16])
@@ -336,14 +351,14 @@ def test_orpo_of_certain_completions_is_finite(dtype):
     assert all(field.isfinite().all() for field in out) and gradient.isfinite().all()
     assert abs(out.losses[0]) < 1e-6  # e^-16 in float32 at most
     with pytest.raises(losses.InputError, match="policy_rejected_logps must be log-probabilities"):
-        losses.orpo_loss(logps[0], logps[1] + 1, *table[:2, 4:], lam=0.1)
+        orpo_loss(logps[0], logps[1] + 1, *table[:2, 4:], lam=0.1)
 
 
 def test_orpo_keeps_its_digits_near_certainty():
     """[D12.5] log(1 - e^a) as it is written has four digits at a = -1e-12 and none at -1e-17."""
     w = f64([-1e-6, -1e-9, -1e-12, -1e-15])
     l, one = torch.full_like(w, -1.0), torch.ones_like(w)
-    out = losses.orpo_loss(w, l, one, one, lam=0.5)
+    out = orpo_loss(w, l, one, one, lam=0.5)
     odds = w - (-w).log() - w / 2  # log(1 - e^a) = log(-a) + a/2 up to a^2
     assert_within(out.chosen_rewards, odds, 1e-12)  # a^2/24 at a = -1e-6, and roundings of 35
 
@@ -382,9 +397,9 @@ def kto_by_hand(example: Labels) -> tuple[Tensor, Tensor]:
     return f64(value), f64(pull)
 
 
-def kto(example: Labels, policy: Tensor | None = None) -> losses.LabelLoss:
+def kto(example: Labels, policy: Tensor | None = None) -> LabelLoss:
     policy = example.policy if policy is None else policy
-    return losses.kto_loss(policy, *example[1:4], **example.options)
+    return kto_loss(policy, *example[1:4], **example.options)
 
 
 @given(labels())
@@ -454,7 +469,7 @@ def test_kto_at_extreme_log_ratios(dtype):
     policy = f64([1e4, 1e4, -1e4, -1e4]).to(dtype).requires_grad_()
     desirable = torch.tensor([True, False, True, False])
     options = dict(beta=0.5, desirable_weight=1.0, undesirable_weight=2.0)
-    out = losses.kto_loss(policy, torch.zeros_like(policy), desirable, 3.0, **options)
+    out = kto_loss(policy, torch.zeros_like(policy), desirable, 3.0, **options)
     assert all(field.dtype == dtype for field in out)
     assert out.losses.tolist() == [0, 2, 1, 0] and (out.gradient_weights == 0).all()
     out.losses.sum().backward()
@@ -465,21 +480,21 @@ def test_kto_reads_z0_and_does_not_train_it():
     """z0 is a number: no gradient flows to where it came from; `kto_kl_estimate` gives it at least 0."""
     z0 = f64(0.7).requires_grad_()
     policy = ONE_KTO.policy.clone().requires_grad_()
-    losses.kto_loss(policy, *ONE_KTO[1:3], z0, **ONE_KTO.options).losses.sum().backward()
+    kto_loss(policy, *ONE_KTO[1:3], z0, **ONE_KTO.options).losses.sum().backward()
     assert z0.grad is None
-    estimate = losses.kto_kl_estimate(policy, ONE_KTO.reference)
+    estimate = kto_kl_estimate(policy, ONE_KTO.reference)
     assert not estimate.requires_grad and estimate.dim() == 0
     assert_within(estimate, f64((0.5 - 1.5 + 1.7) / 3), 4 * U)
-    assert losses.kto_kl_estimate(ONE_KTO.reference, policy).item() == 0  # the mean is negative there
+    assert kto_kl_estimate(ONE_KTO.reference, policy).item() == 0  # the mean is negative there
     for rows in (1, 2):
         short = policy[:rows].detach()
         if rows == 1:
             with pytest.raises(losses.InputError, match="kto_kl_estimate needs two rows or more"):
-                losses.kto_kl_estimate(short, short)
+                kto_kl_estimate(short, short)
         else:
-            assert losses.kto_kl_estimate(short, short).item() == 0
+            assert kto_kl_estimate(short, short).item() == 0
     half = ONE_KTO.policy.bfloat16()
-    assert losses.kto_kl_estimate(half, half).dtype == torch.float32  # not rounded once more
+    assert kto_kl_estimate(half, half).dtype == torch.float32  # not rounded once more
 
 
 # --------------------------------------------------------------------------- where they lead, on tables
@@ -545,7 +560,7 @@ def check_cdpo_tree(world: World, epsilon: float, unanimous: bool) -> None:
     p = torch.ones_like(p) if unanimous else p
     gaps = torch.logit(p + epsilon - 2 * epsilon * p)
     options = dict(beta=world.beta, label_smoothing=epsilon)
-    assert_still(slope(chain_of(p), losses.cdpo_loss, with_gaps(ref, gaps, world.beta), ref, **options))
+    assert_still(slope(chain_of(p), cdpo_loss, with_gaps(ref, gaps, world.beta), ref, **options))
     if unanimous:
         assert_within(gaps, torch.full_like(gaps, math.log((1 - epsilon) / epsilon)), 1e-12 / epsilon)
 
@@ -561,7 +576,7 @@ def test_robust_dpo_is_unbiased(world, epsilon):
 def check_robust(world: World, epsilon: float) -> None:
     ref, r, beta = world.ref_logps[0], world.rewards[0].clamp(-5, 5), world.beta
     options = dict(beta=beta, flip_probability=epsilon)
-    table = pair_losses(losses.robust_dpo_loss, world.logps[0], ref, **options)
+    table = pair_losses(robust_dpo_loss, world.logps[0], ref, **options)
     margins = beta * ((world.logps[0] - ref)[:, None] - (world.logps[0] - ref))
     dpo = f64([[minus_log_sigmoid(u) for u in row] for row in margins.tolist()])
     # 1 / (1 - 2 epsilon) up to 10 magnifies the roundoffs of a margin near 100
@@ -569,7 +584,7 @@ def check_robust(world: World, epsilon: float) -> None:
     P = preference_matrix(r)
     noisy = P + epsilon - 2 * epsilon * P
     optimum = optimal_logps(ref, r, beta=beta)
-    assert_still(slope(all_pairs(noisy), losses.robust_dpo_loss, optimum, ref, **options), 10.0)
+    assert_still(slope(all_pairs(noisy), robust_dpo_loss, optimum, ref, **options), 10.0)
 
 
 @few
@@ -583,10 +598,10 @@ def test_robust_dpo_of_two_completions(share, epsilon, beta):
     weights = f64([[0, share], [1 - share, 0]])
     if 0.001 < q < 0.999:
         best = with_gaps(ref, f64([math.log(q / (1 - q))]), beta)
-        assert_still(slope(weights, losses.robust_dpo_loss, best, ref, **options), 10.0)
+        assert_still(slope(weights, robust_dpo_loss, best, ref, **options), 10.0)
     elif not 0 <= q <= 1:
         far = [with_gaps(ref, f64([math.copysign(u, q)]), beta) for u in (100.0, 200.0)]
-        totals = [(weights * pair_losses(losses.robust_dpo_loss, p, ref, **options)).sum() for p in far]
+        totals = [(weights * pair_losses(robust_dpo_loss, p, ref, **options)).sum() for p in far]
         assert_within(totals[1] - totals[0], f64(-100 * (q - 1 if q > 1 else -q)), 1e-9)
 
 
@@ -602,7 +617,7 @@ def test_robust_dpo_on_a_unanimous_pair_may_have_an_optimum_after_all():
         pull, hold = 20 * (sigmoid(-2 * a) + linear), 100 * (sigmoid(a) - 0.5)
         low, high = (a, high) if pull > hold else (low, a)
     best = optimal_logps(ref, f64([a, -a, 0]), beta=1.0)
-    assert_still(slope(weights, losses.robust_dpo_loss, best, ref, **options))
+    assert_still(slope(weights, robust_dpo_loss, best, ref, **options))
     assert 0.3 < a < 0.4
 
 
@@ -619,7 +634,7 @@ def test_kto_sorts_where_dpo_weighs():
             logps = theta.log_softmax(-1)
             z0 = kl_divergence(logps.detach(), ref)
             both = torch.tensor([True, False]).repeat_interleave(4)
-            out = losses.kto_loss(logps.repeat(2), ref.repeat(2), both, z0, beta=0.5, **options).losses
+            out = kto_loss(logps.repeat(2), ref.repeat(2), both, z0, beta=0.5, **options).losses
             (gradient,) = torch.autograd.grad((torch.cat([good, 1 - good]) * out).sum(), theta)
             theta = (theta - 20 * gradient).detach().requires_grad_()
         unwanted = theta.softmax(-1).detach() * (1 - f64(wanted))
@@ -638,7 +653,7 @@ def test_orpo_of_two_completions(world, lam):
 def check_orpo(world: World, lam: float) -> None:
     p_w, p_l = world.logps[0, :2].clamp(-8, -0.01).exp()
     w, l, one = p_w.log()[None], p_l.log()[None], torch.ones(1)
-    out = losses.orpo_loss(w.requires_grad_(), l.requires_grad_(), one, one, lam=1.0)
+    out = orpo_loss(w.requires_grad_(), l.requires_grad_(), one, one, lam=1.0)
     on_w, on_l = torch.autograd.grad(out.losses.sum(), (w, l))
     delta = p_l * (1 - p_w) / (p_w + p_l - 2 * p_w * p_l)
     torch.testing.assert_close(-on_w[0], 1 + delta / (1 - p_w), rtol=1e-10, atol=0)
@@ -654,7 +669,7 @@ def check_orpo(world: World, lam: float) -> None:
     weights = f64([[0, p], [1 - p, 0]])
     for ref in (f64([0.5, 0.5]).log(), f64([0.01, 0.99]).log()):
         # in t the root is known to 1e-15; the odds of a probability e^-4 magnify a roundoff by e^4
-        assert_still(slope(weights, losses.orpo_loss, best, ref, lam=lam), 100.0)
+        assert_still(slope(weights, orpo_loss, best, ref, lam=lam), 100.0)
 
 
 def simpo_edge(p: Tensor, gamma: float) -> Tensor:
@@ -687,7 +702,7 @@ def check_simpo(world: World, gamma: float) -> None:
             c = c - logps.logsumexp(-1) * beta / (logps.softmax(-1) * tokens).sum()
         logps = tokens * (scores + c) / beta
         assert_within(logps.exp().sum(), f64(1.0), 1e-12)
-        gradient = slope(weights, losses.simpo_loss, logps, ref, tokens, beta=beta, gamma=margin)
+        gradient = slope(weights, simpo_loss, logps, ref, tokens, beta=beta, gamma=margin)
         assert_still(gradient, 10.0)
     assert_within(simpo_edge(f64([0.5]), gamma), f64([0.0]), 1e-14)
 
@@ -714,7 +729,7 @@ def check_averaged_ipo(world: World) -> None:
         c = c - logps.logsumexp(-1) / (logps.softmax(-1) * tokens).sum()
     logps = ref + tokens * (g + c)
     assert_within(logps.exp().sum(), f64(1.0), 1e-12)
-    assert_still(slope(weights, losses.averaged_ipo_loss, logps, ref, tokens, beta=beta), 10 / beta)
+    assert_still(slope(weights, averaged_ipo_loss, logps, ref, tokens, beta=beta), 10 / beta)
 
 
 def sides(weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -738,11 +753,11 @@ def check_unlikelihood(world: World) -> None:
     alpha = 0.9 * critical
     best = ((w - alpha * l) / (1 - alpha)).log()
     assert_within(best.exp().sum(), f64(1.0), 1e-12)
-    assert_still(slope(weights, losses.unlikelihood_loss, best, ref, alpha=alpha))
+    assert_still(slope(weights, unlikelihood_loss, best, ref, alpha=alpha))
 
     alpha, worst = (1 + critical) / 2, torch.eye(len(r), dtype=torch.float64)[(w / l).argmin()]
     fallen = [
-        (weights * pair_losses(losses.unlikelihood_loss, (ref - t * worst).log_softmax(-1), ref, alpha=alpha))
+        (weights * pair_losses(unlikelihood_loss, (ref - t * worst).log_softmax(-1), ref, alpha=alpha))
         for t in (400, 800)
     ]
     fall = fallen[1].sum() - fallen[0].sum()
@@ -750,8 +765,8 @@ def check_unlikelihood(world: World) -> None:
 
     eta, beta = 0.3, world.beta
     for loss, options, step in (
-        (losses.unlikelihood_loss, dict(alpha=1.0), eta),
-        (losses.unweighted_dpo_loss, dict(beta=beta), eta * beta),
+        (unlikelihood_loss, dict(alpha=1.0), eta),
+        (unweighted_dpo_loss, dict(beta=beta), eta * beta),
     ):
         theta = ref
         for _ in range(5):
@@ -774,20 +789,20 @@ def check_first_steps(world: World, epsilon: float) -> None:
     w, l = sides(weights)
     clear = 1 - 2 * epsilon
     factors = [
-        (losses.cdpo_loss, dict(beta=beta, label_smoothing=epsilon), beta * clear / 2),
-        (losses.robust_dpo_loss, dict(beta=beta, flip_probability=epsilon), beta / (2 * clear)),
-        (losses.unweighted_dpo_loss, dict(beta=beta), beta),
-        (losses.averaged_ipo_loss, dict(beta=beta), 1 / beta),  # each of one token
-        (losses.unlikelihood_loss, dict(alpha=0.0), 1 / 2),
-        (losses.unlikelihood_loss, dict(alpha=epsilon), (1 + epsilon) / 2),
-        (losses.unlikelihood_loss, dict(alpha=1.0), 1.0),
+        (cdpo_loss, dict(beta=beta, label_smoothing=epsilon), beta * clear / 2),
+        (robust_dpo_loss, dict(beta=beta, flip_probability=epsilon), beta / (2 * clear)),
+        (unweighted_dpo_loss, dict(beta=beta), beta),
+        (averaged_ipo_loss, dict(beta=beta), 1 / beta),  # each of one token
+        (unlikelihood_loss, dict(alpha=0.0), 1 / 2),
+        (unlikelihood_loss, dict(alpha=epsilon), (1 + epsilon) / 2),
+        (unlikelihood_loss, dict(alpha=1.0), 1.0),
     ]
     for loss, options, factor in factors:
         assert_within(-slope(weights, loss, ref, ref, **options), factor * (w - l), STILL * max(1, factor))
     theta = ref.clone().requires_grad_()
     logps, desirable = theta.log_softmax(-1).repeat(2), torch.arange(2 * K) < K
     options = dict(beta=beta, desirable_weight=1.5, undesirable_weight=0.8)
-    out = losses.kto_loss(logps, ref.repeat(2), desirable, 0.0, **options).losses
+    out = kto_loss(logps, ref.repeat(2), desirable, 0.0, **options).losses
     (gradient,) = torch.autograd.grad((torch.cat([w, l]) * out).sum(), theta)
     assert_within(-gradient, beta / 8 * 2.3 * (w - l), STILL)
 
@@ -797,9 +812,9 @@ def test_without_a_reference_the_first_step_is_another():
     mu = f64([0.8, 0.1, 0.1])
     weights = mu[:, None] * mu  # all ties
     assert_still(sides(weights)[0] - sides(weights)[1])
-    gradient = slope(weights, losses.simpo_loss, mu.log(), mu.log(), beta=1.0, gamma=1.0)
+    gradient = slope(weights, simpo_loss, mu.log(), mu.log(), beta=1.0, gamma=1.0)
     assert gradient[0] == pytest.approx(0.112, abs=5e-4)
-    orpo, sft = (slope(weights, losses.orpo_loss, mu.log(), mu.log(), lam=lam) for lam in (1.0, 0.0))
+    orpo, sft = (slope(weights, orpo_loss, mu.log(), mu.log(), lam=lam) for lam in (1.0, 0.0))
     assert (orpo - sft)[0] == pytest.approx(0.286, abs=5e-4)
 
 

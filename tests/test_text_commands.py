@@ -23,8 +23,9 @@ from dpo_minimal.experiments.text import dpo
 from dpo_minimal.experiments.text.setup import load_policy
 from dpo_minimal.model import GPT, GPTConfig
 from dpo_minimal.text.checkpoint import load_model, save_model, state_fingerprint
-from dpo_minimal.text.objectives import LOSS_TYPES, OPTIONS, reference_logps
+from dpo_minimal.text.objectives import reference_logps
 from dpo_minimal.text.tokenizer import byte_tokenizer, save_tokenizer, train_bpe
+from dpo_minimal.zoo import LOSSES
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -180,8 +181,9 @@ def test_every_loss_starts_where_it_must_and_falls(world, loss_type, capsys):
     assert last < first and (ranked or looked[-1]["eval_rewards/accuracies"] > 0.5)
     assert Path("run/training.png").stat().st_size > 10_000
     options = json.loads(Path("run/config.json").read_text())["options"]
-    used = LOSS_TYPES[loss_type].options
-    assert {name for name in OPTIONS if options[name] is not None} == set(used)
+    used = [option.name for option in LOSSES[loss_type].options]
+    every = {option.name for loss in LOSSES.values() for option in loss.options}
+    assert {name for name in every if options[name] is not None} == set(used)
     listed = ", ".join(f"{name} {options[name]:g}" for name in used)
     assert f"; loss {loss_type}, {listed}." in capsys.readouterr().out
 

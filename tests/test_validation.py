@@ -259,7 +259,7 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize(("function", "arguments", "name"), cases(losses, LOSSES))
+@pytest.mark.parametrize(("function", "arguments", "name"), cases(dpo_minimal, LOSSES))
 def test_losses_refuse(function, arguments, name):
     """Eq. 2, 7, 20 and the relatives: finite log-probabilities of one shape, beta > 0, indices in range
     (property 79), one token or more, labels that are true or false."""
@@ -268,7 +268,7 @@ def test_losses_refuse(function, arguments, name):
 
 GOOD = [
     pytest.param(getattr(module, function), good, id=function)
-    for module, table in ((closed_form, CLOSED_FORM), (preferences, PREFERENCES), (losses, LOSSES))
+    for module, table in ((closed_form, CLOSED_FORM), (preferences, PREFERENCES), (dpo_minimal, LOSSES))
     for function, (good, _) in table.items()
 ]
 

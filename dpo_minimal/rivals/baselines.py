@@ -3,7 +3,7 @@
     policy_gradient, natural_gradient_step      the gradient of Eq. 3, exactly, and a step that reaches pi*
     reinforce_variance, best_baseline           the variance of that gradient's estimate from one sample
     clipped_surrogate, AdaptiveKL, ppo          PPO, on anything whose call returns the table of log pi
-    preferred_ft_logps, unlikelihood_logps      where fine-tuning on chosen completions ends
+    preferred_ft_logps                          where fine-tuning on chosen completions ends
     best_of_n_reward, best_of_n_kl_bound        best of n from samples, and the most KL that it can have
 
 A reward model followed by the closed form needs no code of its own: it is `optimal_logps` of the rewards that
@@ -22,16 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from ..closed_form import kl_divergence, soft_value
-from ..preferences import Rankings, win_counts
+from ..preferences import Rankings
 from ..train import Record
 from ..validation import (
     InputError,
     check_count,
     check_finite,
     check_log_distribution,
-    check_not_negative,
     check_positive,
 )
+from ..zoo.unlikelihood import unlikelihood_logps
 
 # ------------------------------------------------------------------------- the gradient of the objective
 
@@ -258,34 +258,6 @@ def preferred_ft_logps(rankings: Rankings, exists: Tensor) -> Tensor:
     Raises: InputError: a prompt without comparisons.
     """
     return unlikelihood_logps(rankings, exists, alpha=0.0)
-
-
-def unlikelihood_logps(rankings: Rankings, exists: Tensor, *, alpha: float) -> Tensor:
-    """The optimum of Unlikelihood, (w - alpha l) / (1 - alpha), where it exists [D12.7].
-
-    w(y) and l(y) are the shares of comparisons in which y was chosen and rejected.
-
-    Args: as `preferred_ft_logps`; alpha in [0, 1).
-    Returns: (X, Y) log-probabilities.
-    Raises: InputError: some w(y) < alpha l(y), so that the loss falls without limit; alpha out of range; a
-        prompt without comparisons.
-    """
-    check_not_negative("alpha", alpha)
-    if alpha >= 1:
-        raise InputError(f"alpha must lie in [0, 1), got {alpha}; at 1 there is no optimum.")
-    wins = win_counts(rankings, *exists.shape)
-    total = wins.sum((-2, -1))
-    if not (total > 0).all():
-        raise InputError(f"prompt {int((total == 0).nonzero()[0])} has no comparisons; leave it out.")
-    chosen, rejected = wins.sum(-1) / total[:, None], wins.sum(-2) / total[:, None]
-    share = (chosen - alpha * rejected) / (1 - alpha)
-    if (share < 0).any():
-        x, y = (share < 0).nonzero()[0].tolist()
-        raise InputError(
-            f"Unlikelihood has no optimum at alpha = {alpha:g}: completion {y} of prompt {x} was rejected "
-            f"more than {1 / alpha:.3g} times as often as chosen; lower alpha."
-        )
-    return share.log()
 
 
 # ------------------------------------------------------------------------------------------- best of n

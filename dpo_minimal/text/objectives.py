@@ -1,7 +1,7 @@
 """From token batches to a loss and what is logged beside it: SFT, and every preference loss by its name.
 
-losses.py knows log-probabilities only; here a GPT computes them, the reference's are looked up, and the
-per-row results become means. A new loss of pairs joins as one entry of `LOSS_TYPES`.
+losses.py and zoo/ know log-probabilities only; here a GPT computes them, the reference's are looked up, and
+the per-row results become means. What a loss reads, and its options, are those of its record in `zoo.LOSSES`.
 
 But: no optimizer, no files other than the cache of reference log-probabilities.
 
@@ -22,26 +22,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..losses import (
-    PreferenceLoss,
-    averaged_ipo_loss,
-    cdpo_loss,
-    dpo_loss,
-    ipo_loss,
-    kto_kl_estimate,
-    kto_loss,
-    orpo_loss,
-    plackett_luce_dpo_loss,
-    plackett_luce_gradient_weights,
-    robust_dpo_loss,
-    simpo_loss,
-    unlikelihood_loss,
-    unweighted_dpo_loss,
-)
+from ..losses import RANGES, Loss, PreferenceLoss
 from ..model import GPT
 from ..policy import SharedPromptBatch, shared_prompt_batch, shared_prompt_logps
 from ..train import Objective, Window
-from ..validation import InputError, check_flip_probability, check_not_negative, check_positive
+from ..validation import InputError
+from ..zoo import LOSSES
+from ..zoo.kto import kto_kl_estimate
 from .batches import Example, windows
 from .checkpoint import state_fingerprint
 from .runs import write_atomically
@@ -57,81 +44,23 @@ class PreferenceBatch(NamedTuple):
     reference_logps: Tensor
 
 
-class LossType(NamedTuple):
-    """A preference loss as training needs it.
+def loss_of(loss: Loss, policy: Tensor, micro: PreferenceBatch, options: dict[str, float]) -> PreferenceLoss:
+    """A loss on a batch.
 
-    Fields:
-        rows: the kind of data: "preferences" or "rankings".
-        options: which of `OPTIONS` it takes; any other is refused.
-        loss: (policy logps (B, K), PreferenceBatch, **options) -> PreferenceLoss of (B,) tensors.
-        start: (K, **options) -> the loss of every row where policy = reference; None for a loss that has no
-            reference, whose first value may be any.
-        averages: it scores a completion by its mean over tokens, not by the sum.
-        mismatched: each row carries one completion more, of another prompt (`batches.with_mismatched`).
+    KTO's divergence is estimated from the third completion of each row, of another prompt
+    (`batches.with_mismatched`): it is the micro-batch's own, so its pieces do not add up to the whole
+    window's exactly.
+
+    Args: policy (B, K) log-probabilities, nats; options of the loss. Returns PreferenceLoss of (B,) tensors.
     """
-
-    rows: str
-    options: tuple[str, ...]
-    loss: Callable[..., PreferenceLoss]
-    start: Callable[..., float] | None
-    averages: bool = False
-    mismatched: bool = False
-
-
-def _check_share(name: str, value: float) -> None:
-    check_not_negative(name, value)
-    if value > 1:
-        raise InputError(f"{name} must lie in [0, 1], got {value!r}.")
-
-
-def _check_noise(name: str, value: float) -> None:
-    check_flip_probability(value, name)
-
-
-OPTIONS: dict[str, Callable[[str, float], None]] = {  # each with the check of its range
-    "beta": check_positive,
-    "label_smoothing": _check_noise,
-    "flip_probability": _check_noise,
-    "gamma": check_not_negative,
-    "lam": check_not_negative,
-    "alpha": _check_share,
-    "desirable_weight": check_positive,
-    "undesirable_weight": check_positive,
-}
-
-
-def _of_pairs(
-    loss: Callable[..., PreferenceLoss], *, reference: bool = True, lengths: bool = False
-) -> Callable[..., PreferenceLoss]:
-    """A loss of losses.py on a batch; the flags say what it reads besides the policy's log-probabilities."""
-
-    def of(policy: Tensor, micro: PreferenceBatch, **options: float) -> PreferenceLoss:
-        columns = [*policy.unbind(-1)]
-        columns += micro.reference_logps.unbind(-1) if reference else ()
-        columns += micro.batch.completion_lengths.unbind(-1) if lengths else ()
-        return loss(*columns, **options)
-
-    return of
-
-
-def _plackett_luce(policy: Tensor, micro: PreferenceBatch, *, beta: float) -> PreferenceLoss:
-    reference = micro.reference_logps
-    rewards = beta * (policy - reference).detach()
-    weights = plackett_luce_gradient_weights(policy, reference, beta=beta)
-    losses = plackett_luce_dpo_loss(policy, reference, beta=beta)
-    return PreferenceLoss(losses, rewards[:, 0], rewards[:, -1], weights[:, 0])
-
-
-def _kto(policy: Tensor, micro: PreferenceBatch, **options: float) -> PreferenceLoss:
-    """The chosen completion is desirable, the rejected one is not: a row's loss is the mean of the two.
-
-    The KL estimate is the micro-batch's own, so its pieces do not add up to the whole window's exactly.
-    """
-    z0 = _kl_estimate(policy, micro)
-    reference = micro.reference_logps
-    labels = torch.tensor([True, False], device=policy.device).expand(len(policy), 2)
-    out = kto_loss(policy[:, :2], reference[:, :2], labels, z0, **options)
-    return PreferenceLoss(out.losses.mean(-1), *out.rewards.unbind(-1), out.gradient_weights[:, 0] / 2)
+    own = slice(2) if "kl_estimate" in loss.reads else slice(None)
+    tables = {
+        "policy": lambda: policy[:, own],
+        "reference": lambda: micro.reference_logps[:, own],
+        "lengths": lambda: micro.batch.completion_lengths[:, own],
+        "kl_estimate": lambda: _kl_estimate(policy, micro),
+    }
+    return loss.on(tables, options)
 
 
 def _kl_estimate(policy: Tensor, micro: PreferenceBatch) -> Tensor:
@@ -148,54 +77,14 @@ def _kl_estimate(policy: Tensor, micro: PreferenceBatch) -> Tensor:
     return kto_kl_estimate(policy[:, 2], micro.reference_logps[:, 2])
 
 
-def _ln_2(K: int, **_: float) -> float:
-    return math.log(2)
-
-
-def _ipo_start(K: int, beta: float) -> float:
-    return 1 / (4 * beta**2)
-
-
-LOSS_TYPES = {
-    "dpo": LossType("preferences", ("beta",), _of_pairs(dpo_loss), _ln_2),
-    "cdpo": LossType("preferences", ("beta", "label_smoothing"), _of_pairs(cdpo_loss), _ln_2),
-    "robust": LossType("preferences", ("beta", "flip_probability"), _of_pairs(robust_dpo_loss), _ln_2),
-    "unweighted_dpo": LossType(
-        "preferences", ("beta",), _of_pairs(unweighted_dpo_loss), lambda K, beta: 0.0
-    ),
-    "ipo": LossType("preferences", ("beta",), _of_pairs(ipo_loss), _ipo_start),
-    "averaged_ipo": LossType(
-        "preferences", ("beta",), _of_pairs(averaged_ipo_loss, lengths=True), _ipo_start, averages=True
-    ),
-    "simpo": LossType(
-        "preferences", ("beta", "gamma"), _of_pairs(simpo_loss, reference=False, lengths=True), None,
-        averages=True,
-    ),
-    "orpo": LossType(
-        "preferences", ("lam",), _of_pairs(orpo_loss, reference=False, lengths=True), None, averages=True
-    ),
-    "unlikelihood": LossType(
-        "preferences", ("alpha",), _of_pairs(unlikelihood_loss, reference=False), None
-    ),
-    "kto": LossType(
-        "preferences", ("beta", "desirable_weight", "undesirable_weight"), _kto,
-        lambda K, beta, desirable_weight, undesirable_weight: (desirable_weight + undesirable_weight) / 4,
-        mismatched=True,
-    ),
-    "plackett_luce": LossType(  # chosen is the best answer, rejected the worst
-        "rankings", ("beta",), _plackett_luce, lambda K, beta: math.log(math.factorial(K))
-    ),
-}  # fmt: skip
-
-
 def loss_options(loss_type: str, given: dict[str, float | None]) -> dict[str, float]:
     """The options that a loss takes, out of those given (None where not given).
 
     Raises InputError: no such loss, an option it does not use, one it needs that is missing or out of range.
     """
-    if loss_type not in LOSS_TYPES:
-        raise InputError(f"--loss-type {loss_type}: no such loss; choose one of {', '.join(LOSS_TYPES)}.")
-    used = LOSS_TYPES[loss_type].options
+    if loss_type not in LOSSES:
+        raise InputError(f"--loss-type {loss_type}: no such loss; choose one of {', '.join(LOSSES)}.")
+    used = {option.name: option for option in LOSSES[loss_type].options}
     found = {name: value for name, value in given.items() if value is not None}
     for name in (*found, *used):
         flag = "--" + name.replace("_", "-")
@@ -203,7 +92,7 @@ def loss_options(loss_type: str, given: dict[str, float | None]) -> dict[str, fl
             raise InputError(f"--loss-type {loss_type} does not use {flag}; leave it out.")
         if name not in found:
             raise InputError(f"--loss-type {loss_type} needs {flag}.")
-        OPTIONS[name](flag, found[name])
+        RANGES[used[name].range](flag, found[name])
     return found
 
 
@@ -215,7 +104,7 @@ def preference_objective(model: GPT, loss_type: str, *, dtype: str, **options: f
 
     Metrics, all means over rows, of the policy before the step:
         rewards/chosen, rewards/rejected, rewards/margins: implicit rewards beta log(pi / pi_ref), or what
-            the loss's docstring in losses.py says it has in their place.
+            the loss's docstring says it has in their place.
         rewards/accuracies: share of rows whose chosen reward is above the rejected one by more than rounding;
             of a ranking, share of neighbours in the right order.
         logps/chosen, logps/rejected: log pi(y|x), nats a sequence, apart, because both may fall.
@@ -229,13 +118,12 @@ def preference_objective(model: GPT, loss_type: str, *, dtype: str, **options: f
 
     Args:
         model: the policy.
-        loss_type: a key of `LOSS_TYPES`; options are its options, checked by `loss_options`.
+        loss_type: a key of `zoo.LOSSES`; options are its options, checked by `loss_options`.
         dtype: "float32", or "bfloat16" for autocast of the matrix products; weights, log-softmax and the
             loss stay in float32, because a step of 5e-7 would be rounded away in bfloat16.
     """
     options = loss_options(loss_type, options)
-    kind = LOSS_TYPES[loss_type]
-    loss_of = kind.loss
+    loss = LOSSES[loss_type]
 
     def objective(micro: PreferenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
         logps = completion_logps_of(model, micro.batch, dtype)
@@ -243,36 +131,42 @@ def preference_objective(model: GPT, loss_type: str, *, dtype: str, **options: f
             raise InputError(
                 "a log-probability is nan or infinite; lower the learning rate or look for bad data."
             )
-        result = loss_of(logps, micro, **options)
-        policy, ratios = logps.detach(), logps.detach() - micro.reference_logps
-        lengths = micro.batch.completion_lengths
-        if kind.mismatched:  # the completion of another prompt has done its part
-            policy, ratios, lengths = policy[:, :2], ratios[:, :2], lengths[:, :2]
-        # What the loss orders completions by, and how far rounding may have moved it: float32's in bfloat16
-        # too, whose own would make ties of most rows; exact ties stay ties.
-        scores, blur = policy if kind.start is None else ratios, _rounding(lengths, "float32")
-        if kind.averages:
-            scores, blur = scores / lengths, blur / lengths
-        order = scores[:, :-1] - scores[:, 1:]  # of neighbours; of a pair, chosen minus rejected
-        tie = torch.maximum(blur[:, :-1], blur[:, 1:])
-        margins = result.chosen_rewards - result.rejected_rewards
-        metrics = {
-            "rewards/chosen": result.chosen_rewards,
-            "rewards/rejected": result.rejected_rewards,
-            "rewards/margins": margins,
-            "rewards/accuracies": (order > tie).float(),
-            "logps/chosen": policy[:, 0],
-            "logps/rejected": policy[:, -1],
-            "dpo/gradient_weight": result.gradient_weights,
-            "dpo/saturated_fraction": (margins > math.log(99)).float(),
-            "dpo/displacement": (ratios[:, 0] < -_rounding(lengths[:, 0], dtype)).float(),
-            "dpo/ties": (order.abs() <= tie).float(),
-        }
-        if kind.mismatched:
-            metrics["kto/kl_estimate"] = _kl_estimate(logps, micro)
+        result = loss_of(loss, logps, micro, options)
+        metrics = _metrics(loss.reads, logps.detach(), micro, result, dtype)
         return result.losses.mean(), {name: values.mean() for name, values in metrics.items()}
 
     return objective
+
+
+def _metrics(
+    reads: tuple[str, ...], policy: Tensor, micro: PreferenceBatch, result: PreferenceLoss, dtype: str
+) -> dict[str, Tensor]:
+    """What `preference_objective` logs of each row of log-probabilities (B, K)."""
+    ratios, lengths = policy - micro.reference_logps, micro.batch.completion_lengths
+    metrics = {}
+    if "kl_estimate" in reads:  # the completion of another prompt has done its part
+        metrics["kto/kl_estimate"] = _kl_estimate(policy, micro)
+        policy, ratios, lengths = policy[:, :2], ratios[:, :2], lengths[:, :2]
+    # What the loss orders completions by, and how far rounding may have moved it: float32's in bfloat16 too,
+    # by whose own most rows would be ties; exact ties stay ties.
+    scores, blur = ratios if "reference" in reads else policy, _rounding(lengths, "float32")
+    if "lengths" in reads:
+        scores, blur = scores / lengths, blur / lengths
+    order = scores[:, :-1] - scores[:, 1:]  # of neighbours; of a pair, chosen minus rejected
+    tie = torch.maximum(blur[:, :-1], blur[:, 1:])
+    margins = result.chosen_rewards - result.rejected_rewards
+    return {
+        "rewards/chosen": result.chosen_rewards,
+        "rewards/rejected": result.rejected_rewards,
+        "rewards/margins": margins,
+        "rewards/accuracies": (order > tie).float(),
+        "logps/chosen": policy[:, 0],
+        "logps/rejected": policy[:, -1],
+        "dpo/gradient_weight": result.gradient_weights,
+        "dpo/saturated_fraction": (margins > math.log(99)).float(),
+        "dpo/displacement": (ratios[:, 0] < -_rounding(lengths[:, 0], dtype)).float(),
+        "dpo/ties": (order.abs() <= tie).float(),
+    } | metrics
 
 
 def sft_objective(model: GPT, *, dtype: str) -> Objective:

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from matplotlib import pyplot as plt
 
 import dpo_minimal as dpo
-from dpo_minimal.bandit import kto_on_table, loss_on_table
+from dpo_minimal.bandit import loss_on_table
+from dpo_minimal.zoo.kto import kto_on_table
 from notebooks import figures
 from notebooks.checks import check
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ...bandit import Bandit, random_bandit
+from ...certificates import maximum_likelihood
 from ...closed_form import kl_divergence, optimal_logps
-from ...laws.finite_data import maximum_likelihood
 from ...laws.sampling_laws import finite_data_law
 from ...preferences import Rankings, all_sets, sample_pairs
 from ...text.runs import new_run_folder, refuse_used_folder, versions, write_arrays, write_json, write_records

@@ -9,15 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...bandit import Bandit, TabularPolicy, dpo_objective, ipo_objective, safe_learning_rate
+from ...bandit import Bandit, TabularPolicy, dpo_objective, safe_learning_rate
+from ...certificates import maximum_likelihood
 from ...closed_form import optimal_logps
-from ...laws.finite_data import (
-    add_prior,
-    ipo_estimate,
-    ipo_standard_errors,
-    maximum_likelihood,
-    standard_errors,
-)
+from ...laws.finite_data import add_prior, ipo_standard_errors, standard_errors
 from ...preferences import win_counts
 from ...text.runs import (
     new_run_folder,
@@ -28,6 +23,7 @@ from ...text.runs import (
     write_records,
 )
 from ...validation import InputError, check_count, check_device, check_positive
+from ...zoo.ipo import ipo_estimate, ipo_objective
 from .fit import fit, max_distance
 from .tables import load_comparisons
 

@@ -38,9 +38,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ...certificates import certify
+from ...certificates import certify, maximum_likelihood
 from ...closed_form import kl_divergence, optimal_logps
-from ...laws.finite_data import maximum_likelihood
 from ...preferences import (
     Rankings,
     expected_pairs,
@@ -165,13 +164,14 @@ def ways_to_one_optimum(world: World, args: argparse.Namespace) -> list[str]:
     triples = random_cycles(exists, cycles=2, size=3, generator=generator)
     rankings = expected_rankings(world.rewards, triples)
     train = partial(methods.train_on_pairs, world, steps=LONGER * effort.steps)
+    dpo, of_rankings = (pair_methods.pair_method(name, beta=beta) for name in ("dpo", "plackett_luce"))
     started = time.perf_counter()
     newton = methods.closed_form(world, maximum_likelihood(population, exists), "", beta)
     newton = replace(newton, seconds=time.perf_counter() - started)
     longer = effort._replace(iterations=LONGER * effort.iterations)
     ways = {
-        "DPO": (train(pair_methods.dpo(beta), population), population),
-        "DPO on rankings of 3": (train(pair_methods.plackett_luce(beta), rankings), rankings),
+        "DPO": (train(dpo, population), population),
+        "DPO on rankings of 3": (train(of_rankings, rankings), rankings),
         "reward model (Newton) + closed form": (newton, population),
         "PPO with the true reward": (
             methods.climb(world, world.rewards, "", beta=beta, effort=longer, seed=args.seed), None
@@ -240,13 +240,7 @@ def plan(world: World, args: argparse.Namespace) -> list[Job]:
     if not args.population:
         shown, held_out = pairs.split(shown, np.random.default_rng(args.seed))
     learned = pairs.learned_rewards(world, shown, held_out)
-    trained = [
-        *(pair_methods.ipo(b) for b in (0.1, 1.0)),
-        pair_methods.cdpo(beta, noise), pair_methods.robust(beta, noise),
-        pair_methods.kto(beta), pair_methods.orpo(1.0), pair_methods.simpo(2.0, 0.5),
-        pair_methods.unweighted(beta),
-        *(pair_methods.unlikelihood(a) for a in ALPHAS),
-    ]  # fmt: skip
+    trained = pair_methods.others(beta, noise, ALPHAS)
     jobs: list[Job] = [partial(_dpo, world, b, shown, held_out, effort.steps) for b in BETAS]
     jobs += [_one(methods.train_on_pairs, world, each, shown, steps=effort.steps) for each in trained]
     for k in range(1 if args.population else FT_SEEDS):
@@ -270,7 +264,7 @@ def _one(function: Callable[..., Run], *arguments, **options) -> Job:
 
 def _dpo(world: World, beta: float, shown: Rankings, held_out: Rankings | None, steps: int) -> list[Run]:
     """DPO to the end, and the policy on its way that predicts held-out comparisons best."""
-    found = methods.train_on_pairs(world, pair_methods.dpo(beta), shown, steps=steps)
+    found = methods.train_on_pairs(world, pair_methods.pair_method("dpo", beta=beta), shown, steps=steps)
     if held_out is None:
         return [found]
     end = pairs.best_on_path(found, held_out, beta=beta) + 1

@@ -78,7 +78,7 @@ def _world_panel(axis, runs: list[Run]) -> None:
     furthest, lowest, top = kl.max(), low, reward.max()
     seen = set()
     for run in runs:
-        colour, marker, filled = LOOKS[run.family]
+        colour, marker, filled = LOOKS.get(run.family, (GREY, "x", True))  # a loss added at run time
         if run.steps > 0 and run.family != "DPO, stopped early":  # whose path is DPO's
             axis.plot(run.gap.kl, run.gap.reward, color=colour, linewidth=1.3, alpha=0.45, zorder=2)
         style = {"facecolor": colour if filled else "none", "edgecolor": colour}

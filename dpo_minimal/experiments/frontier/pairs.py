@@ -209,7 +209,8 @@ def _parts(data: Rankings, size: float, generator: np.random.Generator) -> tuple
 
 def _stopped_dpo(world: World, parts: tuple[Rankings, Rankings], args: argparse.Namespace) -> Tensor:
     steps = methods.effort(world, quick=args.quick).steps
-    found = methods.train_on_pairs(world, pair_methods.dpo(args.beta), parts[0], steps=steps)
+    method = pair_methods.pair_method("dpo", beta=args.beta)
+    found = methods.train_on_pairs(world, method, parts[0], steps=steps)
     return found.path[best_on_path(found, parts[1], beta=args.beta)]
 
 

@@ -41,10 +41,11 @@ from ...policy import shared_prompt_batch, shared_prompt_logps
 from ...rivals.ppo import PPOSettings, train_ppo
 from ...rivals.reward_model import RewardModel, fit_reward_model, normalised_reward, score_completions
 from ...text.batches import Example, split_by_prompt, windows, with_mismatched
-from ...text.objectives import LOSS_TYPES, make_window, preference_objective, reference_logps, sft_objective
+from ...text.objectives import make_window, preference_objective, reference_logps, sft_objective
 from ...text.runs import write_atomically
 from ...train import Objective, Record, Window, make_optimizer, train, warm_up
 from ...validation import InputError
+from ...zoo import LOSSES
 from ..study import Job, kept
 from .world import LONGEST, K, Plan, World, load_world, read_rows
 
@@ -182,7 +183,9 @@ def _learn_from_pairs(run: Run, world: World, plan: Plan, model: GPT) -> tuple[O
         # Two chosen completions for each pair that the others see: as many completions a step.
         return objective, _stream(chosen, None, 2 * plan.pairs, plan.steps, run.seed)
     objective = preference_objective(model, run.loss_type, dtype="float32", **dict(run.options))
-    if LOSS_TYPES[run.loss_type].mismatched:  # KTO's further completion is scored, but teaches nothing
+    if (
+        "kl_estimate" in LOSSES[run.loss_type].reads
+    ):  # KTO's further completion is scored, but teaches nothing
         examples = with_mismatched(examples, max_length=plan.context)
         reference = reference_logps(world.policy.model, examples, micro_size=16, dtype="float32")
     return objective, _stream(examples, reference, plan.pairs, plan.steps, run.seed)

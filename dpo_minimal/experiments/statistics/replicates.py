@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...bandit import Bandit, random_bandit
-from ...certificates import connected, curvature, largest_resistance
+from ...certificates import connected, curvature, largest_resistance, maximum_likelihood
 from ...closed_form import kl_divergence, optimal_logps
-from ...laws.finite_data import maximum_likelihood
 from ...laws.sampling_laws import (
     chi_square_quantile,
     cramer_rao,

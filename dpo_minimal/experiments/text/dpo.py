@@ -44,13 +44,12 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
+from ...losses import Loss
 from ...rivals.evaluate import Samples, mean_of
 from ...text.batches import Example, check_limits, with_mismatched
 from ...text.checkpoint import WEIGHTS_FILE, state_fingerprint
 from ...text.data import Dataset, load_dataset
 from ...text.objectives import (
-    LOSS_TYPES,
-    OPTIONS,
     cache_key,
     check_start,
     load_reference_logps,
@@ -64,33 +63,29 @@ from ...text.runs import write_records
 from ...text.training_run import Data
 from ...train import Record
 from ...validation import InputError
+from ...zoo import LOSSES
 from . import setup, sft
 from .judged import as_pairs, judged_samples
-from .options import COMMON, DATA, RUN, TRAINING, Option, add_options, altered, at_least, declared, resolve
+from .options import (
+    COMMON,
+    DATA,
+    RUN,
+    TRAINING,
+    Group,
+    Option,
+    add_options,
+    altered,
+    at_least,
+    declared,
+    resolve,
+)
 from .report import sample_lines, summary
 from .setup import CONFIG_FILE, MODEL, Policy, Rows, load_policy
 
-# What a loss's options are where nobody gives them. DPO's beta is the paper's, SimPO's two are those of its
-# own paper for Llama-3-Base. No paper can name a share of wrong labels, and this one names no alpha.
-LOSS_DEFAULTS = {
-    "beta": 0.1,
-    "label_smoothing": 0.1,
-    "flip_probability": 0.1,
-    "gamma": 1.0,
-    "lam": 0.1,
-    "alpha": 0.5,
-    "desirable_weight": 1.0,
-    "undesirable_weight": 1.0,
-}
-REVIEWS_BETA, SIMPO_BETA = 0.5, 2.0
+REVIEWS_BETA = 0.5  # of a loss with a reference, for the reviews: 0.1 would let the language get lost
 RANKED = 4  # samples of a generated ranking
 SHOWN = 5
 PREFERENCES_FILE, REFERENCE_FILE = "preferences.jsonl", "reference_logps.safetensors"
-
-
-def _loss_option(name: str, text: str) -> Option:
-    """An option that single losses take; one that the chosen loss does not is refused."""
-    return Option(text if name == "beta" else f"{text} (default {LOSS_DEFAULTS[name]})", float)
 
 
 GROUPS = {
@@ -104,26 +99,7 @@ GROUPS = {
     "training": altered(
         TRAINING, learning_rate={"default": 1e-6, "reviews": 2e-4}, warmup_steps={"reviews": 20},
         optimizer={"default": "rmsprop", "reviews": "adamw"},
-    ) | {
-        "loss_type": Option(
-            "dpo; cdpo and robust, for labels that may be wrong; ipo, whose log-ratio margin has the finite "
-            "target 1 / (2 beta), and averaged_ipo, the same per token; kto, for single completions; simpo, "
-            "orpo and unlikelihood, without a reference; unweighted_dpo, a warning; or plackett_luce for "
-            "rankings", str, "dpo", metavar="NAME", choices=LOSS_TYPES,
-        ),
-    },
-    "options of the loss": {name: _loss_option(name, text) for name, text in {
-        "beta": f"strength of the pull towards the reference (default {LOSS_DEFAULTS['beta']}; reviews "
-        f"{REVIEWS_BETA}, as 0.1 would let the language get lost); for simpo, which has none, a factor of "
-        f"its rewards (default {SIMPO_BETA}); orpo and unlikelihood have no beta",
-        "label_smoothing": "for cdpo: share of labels that may be wrong, below 1/2",
-        "flip_probability": "for robust: share of labels that are wrong, below 1/2",
-        "gamma": "for simpo: the wanted margin, 0 or more; its paper's for Llama-3-Base, like beta",
-        "lam": "for orpo: weight of the odds, 0 or more",
-        "alpha": "for unlikelihood: weight of the rejected completion, from 0 to 1",
-        "desirable_weight": "for kto: weight of chosen completions",
-        "undesirable_weight": "for kto: weight of rejected completions",
-    }.items()},
+    ),
     "samples": {
         "eval_samples": Option(
             "samples drawn at each evaluation, at most one a held-out row; 0 draws none", int, 16, 256,
@@ -135,31 +111,70 @@ GROUPS = {
     },
     "run": altered(RUN, eval_steps={"reviews": 25}),
 }  # fmt: skip
-add_arguments = partial(add_options, groups=GROUPS)
+
+
+def groups() -> dict[str, Group]:
+    """All options: `GROUPS`, and those of the losses that there are now."""
+    losses = LOSSES.values()
+    loss_type = Option(
+        "; ".join(f"{loss.name}, {loss.summary}" for loss in losses), str, "dpo", metavar="NAME",
+        choices=LOSSES,
+    )  # fmt: skip
+    found = GROUPS | {"training": GROUPS["training"] | {"loss_type": loss_type}}
+    found["options of the loss"] = {name: Option(_help_of(name), float) for name in _loss_options()}
+    return {title: found[title] for title in ("data", "model", "training", "options of the loss", *found)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    add_options(parser, groups())
+
+
+def _loss_options() -> list[str]:
+    """The options that losses take; one that the chosen loss does not take is refused."""
+    return list(dict.fromkeys(option.name for loss in LOSSES.values() for option in loss.options))
+
+
+def _help_of(name: str) -> str:
+    """What an option means, and for which losses."""
+    meanings: dict[str, list[str]] = {}
+    for loss in LOSSES.values():
+        for option in loss.options:
+            if option.name == name:
+                default = "none" if option.default is None else f"{option.default:g}"
+                if _pulls_to_reference(loss, name):
+                    default += f"; without --data {REVIEWS_BETA}"
+                text = f"{option.help}, {option.range} (default {default})"
+                meanings.setdefault(text, []).append(loss.name)
+    return "; ".join(f"for {', '.join(names)}: {text}" for text, names in meanings.items())
+
+
+def _pulls_to_reference(loss: Loss, name: str) -> bool:
+    return name == "beta" and "reference" in loss.reads
 
 
 def _loss_of(options: argparse.Namespace) -> dict[str, float]:
     """The options of the loss, checked; what nobody gave gets its default, here and in `options`."""
-    given = {name: getattr(options, name) for name in OPTIONS}
-    for name in LOSS_TYPES[options.loss_type].options:
-        if given[name] is None:
-            given[name] = _default_beta(options) if name == "beta" else LOSS_DEFAULTS[name]
-    loss = loss_options(options.loss_type, given)
-    vars(options).update(loss)
-    return loss
-
-
-def _default_beta(options: argparse.Namespace) -> float:
-    if options.loss_type == "simpo":
-        return SIMPO_BETA
-    return LOSS_DEFAULTS["beta"] if options.data is not None else REVIEWS_BETA
+    loss = LOSSES[options.loss_type]
+    given = {name: getattr(options, name, None) for name in _loss_options()}
+    for option in loss.options:
+        if given[option.name] is None:
+            reviews = options.data is None and _pulls_to_reference(loss, option.name)
+            given[option.name] = REVIEWS_BETA if reviews else option.default
+    found = loss_options(options.loss_type, given)
+    vars(options).update(given | found)
+    return found
 
 
 def run(args: argparse.Namespace) -> Path:
     """Check everything, train, and write the run folder, which is returned."""
     no_samples = args.eval_samples == 0
+    if args.resume is not None:  # also a run that was made before some loss existed
+        args = argparse.Namespace(
+            **{k: v for k, v in vars(args).items() if v is not None or k not in _loss_options()}
+        )
     options = resolve(
-        args, GROUPS,
+        args, groups(),
         ("data", args.model is None, "{} needs --model, the SFT model that is policy and reference at the "
          f"start; make one by `dpo-minimal sft --data {args.data}`, or name a folder or gpt2."),
         ("max_new_tokens", no_samples and args.data is not None,
@@ -169,7 +184,7 @@ def run(args: argparse.Namespace) -> Path:
         command="dpo",
     )  # fmt: skip
     loss = _loss_of(options)
-    if LOSS_TYPES[options.loss_type].mismatched and options.per_device_train_batch_size < 2:
+    if "kl_estimate" in LOSSES[options.loss_type].reads and options.per_device_train_batch_size < 2:
         raise InputError(
             f"--loss-type {options.loss_type} needs --per-device-train-batch-size 2 or more: it estimates a "
             "divergence from the rows that go through the model together."
@@ -177,7 +192,7 @@ def run(args: argparse.Namespace) -> Path:
     setup.begin(options)
     # All that can be wrong with the input is checked before anything is written.
     policy = None if options.model is None else load_policy(options.model)
-    kind = LOSS_TYPES[options.loss_type].rows
+    kind = LOSSES[options.loss_type].rows
     dataset = None if options.data is None else setup.load_rows(options, kind, options.rows)
     context = sft.REVIEWS_CONTEXT if policy is None else policy.model.config.block_size
     setup.sample_length(options.max_new_tokens, context)
@@ -194,7 +209,7 @@ def run(args: argparse.Namespace) -> Path:
 def _rows(options: argparse.Namespace, dataset: Dataset, policy: Policy) -> Rows:
     """Rows as tokens, as the loss reads them."""
     rows = setup.prepare(options, dataset, policy)
-    if not LOSS_TYPES[options.loss_type].mismatched:
+    if "kl_estimate" not in LOSSES[options.loss_type].reads:
         return rows
     micro = options.per_device_train_batch_size
     train = _without_a_single_row(rows.train, micro * options.gradient_accumulation_steps, micro)
@@ -253,13 +268,13 @@ def _report(
     """The figure, and on the screen samples before and after."""
     from .figure import preference_figure  # matplotlib is slow to import: not before it is needed
 
-    start_of = LOSS_TYPES[options.loss_type].start
-    starts = [] if start_of is None else [start_of(len(row.completions), **loss) for row in train]
+    record = LOSSES[options.loss_type]
+    starts = [record.start(len(row.completions), **loss) for row in train] if record.start else []
     start = sum(starts) / len(starts) if starts else None
     preference_figure(records, start, before, after, folder / "training.png")
     if before is not None:
         # Losses without a reference, whose beta is none or another thing, are measured like the others.
-        beta = REVIEWS_BETA if start_of is None else options.beta
+        beta = loss["beta"] if "reference" in record.reads and "beta" in loss else REVIEWS_BETA
         texts = sample_lines(SHOWN, {"before": before, "after": after})
         print("\n".join(["", *texts, "", *summary(before, after, beta)]))
     print(f"\nWrote {folder}/model, training.png, metrics.jsonl and config.json.", flush=True)
@@ -299,7 +314,7 @@ def _fine_tune(options: argparse.Namespace, folder: Path) -> Path:
 def _judged_reviews(options: argparse.Namespace, folder: Path, policy: Policy) -> Dataset:
     """Pairs (rankings) of the SFT model's own samples, kept in preferences.jsonl."""
     path = folder / PREFERENCES_FILE
-    kind = LOSS_TYPES[options.loss_type].rows
+    kind = LOSSES[options.loss_type].rows
     if not path.exists():
         rows = judged_samples(
             policy, options.rows, 2 if kind == "preferences" else RANKED, reward=sentiment,

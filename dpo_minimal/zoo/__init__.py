@@ -1,0 +1,58 @@
+"""Every loss by its name: those of the paper, and from each file of this folder the others.
+
+A new loss is one file here, with a function and beside it its record; unlikelihood.py shows how short that
+can be. Whatever uses losses reads `LOSSES` when it is called, so that a loss can also be added at run time:
+`LOSSES["mine"] = Loss("mine", "Mine", my_function)`. `loss_on_table` takes a function without any record.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from ..losses import DPO, PLACKETT_LUCE, Loss
+
+LOSSES: dict[str, Loss] = {DPO.name: DPO}
+for _file in iter_modules(__path__):
+    for _value in vars(import_module(f".{_file.name}", __name__)).values():
+        if isinstance(_value, Loss):
+            LOSSES[_value.name] = _value
+LOSSES[PLACKETT_LUCE.name] = PLACKETT_LUCE
+
+_READ = {
+    "policy": "π",
+    "reference": "π_ref",
+    "lengths": "token counts",
+    "kl_estimate": "a divergence, which text estimates from mismatched completions of the whole batch",
+}
+
+
+def table_of_losses() -> str:
+    """All records as a Markdown table, one row a loss, as it stands in this folder's README."""
+    header = (
+        "`--loss-type`",
+        "loss",
+        "reads",
+        "options: range, default",
+        "at π = π_ref",
+        "optimum",
+        "source",
+    )
+    rows = [header, ("---",) * len(header), *map(_row, LOSSES.values())]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _row(loss: Loss) -> tuple[str, ...]:
+    options = [
+        f"`{o.name}` {o.range}, {'none' if o.default is None else f'{o.default:g}'}" for o in loss.options
+    ]
+    defaults = {option.name: option.default for option in loss.options}
+    start = "–"
+    if loss.start is not None and None not in defaults.values():
+        start = f"{loss.start(2, **defaults):.4g}"
+    reads = ("a ranking of " if loss.rows == "rankings" else "") + ", ".join(
+        _READ[name] for name in loss.reads
+    )
+    optimum = "known" if callable(loss.optimum) else loss.optimum
+    proved = f"{optimum}, {loss.proof}" if loss.proof else optimum
+    return f"`{loss.name}`", loss.title, reads, "; ".join(options) or "–", start, proved, loss.source or "–"

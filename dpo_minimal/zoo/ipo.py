@@ -1,0 +1,144 @@
+"""Identity Preference Optimization: a square in place of the logarithm, summed over tokens or averaged."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..bandit import mean_on_table
+from ..certificates import Names, laplacian_inverse, require_estimate
+from ..losses import BETA, Loss, PreferenceLoss, _logratios, _preference_loss
+from ..preferences import Rankings, win_counts
+from ..validation import check_positive
+from .inputs import token_counts
+
+
+def ipo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+    *,
+    beta: float,
+) -> PreferenceLoss:
+    """Identity Preference Optimization: (h - 1/(2 beta))^2 with h the difference of log-ratios [D12.1].
+
+    A least-squares target instead of a logistic one, so it has a finite optimum on any data whose
+    comparisons connect all completions, unanimous ones included. Log-probabilities are summed over
+    tokens, as in the paper, where beta is called tau. The gradient weight is 1/beta - 2h: negative once
+    the target is overshot.
+
+    Args, Returns, Raises: as `dpo_loss`.
+    Source: Azar et al. (2023), "A General Theoretical Paradigm to Understand Learning from Human
+        Preferences".
+    """
+    logratio_margin, chosen_logratio, rejected_logratio = _logratios(
+        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, beta
+    )
+    return _preference_loss(
+        policy_chosen_logps.dtype,
+        losses=(logratio_margin - 1 / (2 * beta)) ** 2,
+        chosen_rewards=beta * chosen_logratio,
+        rejected_rewards=beta * rejected_logratio,
+        chosen_weights=1 / beta - 2 * logratio_margin,
+    )
+
+
+def averaged_ipo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+    chosen_lengths: Tensor,
+    rejected_lengths: Tensor,
+    *,
+    beta: float,
+) -> PreferenceLoss:
+    """IPO on log-ratios averaged over tokens: (g_w / |y_w| - g_l / |y_l| - 1/(2 beta))^2 [D12.1].
+
+    TRL's convention, under a name of its own because its optimum is another one: each log-ratio is what
+    `ipo_loss` would give it, times its length, plus a multiple of its length. With equal lengths L it is
+    `ipo_loss` at beta / L, over L^2. Rewards are beta times the averages. With h the difference of averages
+    the pulls are (1/beta - 2h) / |y_w| and (1/beta - 2h) / |y_l|.
+
+    Args: as `ipo_loss`; chosen_lengths, rejected_lengths (B,) counts of scored tokens, end-of-text included.
+    Returns, Raises: as `dpo_loss`; InputError also where a length is below 1.
+    """
+    _, chosen_logratio, rejected_logratio = _logratios(
+        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, beta
+    )
+    chosen_lengths, rejected_lengths = token_counts(policy_chosen_logps, chosen_lengths, rejected_lengths)
+    chosen_average, rejected_average = chosen_logratio / chosen_lengths, rejected_logratio / rejected_lengths
+    gap = chosen_average - rejected_average
+    pull = 1 / beta - 2 * gap
+    return _preference_loss(
+        policy_chosen_logps.dtype,
+        losses=(gap - 1 / (2 * beta)) ** 2,
+        chosen_rewards=beta * chosen_average,
+        rejected_rewards=beta * rejected_average,
+        chosen_weights=pull / chosen_lengths,
+        rejected_weights=pull / rejected_lengths,
+    )
+
+
+def ipo_estimate(rankings: Rankings, exists: Tensor, names: Names | None = None, *, beta: float) -> Tensor:
+    """The minimiser of the IPO loss on comparisons: log-ratios g with L g = (wins - losses) / (2 beta),
+    L the Laplacian of the comparison counts [D12.1].
+
+    Returns: (X, Y) log-ratios, mean zero for each prompt. Raises InputError where the comparisons do not
+    connect a prompt's completions.
+    """
+    check_positive("beta", beta)
+    wins = win_counts(rankings, *exists.shape)
+    require_estimate(wins, exists, names, loss="ipo")
+    games = wins + wins.mT
+    surplus = wins.sum(-1) - wins.sum(-2)
+    laplacian = torch.diag_embed(games.sum(-1)) - games
+    return (laplacian_inverse(laplacian, exists) @ surplus.unsqueeze(-1)).squeeze(-1) / (2 * beta)
+
+
+def ipo_optimum(rankings: Rankings, ref_logps: Tensor, *, beta: float) -> Tensor:
+    """Where IPO ends: pi_ref times e^g, normalised, g of `ipo_estimate` [D12.1].
+
+    Args: comparisons; ref_logps (X, Y). Returns (X, Y) log-probabilities. Raises as `ipo_estimate`.
+    """
+    return (ref_logps + ipo_estimate(rankings, ref_logps > -math.inf, beta=beta)).log_softmax(-1)
+
+
+def averaged_ipo_optimum(rankings: Rankings, ref_logps: Tensor, *, beta: float, lengths: Tensor) -> Tensor:
+    """Where averaged IPO ends: log pi = log pi_ref + |y| (g + c), g of `ipo_estimate`, and the one c for each
+    prompt with which it sums to one [D12.1].
+
+    Args: as `ipo_optimum`; lengths (X, Y) tokens. Returns (X, Y). Raises as `ipo_estimate`.
+    """
+    exists = ref_logps > -math.inf
+    g = ipo_estimate(rankings, exists, beta=beta)
+    c = -g.masked_fill(~exists, math.inf).amin(-1, keepdim=True)  # no completion is rarer there than before
+    for _ in range(100):  # Newton's method on a convex, increasing function, from above
+        logps = ref_logps + lengths * (g + c)
+        step = logps.logsumexp(-1, keepdim=True) / (logps.softmax(-1) * lengths).sum(-1, keepdim=True)
+        c = c - step
+        if (step.abs() <= 1e-15).all():
+            break
+    return (ref_logps + lengths * (g + c)).log_softmax(-1)
+
+
+def ipo_objective(logps: Tensor, ref_logps: Tensor, rankings: Rankings, *, beta: float):
+    """The expected IPO loss, as `dpo_objective` [D12.1]."""
+    return mean_on_table(ipo_loss, logps, ref_logps, rankings, beta=beta)
+
+
+def _start(K: int, beta: float) -> float:
+    return 1 / (4 * beta**2)
+
+
+IPO = Loss(
+    "ipo", "IPO", ipo_loss, "whose log-ratio margin has the finite target 1 / (2 beta)", (BETA,),
+    start=_start, optimum=ipo_optimum, proof="D12.1", source="Azar et al. (2023)",
+)  # fmt: skip
+AVERAGED_IPO = Loss(
+    "averaged_ipo", "averaged IPO", averaged_ipo_loss, "ipo for the mean over tokens", (BETA,),
+    start=_start, optimum=averaged_ipo_optimum, proof="D12.1", source="TRL's `ipo`",
+)  # fmt: skip
