@@ -159,7 +159,7 @@ def rlhf_objective(logps: Tensor, ref_logps: Tensor, rewards: Tensor, *, beta: f
 
 
 def best_of_n_logps(ref_logps: Tensor, rewards: Tensor, *, n: int) -> Tensor:
-    """The law of the best of n draws from pi_ref, ties broken uniformly among the tied draws [D10.3].
+    """The distribution of the best of n draws from pi_ref, ties broken uniformly among tied draws [D10.3].
 
     With F(v) = P(r <= v) and p(v) = P(r = v) under the reference,
     pi_n(y) = pi_ref(y) / p(r_y) * (F(r_y)^n - (F(r_y) - p(r_y))^n).
@@ -270,7 +270,7 @@ def frontier_gap(logps: Tensor, ref_logps: Tensor, rewards: Tensor) -> FrontierG
     reward = (logps.exp() * rewards).sum(-1).mean(-1)
     at_kl = _frontier_where(ref_logps, rewards, lambda found_kl, _: found_kl <= kl, kl)
     at_reward = _frontier_where(ref_logps, rewards, lambda _, found: found <= reward, kl)
-    below_start = reward <= (ref_logps.exp() * rewards).sum(-1).mean(-1)  # the reference has it for nothing
+    below_start = reward <= (ref_logps.exp() * rewards).sum(-1).mean(-1)  # the reference has it at KL 0
     needed = torch.where(below_start, 0, at_reward[0])
     return FrontierGap(kl, reward, at_kl[1] - reward, kl - needed)
 
@@ -333,7 +333,7 @@ def next_token_logps(completion_logps: Tensor, completions: Tensor, lengths: Ten
         after = _logsumexp_within_groups(completion_logps, prefix)
         columns.append(torch.where(lengths > t, after - before, 0))
         before = after
-        ended = lengths == t + 1  # nobody else may have all of its tokens
+        ended = lengths == t + 1  # no other completion may begin with all of its tokens
         if not torch.equal(after.detach()[..., ended], completion_logps.detach()[..., ended]):
             raise InputError("completions must be prefix-free, but one of them begins or repeats another.")
     return torch.stack(columns, -1)

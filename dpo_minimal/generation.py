@@ -46,8 +46,8 @@ def generate(
     Returns:
         B lists of token ids without their prompts, the end-of-text included where it was drawn.
     Raises:
-        InputError: an empty prompt, a prompt that leaves no room for max_new_tokens in the context, an
-            option out of range or unused.
+        InputError: an empty prompt, a prompt that with max_new_tokens exceeds the context, an option out of
+            range or unused.
 
     Example:
         >>> from dpo_minimal.model import GPT, GPTConfig
@@ -62,13 +62,13 @@ def generate(
 
 
 def rows_at_once(model: GPT, slots: int) -> int:
-    """How many rows of so many tokens have caches of at most a gigabyte together, and 512 at most [D9.1]."""
+    """How many rows of so many tokens have caches of at most a gigabyte together; at most 512 [D9.1]."""
     bytes_each = 2 * model.config.n_layer * model.config.n_embd * slots * model.wte.weight.element_size()
     return max(1, min(512, 2**30 // bytes_each))
 
 
 def _generate(model: GPT, prompts, max_new_tokens: int, eos, cut, generator) -> Tensor:
-    """(B, max_new_tokens) ids; what stands behind an end-of-text means nothing."""
+    """(B, max_new_tokens) ids; what follows an end-of-text is to be ignored."""
     temperature, top_k, top_p = cut
     device = model.wte.weight.device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
@@ -86,7 +86,7 @@ def _generate(model: GPT, prompts, max_new_tokens: int, eos, cut, generator) -> 
         probabilities = sampling_probabilities(
             model.project(hidden), temperature=temperature, top_k=top_k, top_p=top_p
         )
-        # A number for every prompt, ended or not, so that a row's numbers do not depend on its neighbours'.
+        # A number for every prompt, ended or not, so that a row's numbers do not depend on the other rows.
         uniform = torch.rand(B, 1, dtype=torch.float64, generator=generator, device=device)
         token = _draw(probabilities, uniform[rows])  # (running rows, 1)
         drawn[rows, step] = token.squeeze(-1)

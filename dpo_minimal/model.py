@@ -1,7 +1,7 @@
 """GPT-2 in plain PyTorch: learned positions, pre-norm blocks, tanh-GELU, tied output head.
 
 Parameter names are those of the released GPT-2 (wte, wpe, h.0.attn.c_attn, ...), so a checkpoint reads
-like the code. Read it bottom-up or top-down in one sitting:
+like the code:
 
     GPT  =  token + position embeddings  ->  n_layer x Block  ->  LayerNorm  ->  logits through wte
     Block = x + Attention(LN(x));  x + MLP(LN(x))
@@ -27,8 +27,7 @@ from .validation import InputError
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The five numbers that fix a GPT-2's shape; `GPTConfig.preset("gpt2")` gives the released ones
-    [D9.1].
+    """The five numbers that fix a GPT-2's shape; `GPTConfig.preset("gpt2")` gives released ones [D9.1].
 
     Raises InputError where a number is not a positive integer or n_head does not divide n_embd.
     """
@@ -97,10 +96,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class LayerCache:
-    """One layer's keys and values of the tokens read so far, so that sampling reads each token once
-    [D9.1].
+    """One layer's keys and values of the tokens read so far, so that sampling reads each token once [D9.1].
 
-    Room for `slots` tokens a row: keys and values (B, H, S, D), of which the first `filled` hold something.
+    Keys and values are (B, H, S, D), for S = `slots` tokens a row, of which the first `filled` are read.
     """
 
     def __init__(self, config: GPTConfig, rows: int, slots: int, like: Tensor):
@@ -109,7 +107,7 @@ class LayerCache:
         self.filled = 0
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Take in (B, H, T, D) of T more tokens; give back those of all tokens so far."""
+        """Add (B, H, T, D) of T more tokens; return those of all tokens so far."""
         end = self.filled + keys.shape[2]
         self.keys[:, :, self.filled : end] = keys
         self.values[:, :, self.filled : end] = values
@@ -134,7 +132,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: each half adds to the stream what it computed from the normalised stream."""
+    """Pre-norm residual block: each half adds to x what it computes from the normalised x."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -151,9 +149,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """GPT-2: token ids in, next-token logits out [D9.1].
 
-    `forward(ids)` gives the logits of every position. Code that needs only some positions calls
-    `hidden` and then `project` on those, because the projection onto the vocabulary is the dearest
-    step of a small model.
+    `forward(ids)` gives the logits of every position. Code that needs only some positions calls `hidden` and
+    then `project` on those, because projecting onto the vocabulary takes most of a small model's time.
 
     Example:
         >>> gpt = GPT(GPTConfig(vocab_size=7, block_size=8, n_layer=1, n_head=2, n_embd=8))
@@ -172,15 +169,15 @@ class GPT(nn.Module):
 
     def _initialise(self) -> None:
         """OpenAI's: normal weights of deviation 0.02 (positions 0.01), biases 0, LayerNorm the identity;
-        what writes into the residual stream is divided by sqrt(number of writers)."""
-        writers = 2 * self.config.n_layer
+        projections into the residual stream are divided by the root of their number."""
+        projections = 2 * self.config.n_layer
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif "ln_" not in name:
                 deviation = 0.01 if name == "wpe.weight" else 0.02
                 if name.endswith("c_proj.weight"):
-                    deviation /= writers**0.5
+                    deviation /= projections**0.5
                 nn.init.normal_(parameter, std=deviation)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -223,7 +220,7 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def empty_caches(self, rows: int, slots: int) -> list[LayerCache]:
-        """One cache a layer, with room for `slots` tokens in each of `rows` sequences."""
+        """One cache a layer, each for `slots` tokens of `rows` sequences."""
         return [LayerCache(self.config, rows, slots, like=self.wte.weight) for _ in self.h]
 
     def project(self, hidden: Tensor) -> Tensor:

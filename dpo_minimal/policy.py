@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .generation import generate as generate  # a name of this room too: what draws beside what scores
+from .generation import generate as generate  # also a name of this module
 from .model import GPT
 from .validation import InputError, check_count, widen
 
@@ -66,21 +66,17 @@ def token_logps(model: GPT, batch: SequenceBatch) -> Tensor:
     position = torch.arange(T, device=batch.ids.device)
     scored = (position >= batch.prompt_lengths.unsqueeze(-1)) & (position < batch.lengths.unsqueeze(-1))
     row, place = scored.nonzero(as_tuple=True)  # of each scored token; the one before it predicts it
-    hidden = model.hidden(batch.ids)[row, place - 1]  # (tokens, C)
-    logps = _target_logps(model, hidden, batch.ids[row, place])
+    logits = model.project(model.hidden(batch.ids)[row, place - 1])  # (tokens, V)
+    logps = _TargetLogps.apply(logits, batch.ids[row, place])
     return logps.new_zeros(B, T).index_put((row, place), logps)
 
 
-def _target_logps(model: GPT, hidden: Tensor, targets: Tensor) -> Tensor:
-    """(tokens, C), (tokens,) -> (tokens,): log-softmax of the logits at the targets, in float32 or wider."""
-    return _TargetLogps.apply(model.project(hidden), targets)
-
-
 class _TargetLogps(torch.autograd.Function):
-    """log softmax(logits)[target], keeping one table (tokens, V) where autograd would keep three.
+    """(tokens, V), (tokens,) -> (tokens,): log softmax(logits)[target], keeping one table of that size where
+    autograd would keep three.
 
-    The logits are the largest thing in a step: 200 MB for a thousand tokens of GPT-2. They stay in the dtype
-    of their product; exponentials and sums are taken in float32 or wider, some rows at a time; and in the end
+    The logits take most of a step's memory: 200 MB for a thousand tokens of GPT-2. They stay in the dtype of
+    their product; exponentials and sums are taken in float32 or wider, some rows at a time; and in the end
     their gradient, (one-hot - softmax) times the incoming one, is written over them.
     """
 
@@ -94,9 +90,9 @@ class _TargetLogps(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         logits, targets, log_sums = ctx.saved_tensors  # a second time is refused: they are overwritten
-        columns = (log_sums.unsqueeze(-1), targets.unsqueeze(-1), gradient.unsqueeze(-1))
-        for some, *rows in zip(*(x.split(_rows_at_a_time(logits)) for x in (logits, *columns))):
-            log_sum, target, incoming = rows
+        columns = (x.unsqueeze(-1) for x in (log_sums, targets, gradient))
+        blocks = (x.split(_rows_at_a_time(logits)) for x in (logits, *columns))
+        for some, log_sum, target, incoming in zip(*blocks):
             chance = (widen(some) - log_sum).exp_()
             some.copy_(chance.mul_(-incoming).scatter_add_(-1, target, incoming))
         return logits, None
@@ -116,8 +112,7 @@ def _rows_at_a_time(logits: Tensor) -> int:
 
 
 class SharedPromptBatch(NamedTuple):
-    """Rows [prompt | completion 1 | ... | completion K | padding]: a prompt is read once for all its
-    completions [D9.1].
+    """Rows [prompt | completion 1 | ... | completion K | padding]: each prompt is read once [D9.1].
 
     Fields: ids (B, T); prompt_lengths (B,) >= 1; completion_lengths (B, K) >= 1.
     """
@@ -139,7 +134,7 @@ def shared_prompt_batch(
     Args:
         prompts: B lists of token ids.
         completions: B sequences of K lists of token ids, end-of-text included where it is to be scored.
-        multiple: round T up to a multiple of this; matrix units like some shapes better.
+        multiple: round T up to a multiple of this, for faster matrix products.
     Raises:
         InputError: counts that do not fit, an empty prompt or completion.
     """
@@ -169,8 +164,7 @@ def shared_prompt_logps(model: GPT, batch: SharedPromptBatch) -> Tensor:
         InputError: shapes do not fit, an empty prompt or completion, lengths beyond the row.
     """
     logps, tokens = shared_prompt_token_logps(model, batch)
-    completion_lengths = batch.completion_lengths
-    B, K = completion_lengths.shape
+    B, K = batch.completion_lengths.shape
     return logps.new_zeros(B * K).index_add(0, tokens.sequence, logps).view(B, K)
 
 
@@ -178,9 +172,9 @@ class CompletionTokens(NamedTuple):
     """The N completion tokens of a `SharedPromptBatch`, row by row and each completion from its first [D9.1].
 
     Fields:
-        sequence: (N,) whose they are: column k of row b is b * K + k.
-        place: (N,) where they stand in ids.flatten().
-        predictor: (N,) where the token before stands, whose hidden state predicts them; of a completion's
+        sequence: (N,) the completion of each: column k of row b is b * K + k.
+        place: (N,) its index in ids.flatten().
+        predictor: (N,) the index of the token before, whose hidden state predicts it; of a completion's
             first token that is the prompt's last.
     """
 
@@ -196,8 +190,8 @@ def shared_prompt_token_logps(model: GPT, batch: SharedPromptBatch) -> tuple[Ten
     """
     hidden, tokens = shared_prompt_states(model, batch)
     filler = (0, -len(tokens.place) % _TOKEN_MULTIPLE)  # entries that are computed and thrown away
-    hidden = pick(hidden, F.pad(tokens.predictor, filler))
-    logps = _target_logps(model, hidden, F.pad(batch.ids.flatten()[tokens.place], filler))
+    logits = model.project(pick(hidden, F.pad(tokens.predictor, filler)))
+    logps = _TargetLogps.apply(logits, F.pad(batch.ids.flatten()[tokens.place], filler))
     return logps[: len(tokens.place)], tokens
 
 
@@ -222,7 +216,7 @@ def shared_prompt_states(model: GPT, batch: SharedPromptBatch) -> tuple[Tensor, 
         raise InputError(f"prompt_lengths must have shape ({B},) and completion_lengths ({B}, K).")
     edges = torch.cat([prompt_lengths.unsqueeze(-1), completion_lengths], -1).cumsum(-1)  # (B, K + 1)
     if prompt_lengths.min() < 1 or completion_lengths.min() < 1 or edges.max() > T:
-        raise InputError("every row needs a prompt, completions of one token or more, and room for them.")
+        raise InputError("every row needs a prompt and completions of one token or more, and must hold them.")
     place = torch.arange(T, device=ids.device).expand(B, T).contiguous()
     part = torch.searchsorted(edges, place, right=True)  # 0 prompt, 1 to K completion, K + 1 padding
     start = F.pad(edges, (1, 0)).gather(1, part)  # (B, T) where the token's part begins
@@ -233,21 +227,20 @@ def shared_prompt_states(model: GPT, batch: SharedPromptBatch) -> tuple[Tensor, 
     hidden = model.hidden(ids, positions, mask.unsqueeze(1))
 
     row, token = ((part > 0) & (part <= K)).nonzero(as_tuple=True)  # the completions' tokens
-    first = token == start[row, token]  # the first token of a completion is predicted by the prompt's last
+    first = token == start[row, token]
     predictor = torch.where(first, prompt_lengths[row], token) - 1
     tokens = CompletionTokens(row * K + part[row, token] - 1, row * T + token, row * T + predictor)
     return hidden.flatten(0, 1), tokens
 
 
-_TOKEN_MULTIPLE = 64  # a matrix library prepares a kernel for each new shape: let there be few
+_TOKEN_MULTIPLE = 64  # a matrix library prepares a kernel for each new shape: this keeps shapes few
 
 
 # ------------------------------------------------------------------------------- every completion there is
 
 
 class Completions(NamedTuple):
-    """Y completions: ids (Y, T), filled up with end-of-text, and lengths (Y,), end-of-text included
-    [D9.1]."""
+    """Y completions [D9.1]: ids (Y, T), padded with end-of-text; lengths (Y,), end-of-text included."""
 
     ids: Tensor
     lengths: Tensor
@@ -283,8 +276,7 @@ def enumerate_completions(vocab_size: int, max_length: int, eos: int) -> Complet
 
 
 class PrefixTree(NamedTuple):
-    """The distinct prefixes of a set of completions: node 0 is the empty one, the others one token each
-    [D9.2].
+    """The distinct prefixes of completions; node 0 is the empty one, each other adds a token [D9.2].
 
     Fields:
         completions: the set.
@@ -308,28 +300,20 @@ def prefix_tree(completions: Completions) -> PrefixTree:
     if lengths.shape != (Y,) or (lengths < 1).any() or (lengths > T).any():
         raise InputError(f"lengths must have shape ({Y},) with entries from 1 to {T}.")
     node = torch.zeros(Y, dtype=torch.long, device=ids.device)
-    contexts, tokens, depths = [node], [], []
+    contexts, tokens, depths = [node], [ids.new_empty(0)], [ids.new_empty(0)]
     ancestors = torch.ones(1, 1, dtype=torch.bool, device=ids.device)
     for t in range(1, T):
         longer = lengths > t  # only they need a context of t tokens
         step = torch.stack([node[longer], ids[longer, t - 1]], -1)  # (parent, token)
         children, child = torch.unique(step, dim=0, return_inverse=True)
         first, count = len(ancestors), len(children)
-        node = node.clone()
-        node[longer] = first + child
+        node = node.masked_scatter(longer, first + child)
         contexts.append(node)
         tokens.append(children[:, 1])
         depths.append(torch.full_like(children[:, 1], t))
         own = torch.eye(count, dtype=torch.bool, device=ids.device)
         ancestors = torch.cat([F.pad(ancestors, (0, count)), torch.cat([ancestors[children[:, 0]], own], -1)])
-    empty = ids.new_empty(0)
-    return PrefixTree(
-        completions,
-        torch.cat([empty, *tokens]),
-        torch.cat([empty, *depths]),
-        ancestors,
-        torch.stack(contexts, -1),
-    )
+    return PrefixTree(completions, torch.cat(tokens), torch.cat(depths), ancestors, torch.stack(contexts, -1))
 
 
 def completion_logps(model: GPT, prompts: Tensor, completions: Completions | PrefixTree) -> Tensor:
@@ -379,13 +363,12 @@ def whole_completions(completions: Completions) -> tuple[PrefixTree, Tensor]:
     What reads a completion to its end, such as a reward model, needs its last token's state.
     """
     ids, lengths = completions
-    tree = prefix_tree(Completions(F.pad(ids, (0, 1)), lengths + 1))  # as if one more token were to come
+    tree = prefix_tree(Completions(F.pad(ids, (0, 1)), lengths + 1))  # as if one more token followed
     return tree, tree.context[torch.arange(len(ids), device=ids.device), lengths]
 
 
 class EnumeratedPolicy(nn.Module):
-    """A GPT as a bandit policy: called, it gives the (X, Y) table of all completions of fixed prompts
-    [D9.1].
+    """A GPT as a bandit policy: its call gives the (X, Y) table of all completions of fixed prompts [D9.1].
 
     Prompts and completions must be on the GPT's device; moving the module moves the GPT alone.
     """

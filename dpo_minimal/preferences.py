@@ -4,8 +4,8 @@ One representation serves all: `Rankings`, weighted orderings of K completions, 
 of two is a ranking with K = 2. Sampled data carry a weight of one a ranking; a *population* carries the
 exact probability of every possible ranking instead, so that an expectation is a weighted sum.
 
-What people are shown is separate from how they choose: a `Slate` lists the sets of K completions that are
-put before them, and with which probability.
+What people are shown is separate from how they choose: a `Slate` lists the sets of K completions that they
+are asked about, with probabilities.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def reference_pairs(ref_logps: Tensor) -> Slate:
     """Two different completions drawn independently from the reference, as in the paper's experiments; all
     prompts equally likely [D13.2].
 
-    What the reference seldom says is seldom compared: that is coverage.
+    Completions that are rare under the reference are rarely compared: this is the problem of coverage.
 
     Args: ref_logps (X, Y); -inf where the prompt has no such completion.
     Raises: InputError: another shape, no distribution, a prompt with a single completion.

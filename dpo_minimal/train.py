@@ -1,7 +1,7 @@
 """One loop: batches and an objective in, a stream of records out.
 
-The loop knows neither model nor loss. It is a generator: whoever runs it decides what to measure, print
-or save between two steps, and stops it by stopping to ask.
+The loop knows neither model nor loss. It is a generator: the caller decides what to measure, print or save
+between two steps, and may stop after any of them.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def train(
         objective: batch -> (scalar mean loss, metrics to log, each a mean too); for full-batch training the
             batches are the same data again and again.
         optimizer: holds the parameters.
-        batches: as many as there are steps; a batch that is a `Window` is accumulated.
+        batches: one a step; a batch that is a `Window` is accumulated.
         scheduler: stepped after each step.
         max_grad_norm: clip the gradient to this norm; None leaves it alone.
-        first_step: the number of the first of these steps, where a run goes on.
+        first_step: the number of the first of these steps, where a run is resumed.
     Yields:
         After each step one record: `step`, `loss` and the metrics of the policy *before* the step,
         `grad_norm` before clipping, `learning_rate` used. Its numbers leave the device together.
@@ -111,7 +111,7 @@ def _means(
 
 
 def _numbers(scalars: dict[str, Tensor]) -> Record:
-    """Scalar tensors as floats, all in one transfer: each one is a wait for an accelerator."""
+    """Scalar tensors as floats, all in one transfer: each transfer waits for the accelerator."""
     device = scalars["loss"].device
     together = torch.stack([value.to(device, torch.float64) for value in scalars.values()])
     return dict(zip(scalars, together.tolist()))
@@ -122,7 +122,7 @@ def warm_up(
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """A learning rate that grows linearly to its value, reached at step `warmup_steps`, and stays there.
 
-    It is a function of the step alone, so that a run that goes on at first_step has the same one.
+    It is a function of the step alone, so that a run resumed at first_step has the same one.
 
     Args: warmup_steps, the paper's 150; 0 starts at the full rate. Returns: a scheduler for `train`.
 

@@ -109,7 +109,7 @@ def test_gradient_is_exactly_zero_at_padding_and_other_positions():
 
 
 def test_only_completion_positions_reach_the_vocabulary(monkeypatch):
-    """The projection is the dearest step: 5 scored tokens cost one block of 64 rows, not 4 x 8 positions."""
+    """The projection is what takes time: 5 scored tokens cost one block of 64 rows, not 4 x 8 positions."""
     projected = []
     project = GPT.project
     monkeypatch.setattr(GPT, "project", lambda gpt, h: projected.append(h.shape[0]) or project(gpt, h))
