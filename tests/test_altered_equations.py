@@ -129,7 +129,7 @@ ALTERED = [
     Altered("Eq. 22", "sign forgotten", "D5.1", "(-slope * u)", "(slope * u)"),
     Altered("Sec. 4", "weight of the winner's side", "D5.1", "torch.sigmoid(-margin)",
             "torch.sigmoid(margin)", losses.dpo_loss),
-    Altered("Sec. 4", "dropped beta", "D5.1", "gradient_weights=beta * ", "gradient_weights=",
+    Altered("Sec. 4", "dropped beta", "D5.1", "chosen_weights=beta * ", "chosen_weights=",
             losses.dpo_loss),
     Altered("Definition 1", "depends on the completion", "D6.1", ONE_COLUMN, ALL_COLUMNS),
     Altered("Lemma 1", "depends on the completion", "D6.2", ONE_COLUMN, ALL_COLUMNS),

@@ -341,7 +341,7 @@ def test_a_loss_added_at_run_time_appears_everywhere(monkeypatch):
     method = pair_methods.others(0.5, 0.1, (0.1,))[-1]
     assert (method.family, method.setting) == ("Toy", "β 0.3, w 0.7")
     assert [line for line in table_of_losses().split("\n") if "`toy`" in line] == [
-        "| `toy` | Toy | π | `beta` > 0, 0.3; `wit` [0, 1], 0.7 | – | none, D4.3 | Nobody (2026) |"
+        "| `toy` | Toy | π | `beta` > 0, 0.3; `wit` [0, 1], 0.7 | – | none, [D4.3] | Nobody (2026) |"
     ]
 
 

@@ -54,5 +54,5 @@ def _row(loss: Loss) -> tuple[str, ...]:
         _READ[name] for name in loss.reads
     )
     optimum = "known" if callable(loss.optimum) else loss.optimum
-    proved = f"{optimum}, {loss.proof}" if loss.proof else optimum
+    proved = f"{optimum}, [{loss.proof}]" if loss.proof else optimum
     return f"`{loss.name}`", loss.title, reads, "; ".join(options) or "–", start, proved, loss.source or "–"

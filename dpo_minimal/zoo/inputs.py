@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..validation import InputError, check_finite, check_same_shape, widen
+from ..validation import InputError, check_finite, widen
 
 
 def policy_logps(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
     """Checked and widened."""
     named = dict(policy_chosen_logps=chosen, policy_rejected_logps=rejected)
-    check_same_shape(**named)
     check_finite(**named)
     return widen(chosen), widen(rejected)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..closed_form import kl_divergence
 from ..losses import BETA, Loss, Option, PreferenceLoss
 from ..preferences import Rankings
-from ..validation import InputError, check_finite, check_positive, check_same_shape, widen
+from ..validation import InputError, check_finite, check_positive, widen
 
 
 class LabelLoss(NamedTuple):
@@ -61,7 +61,6 @@ def kto_loss(
     check_positive("beta", beta)
     check_positive("desirable_weight", desirable_weight)
     check_positive("undesirable_weight", undesirable_weight)
-    check_same_shape(policy_logps=policy_logps, reference_logps=reference_logps)
     check_finite(policy_logps=policy_logps, reference_logps=reference_logps)
     if (
         not isinstance(is_desirable, Tensor)
@@ -103,7 +102,6 @@ def kto_kl_estimate(policy_logps: Tensor, reference_logps: Tensor) -> Tensor:
     Returns: a scalar, nats.
     Raises: InputError: shapes differ, an entry is not finite, fewer than two rows.
     """
-    check_same_shape(policy_logps=policy_logps, reference_logps=reference_logps)
     check_finite(policy_logps=policy_logps, reference_logps=reference_logps)
     if policy_logps.numel() < 2:
         raise InputError("kto_kl_estimate needs two rows or more: with one there is no other prompt.")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..losses import BETA, Loss, Option, PreferenceLoss, _logratios, _preference_loss, dpo_optimum, ln_2
+from ..losses import BETA, DPO, Loss, Option, PreferenceLoss, _logratios, _preference_loss, dpo_optimum
 from ..preferences import Rankings, tally
 from ..validation import InputError, check_flip_probability
 
@@ -61,7 +61,7 @@ def cdpo_optimum(rankings: Rankings, ref_logps: Tensor, *, beta: float, label_sm
 CDPO = Loss(
     "cdpo", "cDPO", cdpo_loss, "for labels that may be wrong",
     (BETA, Option("label_smoothing", "[0, 1/2)", 0.1, "share of labels that may be wrong", "ε")),
-    start=ln_2, optimum=cdpo_optimum, proof="D12.2", source="Mitchell (2023)",
+    start=DPO.start, optimum=cdpo_optimum, proof="D12.2", source="Mitchell (2023)",
 )  # fmt: skip
 
 
@@ -115,7 +115,7 @@ def robust_dpo_optimum(
 ROBUST = Loss(
     "robust", "robust DPO", robust_dpo_loss, "for labels of which a known share is wrong",
     (BETA, Option("flip_probability", "[0, 1/2)", 0.1, "share of labels that are wrong", "ε")),
-    start=ln_2, optimum=robust_dpo_optimum, proof="D12.3", source="Chowdhury et al. (2024)",
+    start=DPO.start, optimum=robust_dpo_optimum, proof="D12.3", source="Chowdhury et al. (2024)",
 )  # fmt: skip
 
 
