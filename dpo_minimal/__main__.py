@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from functools import partial
 
 from . import __version__
 from .experiments.bandit import command as bandit
@@ -15,34 +16,43 @@ from .experiments.text import audit, dpo, sample, score, sft
 from .validation import InputError
 
 COMMANDS = {
-    "bandit": (bandit, "train towards the closed-form optimum and prove that it is reached"),
-    "statistics": (
-        statistics,
-        "what finite data determine: thousands of data sets against the laws of theory",
-    ),
-    "frontier": (frontier, "every method beside the best possible, on worlds where that is known exactly"),
+    "bandit": (bandit, "train to the closed-form optimum and prove that it is reached"),
+    "statistics": (statistics, "what finite data determine: thousands of data sets beside the theory"),
+    "frontier": (frontier, "every method beside the best possible, in worlds where that is known exactly"),
     "sentiment": (sentiment, "every method on film reviews whose judge is known: the paper's Fig. 2 to 4"),
-    "sft": (sft, "teach a GPT-2 to continue prompts: the start of every preference training"),
-    "dpo": (dpo, "train a GPT-2 on preferences; without arguments, film reviews from SFT to DPO"),
-    "audit": (audit, "what a model will read of a preference file, and what is wrong with it"),
-    "sample": (sample, "what a model writes: samples of prompts, with their log-probabilities"),
-    "score": (score, "what a model prefers, pair by pair and token by token, against its reference"),
+    "audit": (audit, "what a model reads of a preference file, and what is wrong with the file"),
+    "sft": (sft, "supervised fine-tuning of a GPT-2: the start of every preference training"),
+    "dpo": (dpo, "train a GPT-2 on preferences; without options, film reviews from SFT to DPO"),
+    "sample": (sample, "samples of a model, with their log-probabilities"),
+    "score": (score, "what a model prefers to its reference, pair by pair and token by token"),
 }
+DESCRIPTION = "Direct Preference Optimization from scratch, checked against the closed-form optimum."
+FIRST_STEPS = """
+first steps:
+  dpo-minimal                             bandit: a small example whose exact answer is known
+  dpo-minimal dpo                         a language model before and after DPO, in about two minutes
+  dpo-minimal audit --data pairs.jsonl    your preference pairs: are they fit for training?
+  dpo-minimal dpo --data pairs.jsonl --model gpt2    train on them; sample and score show what came of it
+  dpo-minimal COMMAND --help              what a command does, its options and their defaults
+
+Without a command, bandit is run, with whatever options follow. `python -m dpo_minimal` is the same program.
+"""
 
 
 def _parser() -> argparse.ArgumentParser:
+    plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="dpo-minimal",
-        description="Direct Preference Optimization from scratch, checked against the closed-form optimum.",
-        epilog="Without a command, bandit is run, with whatever options follow; "
-        "`python -m dpo_minimal bandit --help` lists them.",
-    )
+        prog="dpo-minimal", usage="%(prog)s [COMMAND] [options]", description=DESCRIPTION,
+        epilog=FIRST_STEPS, formatter_class=partial(plain, max_help_position=16),
+    )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"dpo-minimal {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(
+        prog="dpo-minimal", title="commands", dest="command", required=True, metavar="COMMAND [options]"
+    )
     for name, (module, summary) in COMMANDS.items():
         sub = commands.add_parser(
-            name, help=summary, description=module.__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+            name, usage="%(prog)s [options]", help=summary, description=module.__doc__, formatter_class=plain,
+            allow_abbrev=False,
         )  # fmt: skip
         module.add_arguments(sub)
     return parser
@@ -69,7 +79,10 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         place = "" if error.filename is None else f"{error.filename}: "
         reason = error.strerror or str(error)
-        print(f"dpo-minimal: error: {place}cannot be used ({reason}); make room or mend it.", file=sys.stderr)
+        print(
+            f"dpo-minimal: error: {place}cannot be used ({reason}); free some space or repair it.",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt as interruption:
         print(f"\ndpo-minimal: {str(interruption) or 'interrupted.'}", file=sys.stderr)
