@@ -23,7 +23,6 @@ import argparse
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator
 from functools import partial
 
 from ...text.audit import Audit
@@ -55,14 +54,14 @@ GROUPS = {
             f"raw bytes (default), a BPE of {VOCABULARY} tokens learnt from the data, or GPT-2's own", str,
             choices=TOKENIZERS,
         ),
-        "model": COMMON["model"]._replace(help="the tokenizer of this run, folder, or released name"),
+        "model": Option("the tokenizer of this run, folder, or released name", str, metavar="MODEL"),
         "max_length": Option(
             "what a limit of N tokens for prompt and longest completion would do (default: no limit); rows "
             "that cannot fit, at which training would stop, are counted", check=at_least(2),
         ),
         "max_prompt_length": Option("and a limit for the prompt alone"),
     },
-    "output": {"json": COMMON["json"]._replace(help="print one JSON object, with every place")},
+    "output": {"json": Option("print one JSON object, with every place", bool)},
 }  # fmt: skip
 add_arguments = partial(add_options, groups=GROUPS)
 
@@ -105,23 +104,14 @@ def run(args: argparse.Namespace) -> Audit:
 def _tokenizer(args: argparse.Namespace, dataset: Dataset) -> Tokenizer:
     if args.model is not None:
         return load_policy_tokenizer(args.model)
+    fields = [field for row in dataset.rows for field in row if not isinstance(field, bool)]  # but for labels
+    texts = (text for field in fields for text in ([field] if isinstance(field, str) else field))
     try:
-        return make_tokenizer(args.tokenizer or "bytes", _texts(dataset), VOCABULARY)
+        return make_tokenizer(args.tokenizer or "bytes", texts, VOCABULARY)
     except InputError:
         raise InputError(
             f"--tokenizer bpe: the data are too few to learn {VOCABULARY} tokens from; use bytes or gpt2."
         ) from None
-
-
-def _texts(dataset: Dataset) -> Iterator[str]:
-    for field in itertools.chain.from_iterable(dataset.rows):
-        if isinstance(field, str):
-            yield field
-        elif not isinstance(field, bool):  # a ranking's responses; a label is no text
-            yield from field
-
-
-# --------------------------------------------------------------------------------------------- reporting
 
 
 def histogram(counts: list[int]) -> list[str]:
@@ -174,12 +164,8 @@ def _shown(example: Example, tokenizer: Tokenizer) -> list[str]:
 def _as_texts(example: Example, tokenizer: Tokenizer) -> dict[str, str | list[str]]:
     """A row with names for its completions, each token as text."""
     many = len(example.completions)
-    names = ["completion"] if many == 1 else [f"rank {place}" for place in range(1, many + 1)]
-    if many == 2:
-        names = ["chosen", "rejected"]
+    names = {1: ["completion"], 2: ["chosen", "rejected"]}.get(many, [f"rank {n + 1}" for n in range(many)])
     if example.label is not None:
         names = ["good" if example.label else "bad"]
-    parts = dict(zip(["prompt", *names], [example.prompt, *example.completions]))
-    return {"place": example.place} | {
-        name: [tokenizer.token_text(token) for token in ids] for name, ids in parts.items()
-    }
+    parts = zip(["prompt", *names], [example.prompt, *example.completions], strict=True)
+    return {"place": example.place} | {name: list(map(tokenizer.token_text, ids)) for name, ids in parts}

@@ -257,19 +257,11 @@ def _train(
         raise AssertionError("the reference has moved in training, which is a bug in here")
     if len(drawn) == 1:  # a run that was finished already, in which nothing was evaluated
         drawn.append(draw(policy))
-    _report(options, loss, folder, rows.train, records, drawn[0], drawn[-1])
-    return folder
-
-
-def _report(
-    options: argparse.Namespace, loss: dict[str, float], folder: Path, train: list[Example],
-    records: list[Record], before: Samples | None, after: Samples | None,
-) -> None:  # fmt: skip
-    """The figure, and on the screen samples before and after."""
+    before, after = drawn[0], drawn[-1]
     from .figure import preference_figure  # matplotlib is slow to import: not before it is needed
 
     record = LOSSES[options.loss_type]
-    starts = [record.start(len(row.completions), **loss) for row in train] if record.start else []
+    starts = [record.start(len(row.completions), **loss) for row in rows.train] if record.start else []
     start = sum(starts) / len(starts) if starts else None
     preference_figure(records, start, before, after, folder / "training.png")
     if before is not None:
@@ -278,6 +270,7 @@ def _report(
         texts = sample_lines(SHOWN, {"before": before, "after": after})
         print("\n".join(["", *texts, "", *summary(before, after, beta)]))
     print(f"\nWrote {folder}/model, training.png, metrics.jsonl and config.json.", flush=True)
+    return folder
 
 
 def _sample_metrics(samples: Samples | None) -> Record:
@@ -291,9 +284,6 @@ def _sample_metrics(samples: Samples | None) -> Record:
         reward = mean_of(samples.rewards)
         found |= {"samples/reward": reward.value, "samples/reward_error": reward.error}
     return {name: value for name, value in found.items() if math.isfinite(value)}
-
-
-# -------------------------------------------------------------------------------------- without --data
 
 
 def _fine_tune(options: argparse.Namespace, folder: Path) -> Path:
@@ -323,9 +313,6 @@ def _judged_reviews(options: argparse.Namespace, folder: Path, policy: Policy) -
         )  # fmt: skip
         write_records(path, as_pairs(rows) if kind == "preferences" else rows)
     return load_dataset(path, kind)
-
-
-# ------------------------------------------------------------------------------------------- references
 
 
 def _reference(options: argparse.Namespace, folder: Path, policy: Policy, examples: list[Example]) -> Tensor:

@@ -76,7 +76,6 @@ COMMON: Group = {
     "skip_bad_rows": Option("leave out and list bad rows of --data instead of stopping at the first", bool),
     "device": Option("cpu or cuda", str, "cpu", check=lambda _, name: check_device(name), metavar="DEVICE"),
     "seed": Option("the same seed gives the same run", int, 0, check=check_seed),
-    "json": Option("print everything as JSON", bool),
 }
 # What sft and dpo share. Batch and warm-up are the paper's.
 DATA: Group = {
@@ -100,15 +99,11 @@ DATA: Group = {
 TRAINING: Group = {
     "learning_rate": Option("reached at the end of the warm-up, then constant", float, check=check_positive),
     "per_device_train_batch_size": Option("rows that go through the model together", int, 8),
-    "gradient_accumulation_steps": Option(
-        "such batches in an optimizer step, the same as one large batch up to rounding", int, 8
-    ),
+    "gradient_accumulation_steps": Option("such batches in an optimizer step, exact to rounding", int, 8),
     "num_train_epochs": Option("passes over the data", int, 1),
     "max_steps": Option("optimizer steps at most (default: no limit)"),
     "warmup_steps": Option("steps in which the learning rate grows linearly", int, 150, check=at_least(0)),
-    "max_grad_norm": Option(
-        "clip the gradient to this norm; 0: do not clip", float, 1.0, check=check_not_negative
-    ),
+    "max_grad_norm": Option("largest norm of the gradient; 0: any", float, 1.0, check=check_not_negative),
     "optimizer": Option("without weight decay", str, choices=OPTIMIZERS),
 }  # fmt: skip
 RUN: Group = {
@@ -117,10 +112,7 @@ RUN: Group = {
         "go on with an interrupted run, to the same weights as if it had not been interrupted; all other "
         "options are then those of the run", str, metavar="DIR",
     ),
-    "dtype": Option(
-        "of the matrix products; weights, log-softmax and loss are float32 in any case", str, "float32",
-        choices=DTYPES,
-    ),
+    "dtype": Option("of matrix products; weights and loss stay float32", str, "float32", choices=DTYPES),
     "device": COMMON["device"],
     "seed": COMMON["seed"],
     "logging_steps": Option("write every Nth step, the first and the last to metrics.jsonl", int, 1),

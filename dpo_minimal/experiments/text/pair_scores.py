@@ -112,9 +112,6 @@ def completion_token_logps(model: GPT, examples: list[Example], device: str) -> 
     return result
 
 
-# --------------------------------------------------------------------------------------------- reporting
-
-
 def pair_record(scores: PairScores, pair: int, tokenizer: Tokenizer) -> dict[str, Any]:
     """All numbers of a pair, for JSON."""
     example, results = scores.examples[pair], scores.results

@@ -66,7 +66,7 @@ GROUPS = {
     },
     "run": {
         "device": COMMON["device"],
-        "json": COMMON["json"]._replace(help="print one JSON object a sample, nothing else"),
+        "json": Option("print one JSON object a sample, nothing else", bool),
     },
 }  # fmt: skip
 add_arguments = partial(add_options, groups=GROUPS)
@@ -160,10 +160,10 @@ def _longest(policy: Policy, prompts: list[_Prompt], asked: int | None) -> int:
     context = policy.model.config.block_size
     place, _, ids = max(prompts, key=lambda prompt: len(prompt[2]))
     if len(ids) + (asked or 1) > context:
-        wanted = "leaves no room" if asked is None else f"leaves no room for --max-new-tokens {asked}"
+        more, remedy = ("", "") if asked is None else (f" --max-new-tokens {asked}", " or lower that number")
         raise InputError(
-            f"{place}: has {len(ids)} tokens, which {wanted} in the model's context of {context}; shorten "
-            f"it{'' if asked is None else ' or lower that number'}."
+            f"{place}: has {len(ids)} tokens, which leaves too few of the model's context of {context} for"
+            f"{more or ' a sample'}; shorten it{remedy}."
         )
     return min(LONGEST, context - len(ids)) if asked is None else asked
 

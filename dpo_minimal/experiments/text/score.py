@@ -56,12 +56,15 @@ REVIEWS, SHOWN = 200, 5  # generated pairs; pairs shown
 PAIR = ("prompt", *SIDES)
 GROUPS = {
     "models": {
-        "model": COMMON["model"]._replace(help="the policy: a run, folder, or released name", required=True),
-        "reference": COMMON["model"]._replace(
-            help="likewise, with the same vocabulary (default, for a run of dpo: what it started from)"
+        "model": COMMON["model"]._replace(required=True),
+        "reference": Option(
+            "likewise, with the same vocabulary (default, for a run of dpo: what it started from)", str,
+            metavar="MODEL",
         ),
-        "beta": Option(f"of the rewards (default: that of the run, else {BETA}, the paper's)", float,
-                       check=check_positive, metavar="B"),
+        "beta": Option(
+            f"factor of the rewards (default: that of the run, else {BETA}, the paper's)", float,
+            check=check_positive,
+        ),
     },
     "pairs": {
         "data": Option(
@@ -69,7 +72,7 @@ GROUPS = {
             metavar="FILE",
         ),
         "skip_bad_rows": COMMON["skip_bad_rows"],
-        **{name: Option("of one pair of your own, exactly as it is", str, metavar="TEXT") for name in PAIR},
+        **{name: Option("of a pair of your own, exactly as it is", str, metavar="TEXT") for name in PAIR},
         "max_length": Option(
             "tokens of a prompt with its longest completion (default: what both models can read)",
             check=at_least(2),
@@ -81,10 +84,8 @@ GROUPS = {
             check=at_least(0),
         ),
         "device": COMMON["device"],
-        "json": COMMON["json"]._replace(
-            help="print all numbers, one JSON object a pair, last the means"
-        ),
-        "no_color": Option("as where NO_COLOR is set or the output is no terminal", bool),
+        "json": Option("print all numbers, one JSON object a pair, last the means", bool),
+        "no_color": Option("no colours, as where NO_COLOR is set or the output is not a terminal", bool),
     },
 }  # fmt: skip
 add_arguments = partial(add_options, groups=GROUPS)

@@ -14,16 +14,9 @@ import torch
 
 from ...model import GPT
 from ...rivals.evaluate import Samples, sample
+from ...text import checkpoint
 from ...text.allocator import keep_freed_memory
 from ...text.batches import Example, split_by_prompt, tokenize
-from ...text.checkpoint import (
-    NAMES,
-    load_model,
-    read_config,
-    read_json_object,
-    save_model,
-    state_fingerprint,
-)
 from ...text.data import Dataset, dataset_from_rows, load_dataset
 from ...text.reviews import comparisons, demonstrations, sentiment
 from ...text.runs import new_run_folder, refuse_used_folder, versions, write_json
@@ -58,7 +51,7 @@ def load_policy(name: str) -> Policy:
     Raises InputError where there is none, or where the two do not belong together.
     """
     folder = _folder_of(name)
-    model = load_model(folder if folder.is_dir() else name)
+    model = checkpoint.load_model(folder if folder.is_dir() else name)
     tokenizer = load_policy_tokenizer(name)
     if tokenizer.vocab_size != model.config.vocab_size:
         raise InputError(
@@ -73,8 +66,8 @@ def load_policy_tokenizer(name: str) -> Tokenizer:
     folder = _folder_of(name)
     if (folder / TOKENIZER_FILE).exists():
         return load_tokenizer(folder)
-    released = not folder.is_dir() and name.removeprefix("openai-community/") in NAMES
-    vocab_size = GPT2_VOCABULARY if released else read_config(folder / CONFIG_FILE).vocab_size
+    released = not folder.is_dir() and name.removeprefix("openai-community/") in checkpoint.NAMES
+    vocab_size = GPT2_VOCABULARY if released else checkpoint.read_config(folder / CONFIG_FILE).vocab_size
     if vocab_size == GPT2_VOCABULARY:  # Hugging Face's own folders come with files for other libraries
         return gpt2_tokenizer()
     raise InputError(
@@ -88,7 +81,7 @@ def _folder_of(name: str) -> Path:
     folder = Path(name)
     if (folder / MODEL).is_dir():
         return folder / MODEL
-    if (folder / CONFIG_FILE).exists() and "options" in read_json_object(folder / CONFIG_FILE):
+    if (folder / CONFIG_FILE).exists() and "options" in checkpoint.read_json_object(folder / CONFIG_FILE):
         raise InputError(f"--model {name}: that run has no model yet; finish it with --resume {name}.")
     return folder
 
@@ -97,7 +90,7 @@ def save_policy(policy: Policy, folder: Path) -> None:
     """Write a run's result, model/, the weights last: where they are, all is."""
     (folder / MODEL).mkdir(exist_ok=True)
     save_tokenizer(policy.tokenizer, folder / MODEL)
-    save_model(policy.model, folder / MODEL, eos=policy.tokenizer.eot)
+    checkpoint.save_model(policy.model, folder / MODEL, eos=policy.tokenizer.eot)
 
 
 def size_of(model: GPT) -> int:
@@ -133,9 +126,6 @@ def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> Tokenize
     if kind == "bpe":
         return train_bpe("\n".join(texts), vocab_size)
     return gpt2_tokenizer() if kind == "gpt2" else byte_tokenizer()
-
-
-# ---------------------------------------------------------------------------------------------------- rows
 
 
 def load_rows(options: argparse.Namespace, kind: str, count: int, seed: int = 0) -> Dataset:
@@ -184,9 +174,6 @@ def draw_samples(
     )  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------- run folder
-
-
 def begin(options: argparse.Namespace) -> None:
     """Refuse an unusable --output-dir before any work; set up the process."""
     if options.resume is None:
@@ -224,7 +211,7 @@ def pin_start(folder: Path, policy: Policy, rows: Rows) -> str:
     Raises InputError naming what has changed: the data or the model under a run that is half done.
     """
     facts = {"data": rows.fingerprint, "vocabulary": policy.tokenizer.fingerprint}
-    facts["model"] = state_fingerprint(policy.model)
+    facts["model"] = checkpoint.state_fingerprint(policy.model)
     config = read_run_config(folder)
     before = config.setdefault("start", facts)
     for name, value in facts.items():
