@@ -30,6 +30,7 @@ from ..validation import InputError, check_count
 from .runs import read_json_object, write_json
 
 TOKENIZER_FILE = "tiktoken.json"
+TOKENIZERS = ("bytes", "bpe", "gpt2")
 END_OF_TEXT = "<|endoftext|>"
 
 # GPT-2's rule for cutting text into words before any merge, as tiktoken writes it: a contraction's ending;
@@ -197,6 +198,13 @@ def train_bpe(text: str, vocab_size: int) -> Tokenizer:
     for left, right in merges:
         tokens.append(tokens[left] + tokens[right])
     return _tokenizer("bpe", tokens[256:])
+
+
+def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """One of `TOKENIZERS`; the texts and the number of ids are for a BPE, as in `train_bpe`."""
+    if kind == "bpe":
+        return train_bpe("\n".join(texts), vocab_size)
+    return gpt2_tokenizer() if kind == "gpt2" else byte_tokenizer()
 
 
 def _count_words(text: str) -> Counter[bytes]:

@@ -28,10 +28,10 @@ from functools import partial
 from ...text.audit import Audit
 from ...text.batches import Example, tokenize
 from ...text.data import KINDS, Dataset
-from ...text.tokenizer import Tokenizer
+from ...text.tokenizer import TOKENIZERS, Tokenizer, make_tokenizer
 from ...validation import InputError
-from .options import COMMON, TOKENIZERS, Option, add_options, at_least, resolve
-from .setup import load_policy_tokenizer, load_rows, make_tokenizer
+from .options import COMMON, Option, add_options, at_least, resolve
+from .setup import load_policy_tokenizer, load_rows
 
 REVIEWS = 1000  # rows where there is no file
 VOCABULARY = 512  # of a BPE trained on the data

@@ -211,21 +211,21 @@ def _rows(options: argparse.Namespace, dataset: Dataset, policy: Policy) -> Rows
     rows = setup.prepare(options, dataset, policy)
     if "kl_estimate" not in LOSSES[options.loss_type].reads:
         return rows
-    micro = options.per_device_train_batch_size
-    train = _without_a_single_row(rows.train, micro * options.gradient_accumulation_steps, micro)
-    held_out = _without_a_single_row(rows.held_out, len(rows.held_out) + 1, micro)  # all at once
+    micro, kept = options.per_device_train_batch_size, []
+    # The held-out rows are one window.
+    windows = micro * options.gradient_accumulation_steps, len(rows.held_out) + 1
+    for some, window in zip((rows.train, rows.held_out), windows, strict=True):
+        if len(some) % window % micro == 1:  # the last micro-batch, of a single row, would allow no estimate
+            print(
+                f"note: {some[-1].place} is left out: kto needs two rows together, and it would be alone.\n"
+            )
+            some = some[:-1]
+        kept.append(some)
     length = setup.context_of(options, policy.model.config.block_size)
+    train, held_out = with_mismatched(kept[0], max_length=length), kept[1]
     if held_out:
-        held_out = with_mismatched(held_out, max_length=length, others=train)
-    return rows._replace(train=with_mismatched(train, max_length=length), held_out=held_out)
-
-
-def _without_a_single_row(rows: list[Example], window: int, micro: int) -> list[Example]:
-    """One row less where an epoch's last micro-batch would be a single row, which allows no estimate."""
-    if len(rows) % window % micro != 1:
-        return rows
-    print(f"note: {rows[-1].place} is left out: kto needs two rows together, and it would be alone.\n")
-    return rows[:-1]
+        held_out = with_mismatched(held_out, max_length=length, others=kept[0])
+    return rows._replace(train=train, held_out=held_out)
 
 
 def _train(

@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...text.checkpoint import read_json_object
 from ...text.objectives import DTYPES
+from ...text.runs import read_json_object
 from ...train import OPTIMIZERS
 from ...validation import (
     InputError,
@@ -26,7 +26,6 @@ from ...validation import (
 
 CONFIG_FILE = "config.json"
 HELD_OUT, MOST_HELD_OUT = 0.05, 500  # more rows would make evaluations longer than their precision is worth
-TOKENIZERS = ("bytes", "bpe", "gpt2")
 
 
 class Option(NamedTuple):

@@ -160,10 +160,10 @@ def _longest(policy: Policy, prompts: list[_Prompt], asked: int | None) -> int:
     context = policy.model.config.block_size
     place, _, ids = max(prompts, key=lambda prompt: len(prompt[2]))
     if len(ids) + (asked or 1) > context:
-        more, remedy = ("", "") if asked is None else (f" --max-new-tokens {asked}", " or lower that number")
+        what = "a sample" if asked is None else f"--max-new-tokens {asked}"
         raise InputError(
-            f"{place}: has {len(ids)} tokens, which leaves too few of the model's context of {context} for"
-            f"{more or ' a sample'}; shorten it{remedy}."
+            f"{place}: has {len(ids)} tokens, which leaves too few of the model's context of {context} for "
+            f"{what}; shorten it{'' if asked is None else ' or lower that number'}."
         )
     return min(LONGEST, context - len(ids)) if asked is None else asked
 

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,16 +19,8 @@ from ...text.allocator import keep_freed_memory
 from ...text.batches import Example, split_by_prompt, tokenize
 from ...text.data import Dataset, dataset_from_rows, load_dataset
 from ...text.reviews import comparisons, demonstrations, sentiment
-from ...text.runs import new_run_folder, refuse_used_folder, versions, write_json
-from ...text.tokenizer import (
-    TOKENIZER_FILE,
-    Tokenizer,
-    byte_tokenizer,
-    gpt2_tokenizer,
-    load_tokenizer,
-    save_tokenizer,
-    train_bpe,
-)
+from ...text.runs import new_run_folder, read_json_object, refuse_used_folder, versions, write_json
+from ...text.tokenizer import TOKENIZER_FILE, Tokenizer, gpt2_tokenizer, load_tokenizer, save_tokenizer
 from ...text.training_run import Data, Interrupted, Settings, run_training
 from ...train import Objective, Record
 from ...validation import InputError
@@ -81,7 +73,7 @@ def _folder_of(name: str) -> Path:
     folder = Path(name)
     if (folder / MODEL).is_dir():
         return folder / MODEL
-    if (folder / CONFIG_FILE).exists() and "options" in checkpoint.read_json_object(folder / CONFIG_FILE):
+    if (folder / CONFIG_FILE).exists() and "options" in read_json_object(folder / CONFIG_FILE):
         raise InputError(f"--model {name}: that run has no model yet; finish it with --resume {name}.")
     return folder
 
@@ -119,13 +111,6 @@ def sample_length(given: int | None, context: int) -> int:
             f"--max-new-tokens {given}: leaves none of a context of {context} for a prompt; lower it."
         )
     return given
-
-
-def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A tokenizer of a kind; a BPE learns its tokens from the texts, InputError where those are too few."""
-    if kind == "bpe":
-        return train_bpe("\n".join(texts), vocab_size)
-    return gpt2_tokenizer() if kind == "gpt2" else byte_tokenizer()
 
 
 def load_rows(options: argparse.Namespace, kind: str, count: int, seed: int = 0) -> Dataset:

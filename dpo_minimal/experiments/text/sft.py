@@ -27,10 +27,11 @@ import torch
 from ...model import GPT, GPTConfig
 from ...text.data import Dataset
 from ...text.objectives import sft_objective
+from ...text.tokenizer import TOKENIZERS, make_tokenizer
 from ...text.training_run import Data
 from ...validation import InputError
 from . import setup
-from .options import COMMON, DATA, RUN, TOKENIZERS, TRAINING, Option, add_options, altered, at_least, resolve
+from .options import COMMON, DATA, RUN, TRAINING, Option, add_options, altered, at_least, resolve
 from .report import sample_lines
 from .setup import Policy, Rows, load_policy
 
@@ -109,7 +110,7 @@ def _new_policy(options: argparse.Namespace, dataset: Dataset) -> Policy:
     """A GPT-2 with random weights, and its tokenizer."""
     texts = (row.prompt + row.completion for row in dataset.rows)
     try:
-        tokenizer = setup.make_tokenizer(options.tokenizer, texts, options.vocab_size)
+        tokenizer = make_tokenizer(options.tokenizer, texts, options.vocab_size)
     except InputError as error:
         raise InputError(f"--vocab-size {options.vocab_size}: {error}") from None
     reviews = options.data is None and options.tokenizer != "bytes"
