@@ -45,6 +45,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...losses import Loss
+from ...losses import Option as LossOption
 from ...rivals.evaluate import Samples, mean_of
 from ...text.batches import Example, check_limits, with_mismatched
 from ...text.checkpoint import WEIGHTS_FILE, state_fingerprint
@@ -72,6 +73,7 @@ from .options import (
     RUN,
     TRAINING,
     Group,
+    Groups,
     Option,
     add_options,
     altered,
@@ -113,16 +115,12 @@ GROUPS = {
 }  # fmt: skip
 
 
-def groups() -> dict[str, Group]:
+def groups() -> Groups:
     """All options: `GROUPS`, and those of the losses that there are now."""
-    losses = LOSSES.values()
-    loss_type = Option(
-        "; ".join(f"{loss.name}, {loss.summary}" for loss in losses), str, "dpo", metavar="NAME",
-        choices=LOSSES,
-    )  # fmt: skip
-    found = GROUPS | {"training": GROUPS["training"] | {"loss_type": loss_type}}
-    found["options of the loss"] = {name: Option(_help_of(name), float) for name in _loss_options()}
-    return {title: found[title] for title in ("data", "model", "training", "options of the loss", *found)}
+    names = "; ".join(f"{loss.name}, {loss.summary}" for loss in LOSSES.values())
+    loss_type = Option(names, str, "dpo", metavar="NAME", choices=LOSSES)
+    training = GROUPS["training"] | {"loss_type": loss_type}
+    return GROUPS | {"training": training, "options of the loss": _loss_options()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -130,27 +128,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, groups())
 
 
-def _loss_options() -> list[str]:
-    """The options that losses take; one that the chosen loss does not take is refused."""
-    return list(dict.fromkeys(option.name for loss in LOSSES.values() for option in loss.options))
-
-
-def _help_of(name: str) -> str:
-    """What an option means, and for which losses."""
-    meanings: dict[str, list[str]] = {}
+def _loss_options() -> Group:
+    """What losses take, each option with all its meanings; one that the chosen loss has not is refused."""
+    losses_of: dict[str, dict[str, list[str]]] = {}  # by option and meaning
     for loss in LOSSES.values():
         for option in loss.options:
-            if option.name == name:
-                default = "none" if option.default is None else f"{option.default:g}"
-                if _pulls_to_reference(loss, name):
-                    default += f"; without --data {REVIEWS_BETA}"
-                text = f"{option.help}, {option.range} (default {default})"
-                meanings.setdefault(text, []).append(loss.name)
-    return "; ".join(f"for {', '.join(names)}: {text}" for text, names in meanings.items())
+            default, reviews = (_default(loss, option, data) for data in ("a file", None))
+            shown = "none" if default is None else f"{default:g}"
+            shown += "" if default == reviews else f"; without --data {reviews:g}"
+            meaning = f"{option.help}, {option.range} (default {shown})"
+            losses_of.setdefault(option.name, {}).setdefault(meaning, []).append(loss.name)
+    return {
+        name: Option("; ".join(f"for {', '.join(of)}: {text}" for text, of in meanings.items()), float)
+        for name, meanings in losses_of.items()
+    }
 
 
-def _pulls_to_reference(loss: Loss, name: str) -> bool:
-    return name == "beta" and "reference" in loss.reads
+def _default(loss: Loss, option: LossOption, data: str | None) -> float | None:
+    pulls_to_reference = option.name == "beta" and "reference" in loss.reads
+    return REVIEWS_BETA if data is None and pulls_to_reference else option.default
 
 
 def _loss_of(options: argparse.Namespace) -> dict[str, float]:
@@ -159,8 +155,7 @@ def _loss_of(options: argparse.Namespace) -> dict[str, float]:
     given = {name: getattr(options, name, None) for name in _loss_options()}
     for option in loss.options:
         if given[option.name] is None:
-            reviews = options.data is None and _pulls_to_reference(loss, option.name)
-            given[option.name] = REVIEWS_BETA if reviews else option.default
+            given[option.name] = _default(loss, option, options.data)
     found = loss_options(options.loss_type, given)
     vars(options).update(given | found)
     return found
@@ -170,9 +165,8 @@ def run(args: argparse.Namespace) -> Path:
     """Check everything, train, and write the run folder, which is returned."""
     no_samples = args.eval_samples == 0
     if args.resume is not None:  # also a run that was made before some loss existed
-        args = argparse.Namespace(
-            **{k: v for k, v in vars(args).items() if v is not None or k not in _loss_options()}
-        )
+        unset = [name for name in _loss_options() if getattr(args, name) is None]
+        args = argparse.Namespace(**{name: x for name, x in vars(args).items() if name not in unset})
     options = resolve(
         args, groups(),
         ("data", args.model is None, "{} needs --model, the SFT model that is policy and reference at the "
