@@ -337,7 +337,7 @@ def test_no_policy_lies_above_the_frontier(seed):
     )
     for _ in range(45):
         middle = (low + high) / 2
-        more = reward_kl_frontier(ref, rewards, middle.exp())[0] >= kl
+        more = reward_kl_frontier(ref, rewards, middle.exp().tolist())[0] >= kl
         low, high = torch.where(more, middle, low), torch.where(more, high, middle)
     at_same_kl = reward_kl_frontier(ref, rewards, low.exp())[1]
     assert (reward <= at_same_kl + 1e-10).all()  # rounding of KL moves the frontier by beta times as much

@@ -284,7 +284,7 @@ def exact_kls(policy, reference, beta):
     return [kl_divergence(*pair).mean().item() for pair in pairs]
 
 
-def climb(iterations=80, **options):
+def climb(iterations, **options):
     settings = SETTINGS._replace(
         **{
             "iterations": iterations, "prompts": 128, "micro_size": 128, "epochs": 3, "learning_rate": 8e-3,
@@ -298,27 +298,30 @@ def climb(iterations=80, **options):
 
 def test_it_approaches_the_closed_form():
     """From samples alone towards pi* of the true rewards, at a constant learning rate. KL(pi || pi*) ends at
-    14 or 15 % of the reference's for three seeds; with twice the iterations, at 7 %."""
-    policy, reference, records = climb()
+    16 or 17 % of the reference's for three seeds; after 160 iterations, at 7 %."""
+    policy, reference, records = climb(60)
     left, start, _ = exact_kls(policy, reference, 0.5)
     assert start > 1 and left < 0.25 * start
     # the value function sees, before a completion ends, most of what its return will be
     assert sum(r["ppo/explained_variance"] for r in records[-20:]) / 20 > 0.4
 
 
-def test_the_divergence_meets_its_target():
+def test_the_divergence_meets_its_target(iterations=80):
     """The coefficient grows until KL(pi || pi_ref), over all completions, is what was asked for. With the
     coefficient at its start it would be 1.6 nats."""
-    policy, reference, records = climb(target_kl=0.5, kl_coefficient=0.2, prompts=64, micro_size=64)
+    policy, reference, records = climb(
+        iterations, target_kl=0.5, kl_coefficient=0.2, prompts=64, micro_size=64
+    )
     assert records[-1]["kl/coefficient"] > 0.4
     _, _, kl = exact_kls(policy, reference, 0.2)
-    # 0.54, 0.54 and 0.64 for three seeds: 64 samples tell it to 0.1 or so, and steering lags behind
+    # 0.54, 0.54 and 0.64 for three seeds, 0.41 after 50 iterations of the first: 64 samples tell it to 0.1
+    # or so, and steering lags behind
     assert abs(kl - 0.5) < 0.2
 
 
 def test_the_value_function_learns():
     """Where every completion is worth 3 more, the squared error of a zero value is 9 more; learnt soon."""
-    options = {"iterations": 40, "learning_rate": 1e-6, "value_learning_rate": 2e-2}
+    options = {"iterations": 20, "learning_rate": 1e-6, "value_learning_rate": 2e-2}
     _, _, records = run(SETTINGS._replace(**options), judge=lambda x, y: reward(x, y) + 3)
     assert records[0]["ppo/value_loss"] > 8 and records[-1]["ppo/value_loss"] < 3
 
@@ -398,7 +401,7 @@ MUTANTS = {
         ppo._gradient_step, "+ errors / tokens", "+ 0 * errors", test_the_value_function_learns,
     ),
     "the target is not looked at": (
-        train_ppo, "controller.update", "id", test_the_divergence_meets_its_target,
+        train_ppo, "controller.update", "id", lambda: test_the_divergence_meets_its_target(50),
     ),
     "the reference is asked in each epoch": (
         train_ppo, "for _ in range(settings.epochs):",

@@ -15,9 +15,8 @@ from dpo_minimal.text import reviews
 from dpo_minimal.text.reviews import comparisons, demonstrations, opinions, prompts, sentiment
 from dpo_minimal.validation import InputError
 
-FALSE_ALARM = (
-    1e-6  # chance that a right program fails one sampling test; the seeds are fixed, so it never does
-)
+# Chance that a right program fails one sampling test; the seeds are fixed, so it never does.
+FALSE_ALARM = 1e-6
 ROUNDING = 1e-12  # of sums of a few values of size 1; the smallest difference of two rewards is above 0.01
 
 TERMS = sorted(reviews.VALUES | reviews.DEGREES | reviews.NEGATIONS)
@@ -45,6 +44,12 @@ def every(form, *arguments) -> Iterator:
         if not path:
             return
         path[-1] += 1
+
+
+@pytest.fixture(scope="module")
+def reviewed() -> list[tuple[dict[str, str], float]]:
+    """20,000 demonstrations, each with its reward."""
+    return [(row, sentiment(row["completion"])) for row in demonstrations(20_000, seed=0)]
 
 
 def test_every_yields_everything_once():
@@ -112,14 +117,13 @@ def test_negations_are_heard():
     assert sentiment("It never wastes a good cast!") > 0 < sentiment("NEVER\n DULL")
 
 
-def test_word_counts_cannot_tell_the_sign():
+def test_word_counts_cannot_tell_the_sign(reviewed):
     """Reviews of the grammar with exactly the same words and opposite rewards: whatever value a table gives
     to each word, it gives both the same. And the obvious table, of the words' own values, is often wrong."""
     bags = defaultdict(set)
     wrong = 0
-    for row in demonstrations(20_000, seed=0):
+    for row, reward in reviewed:
         words = row["completion"].lower().replace(".", "").replace(",", "").split()
-        reward = sentiment(row["completion"])
         bags[tuple(sorted(words))].add(reward)
         wrong += reward * sum(reviews.VALUES.get(word, 0) for word in words) < 0
     assert any(max(rewards) > 1 and min(rewards) < -1 for rewards in bags.values())
@@ -152,7 +156,7 @@ def test_labels_follow_bradley_terry():
     Given the pairs, the choices are independent coins, so the squared standardised counts add up to a
     chi-square with five degrees of freedom (the normal limit: each group has hundreds of pairs).
     """
-    rows = comparisons(12_000, seed=3)
+    rows = comparisons(6000, seed=3)
     differences = torch.tensor([sentiment(row["chosen"]) - sentiment(row["rejected"]) for row in rows])
     chances = torch.sigmoid(differences.abs().double())
     groups = torch.bucketize(differences.abs(), torch.tensor([0.7, 1.5, 2.5, 3.5]))
@@ -170,9 +174,9 @@ def test_labels_follow_bradley_terry():
 def test_both_sides_are_draws_of_the_grammar():
     """Chosen and rejected together are distributed as the demonstrations: the same mean reward (two-sample
     z-test of independent rows; the two of a pair are independent given the prompt, which tells nothing)."""
-    pairs = comparisons(8000, seed=4)
+    pairs = comparisons(4000, seed=4)
     both = torch.tensor([sentiment(row[side]) for row in pairs for side in ("chosen", "rejected")])
-    single = torch.tensor([sentiment(row["completion"]) for row in demonstrations(8000, seed=4)])
+    single = torch.tensor([sentiment(row["completion"]) for row in demonstrations(4000, seed=4)])
     z = (both.mean() - single.mean()) / (both.var() / len(both) + single.var() / len(single)).sqrt()
     assert abs(z) <= normal_quantile(1 - FALSE_ALARM / 2)
     assert all(row["chosen"] != row["rejected"] for row in pairs)
@@ -214,13 +218,13 @@ def test_streams_are_apart():
     assert firsts[0] != firsts[1] != firsts[2] != firsts[0]
 
 
-def test_variety():
+def test_variety(reviewed):
     """20,000 reviews: hardly two alike; half of the rest are praise; no prompt is favoured."""
-    rows = demonstrations(20_000, seed=2)
+    rows, rewards = zip(*reviewed)
     completions = Counter(row["completion"] for row in rows)
     assert len(completions) > 16_000 and completions.most_common(1)[0][1] < 40
     assert len({row["prompt"] for row in rows}) > 1500
-    rewards = torch.tensor([sentiment(row["completion"]) for row in rows])
+    rewards = torch.tensor(rewards)
     assert 0.4 < (rewards > 0).float().mean() < 0.48 and 0.4 < (rewards < 0).float().mean() < 0.48
     assert abs(rewards.mean()) < 0.1 and 1.5 < rewards.std() < 1.9
 

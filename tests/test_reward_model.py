@@ -130,10 +130,10 @@ def planted_pairs(count: int, seed: int) -> tuple[list[Example], float]:
     return rows, right / count
 
 
-def fitted(**options):
+def fitted(count=1200, **options):
     torch.manual_seed(0)
     body = GPT(BODY)
-    rows, _ = planted_pairs(1200, 0)
+    rows, _ = planted_pairs(count, 0)
     held_out, ceiling = planted_pairs(500, 1)
     options = {"learning_rate": 1e-2, "batch_size": 32, "epochs": 3, "seed": 0, "look_every": 12} | options
     return body, held_out, ceiling, fit_reward_model(body, rows, held_out, **options)
@@ -159,12 +159,15 @@ def test_a_planted_reward_is_learnt_and_the_best_weights_are_kept():
 
 
 def test_the_earlier_of_equals_is_kept(monkeypatch):
-    """With looks that all read the same, the weights after the first one come back."""
+    """With looks that all read the same, the weights after the first one come back, and the body given is as
+    it was."""
     monkeypatch.setattr(reward_model, "average", lambda *_: {"loss": 1.0, "rewards/accuracies": 0.7})
-    _, _, _, (model, records) = fitted(epochs=1, look_every=5)
+    body, _, _, (model, records) = fitted(320, epochs=1, look_every=5)
+    torch.manual_seed(0)
+    assert all(torch.equal(a, b) for a, b in zip(body.parameters(), GPT(BODY).parameters()))
     original = reward_model.windows
     monkeypatch.setattr(reward_model, "windows", lambda *a, **k: original(*a, **k)[:5])
-    _, _, _, (early, few) = fitted(epochs=1, look_every=5)
+    _, _, _, (early, few) = fitted(320, epochs=1, look_every=5)
     assert len(records) > len(few) == 5
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), early.parameters()))
 
@@ -243,19 +246,12 @@ MUTANTS = {
         RewardModel.token_values, "tokens.predictor", "tokens.place",
         test_values_of_tokens_do_not_see_their_token,
     ),
-    "the last weights are kept": (
-        fit_reward_model, "model.load_state_dict(best_weights)", "pass",
-        test_a_planted_reward_is_learnt_and_the_best_weights_are_kept,
-    ),
+    "the last weights are kept": (fit_reward_model, "model.load_state_dict(best_weights)", "pass", None),
     "weights kept by reference": (
-        fit_reward_model, "copy.deepcopy(model.state_dict())", "model.state_dict()",
-        test_a_planted_reward_is_learnt_and_the_best_weights_are_kept,
+        fit_reward_model, "copy.deepcopy(model.state_dict())", "model.state_dict()", None,
     ),
     "the later of equals is kept": (fit_reward_model, "] > best", "] >= best", None),
-    "the body given is trained": (
-        fit_reward_model, "copy.deepcopy(body)", "body",
-        test_a_planted_reward_is_learnt_and_the_best_weights_are_kept,
-    ),
+    "the body given is trained": (fit_reward_model, "copy.deepcopy(body)", "body", None),
     "pieces weigh the same": (
         reward_model._windows, "count / sum(counts)", "1 / len(counts)",
         test_micro_batches_weigh_pairs_not_tokens,

@@ -744,6 +744,13 @@ def limits():
     test_the_limits_hold_for_many_pairs(simulated(few=False))
 
 
+def limits_of(simulation):
+    """The same, where the bug is in the laws alone: the data sets may be those of correct code."""
+    truth, _, many = simulation
+    laws = replicates.laws(truth, many.pairs, many.sample)
+    test_the_limits_hold_for_many_pairs((truth, None, many._replace(laws=laws)))
+
+
 def few_pairs():
     """Likewise."""
     test_few_pairs_the_exact_laws_and_who_has_no_estimate(simulated(many=False))
@@ -868,8 +875,8 @@ MUTANTS = [
     Mutant("half the likelihood ratio", run_._measure_estimates, "-2 * (counts", "(counts", SLOW),
     Mutant("KL the other way", run_._measure_estimates, "(fitted, optimal)", "(optimal, fitted)", SLOW),
     Mutant("opposite labels", run_.draw, "population.weight", "population.weight.flip(0)", limits),
-    Mutant("wrong degrees", run_.laws, "quantile(share, d)", "quantile(share, d + 1)", limits),
-    Mutant("N forgotten in the efficiency", run_.laws, ".item() * num_pairs", ".item()", limits),
+    Mutant("wrong degrees", run_.laws, "quantile(share, d)", "quantile(share, d + 1)", limits_of),
+    Mutant("N forgotten in the efficiency", run_.laws, ".item() * num_pairs", ".item()", limits_of),
     Mutant(
         "score only where there is an estimate", run_.measure, "for key in KEYS}",
         "for key in (*KEYS, 'score')}", few_pairs,
@@ -878,8 +885,11 @@ MUTANTS = [
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
-def test_planted_bug_is_caught(monkeypatch, mutant):
+def test_planted_bug_is_caught(monkeypatch, request, mutant):
     """The guard passes as things stand (it is part of the suite) and fails with the bug."""
+    arguments = mutant.arguments
+    if mutant.guard is limits_of:
+        arguments = [request.getfixturevalue("simulation")]  # made before the bug is planted
     plant(monkeypatch, mutant.function, mutant.right, mutant.wrong)
     with pytest.raises(CAUGHT):
-        mutant.guard(*mutant.arguments)
+        mutant.guard(*arguments)
