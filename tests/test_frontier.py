@@ -144,7 +144,7 @@ def test_ppo_ends_at_the_closed_form_of_the_rewards_it_was_given():
     """With wrong rewards at the wrong rewards' optimum, not at pi*."""
     w = small_world()
     wrong = w.rewards.flip(-1)
-    run = methods.climb(
+    run = methods.train_by_ppo(
         w, wrong, "PPO", beta=BETA, target=None, effort=methods.Effort(1, 150, 512, 4), seed=0
     )
     assert run.distance <= 1e-3  # of sampling, fading
@@ -155,12 +155,12 @@ def test_ppo_ends_at_the_closed_form_of_the_rewards_it_was_given():
 def test_with_a_target_the_end_is_that_of_the_last_coefficient():
     """Not of the one it starts with; and each look is at the policy after its steps."""
     w = small_world()
-    run = methods.climb(
+    run = methods.train_by_ppo(
         w, w.rewards, "PPO-GT", beta=2.0, target=0.4, effort=methods.Effort(1, 150, 512, 4), seed=0
     )
     assert run.distance <= 1e-3  # of sampling, fading
     assert kl_divergence(run.path[-1], optimal_logps(w.ref_logps, w.rewards, beta=2.0)).mean() > 0.1
-    brief = methods.climb(
+    brief = methods.train_by_ppo(
         w, w.rewards, "PPO-GT", beta=2.0, target=None, effort=methods.Effort(1, 6, 64, 2), seed=0
     )
     assert brief.steps_at[:2] == [0, 2] and not torch.equal(brief.path[0], brief.path[1])
@@ -502,7 +502,7 @@ def drawn(monkeypatch):
 def gaps_of_everything(world: str) -> list[pairs.Point]:
     """Two data sets a size for every method of the pairs figure."""
     sizes = [(n, gap) for n in (100, 1000) for gap in (30 / n, 50 / n)] + [(math.inf, 1e-13)]
-    names = [*frontier_plots.PAIRS_LOOKS, "PPO-GT"]
+    names = [*frontier_plots.PAIRS_STYLES, "PPO-GT"]
     return [pairs.Point(world, name, n, gap) for name in names for n, gap in sizes]
 
 
@@ -510,7 +510,7 @@ def gaps_of_everything(world: str) -> list[pairs.Point]:
 def test_titles_and_legends_lie_inside_the_figure(count, drawn, tmp_path):
     """With one world there is half of the room."""
     w = small_world()
-    runs = [methods.closed_form(w, w.rewards, name, 1.0) for name in frontier_plots.LOOKS]
+    runs = [methods.closed_form(w, w.rewards, name, 1.0) for name in frontier_plots.STYLES]
     what = "10,000,000 sampled pairs, 0.333 of the labels flipped"
     frontier_plots.frontier_figure(count * [runs], what, tmp_path)
     worlds = ("table", "gpt")[:count]

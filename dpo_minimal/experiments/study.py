@@ -34,19 +34,14 @@ Job = Callable[[], Any]
 
 
 class Study(NamedTuple):
-    """The stages of one study, as `carry_out` goes through them.
+    """The stages of one study, as `carry_out` goes through them; a part is a world, for example."""
 
-    Fields:
-        plan: name of a part, such as a world -> its jobs.
-        table: the runs of a part -> the lines to print when they are there.
-        files: the runs of all parts -> name of a file -> what writes it, given its path.
-        runs: what the jobs of a part returned, in their order -> the part's runs; here of jobs that each
-            return a list of them.
-    """
-
-    plan: dict[str, list[Job]]
-    table: Callable[[Any], list[str]]
-    files: Callable[[list[Any]], dict[str, Callable[[Path], None]]]
+    plan: dict[str, list[Job]]  # the jobs of each part
+    table: Callable[[Any], list[str]]  # the runs of a part -> the lines to print when they are there
+    files: Callable[
+        [list[Any]], dict[str, Callable[[Path], None]]
+    ]  # the parts' runs -> what writes each file
+    # What the jobs of a part returned, in their order -> its runs; here of jobs that return a list of them.
     runs: Callable[[list[Any]], Any] = lambda found: [run for runs in found for run in runs]
 
 
@@ -60,9 +55,6 @@ def carry_out(study: Study, folder: Path, *, workers: int = 1) -> None:
     for name, write in files.items():
         write(folder / name)
     print(f"\nWrote {folder}/{', '.join(files)} and config.json.", flush=True)
-
-
-# -------------------------------------------------------------------------------------------- plan -> runs
 
 
 def run_jobs(jobs: Sequence[Job], name: str, workers: int) -> list[Any]:
@@ -101,9 +93,6 @@ def kept(path: Path, job: Callable[..., dict[str, np.ndarray]], *arguments: Any)
         return dict(file)
 
 
-# ------------------------------------------------------------------------------------------- rows -> table
-
-
 def table(
     columns: Sequence[tuple[str, str, str]], rows: Iterable[Sequence[Any]], indent: str = ""
 ) -> list[str]:
@@ -132,9 +121,6 @@ def table(
 def paragraph(text: str, width: int = 110) -> str:
     """A text in lines of so many characters."""
     return textwrap.fill(text, width, break_on_hyphens=False)
-
-
-# -------------------------------------------------------------------------------------------- rows -> file
 
 
 def write_text(path: Path, text: str) -> None:

@@ -174,7 +174,7 @@ def ways_to_one_optimum(world: World, args: argparse.Namespace) -> list[str]:
         "DPO on rankings of 3": (train(of_rankings, rankings), rankings),
         "reward model (Newton) + closed form": (newton, population),
         "PPO with the true reward": (
-            methods.climb(world, world.rewards, "", beta=beta, effort=longer, seed=args.seed), None
+            methods.train_by_ppo(world, world.rewards, "", beta=beta, effort=longer, seed=args.seed), None
         ),
     }  # fmt: skip
     if world.name == "table":
@@ -251,9 +251,9 @@ def plan(world: World, args: argparse.Namespace) -> list[Job]:
     for family, rewards in (("best of N", world.rewards), ("best of N, learned reward", learned)):
         jobs += [_one(methods.best_of_n, world, rewards, family, n) for n in BEST_OF]
     jobs += [_one(methods.closed_form, world, learned, "reward model + closed form", b) for b in BETAS]
-    climb = partial(_one, methods.climb, world, beta=beta, effort=effort, seed=args.seed)
+    by_ppo = partial(_one, methods.train_by_ppo, world, beta=beta, effort=effort, seed=args.seed)
     for family, rewards in (("PPO", learned), ("PPO-GT", world.rewards)):
-        jobs += [climb(rewards, family, target=t) for t in TARGETS if t < kl_of_best(world)]
+        jobs += [by_ppo(rewards, family, target=t) for t in TARGETS if t < kl_of_best(world)]
     return jobs
 
 

@@ -15,7 +15,7 @@ from ..figures import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, STYLE, save_fig
 from .methods import Run
 from .pairs import POPULATION, Point, spreads, spreads_of_all
 
-LOOKS = {  # family: colour, marker, filled
+STYLES = {  # family: colour, marker, filled
     "DPO": (BLUE, "o", True),
     "DPO, stopped early": (BLUE, "*", True),
     "cDPO": (SKY, "s", True),
@@ -33,7 +33,7 @@ LOOKS = {  # family: colour, marker, filled
     "PPO": (ORANGE, "^", True),
     "PPO-GT": (GREEN, "D", True),
 }
-PAIRS_LOOKS = {  # method: colour, marker, line, label
+PAIRS_STYLES = {  # method: colour, marker, line, label
     "DPO": (BLUE, "o", "-", "DPO"),
     "DPO, narrow GPT": (SKY, "s", "-", "DPO, a GPT too narrow for π*"),
     "reward model + closed form": (ORANGE, "x", "-", "reward model + closed form"),
@@ -43,29 +43,34 @@ PAIRS_LOOKS = {  # method: colour, marker, line, label
 }
 
 
-def _a_panel_a_world(draw: Callable, parts: list, title: str, note: str, height: float) -> plt.Figure:
-    """A figure with a panel for each world, drawn by draw(axis, the world's part)."""
-    figure, axes = plt.subplots(
-        1, len(parts), figsize=(11 * len(parts), height), layout="constrained", squeeze=False
-    )
-    # One panel's width holds only half of a title.
-    figure.suptitle(f"{title}{' ' if len(parts) > 1 else chr(10)}{note}", fontsize=20)
-    for axis, part in zip(axes[0], parts):
-        draw(axis, part)
-    return figure
+def _figure(path: Path, draw: Callable, parts: list, title: str, height: float, legend: int = 0) -> None:
+    """A panel for each world, drawn by draw(axis, the world's part); legend: its columns below all panels.
+
+    The title has {} where it may break: one panel's width holds only half of it.
+    """
+    with plt.rc_context(STYLE):
+        size = (11 * len(parts), height)
+        figure, axes = plt.subplots(1, len(parts), figsize=size, layout="constrained", squeeze=False)
+        figure.suptitle(title.format(" " if len(parts) > 1 else "\n"), fontsize=20)
+        for axis, part in zip(axes[0], parts):
+            draw(axis, part)
+        if legend:
+            place = {"loc": "outside lower center", "fontsize": 15, "markerscale": 1.2}
+            figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=legend, **place)
+        save_figure(figure, path)
 
 
 def frontier_figure(found: list[list[Run]], drawn: str, path: Path) -> None:
     """One panel a world: the analytic frontier, and each method's path from the reference to its end."""
-    with plt.rc_context(STYLE):
-        title, note = "Nobody crosses the frontier:", f"{drawn}, KL and reward exact"
-        figure = _a_panel_a_world(_world_panel, found, title, note, 10)
-        handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(
-            handles, labels, loc="outside lower center", ncols=4 if len(found) > 1 else 3, fontsize=15,
-            markerscale=1.2,
-        )  # fmt: skip
-        save_figure(figure, path)
+    title = f"Nobody crosses the frontier:{{}}{drawn}, KL and reward exact"
+    _figure(path, _world_panel, found, title, 10, legend=4 if len(found) > 1 else 3)
+
+
+def pairs_figure(found: list[list[Point]], laws: dict[str, float], beta: float, path: Path) -> None:
+    """One panel a world: gap to pi* against the number of pairs, beside theory's law."""
+    title = "How many pairs is a reward function worth?{}"
+    title += f"(β = {beta:g}; medians, quartiles over data sets)"
+    _figure(path, partial(_pairs_panel, laws=laws), found, title, 9)
 
 
 def _world_panel(axis, runs: list[Run]) -> None:
@@ -78,12 +83,12 @@ def _world_panel(axis, runs: list[Run]) -> None:
     furthest, lowest, top = kl.max(), low, reward.max()
     seen = set()
     for run in runs:
-        colour, marker, filled = LOOKS.get(run.family, (GREY, "x", True))  # a loss added at run time
+        colour, marker, filled = STYLES.get(run.family, (GREY, "x", True))  # a loss added at run time
         if run.steps > 0 and run.family != "DPO, stopped early":  # whose path is DPO's
             axis.plot(run.gap.kl, run.gap.reward, color=colour, linewidth=1.3, alpha=0.45, zorder=2)
-        style = {"facecolor": colour if filled else "none", "edgecolor": colour}
         end = run.gap.kl[-1].item(), run.gap.reward[-1].item()
         furthest, lowest = max(furthest, end[0]), min(lowest, end[1])
+        style = {"facecolor": colour if filled else "none", "edgecolor": colour}
         style = {"color": colour} if marker == "x" else style
         label = None if run.family in seen else run.family
         axis.scatter(*end, marker=marker, s=130, linewidth=2, zorder=3, label=label, **style)
@@ -92,16 +97,6 @@ def _world_panel(axis, runs: list[Run]) -> None:
     axis.set(xlabel=r"KL$(\pi\,\|\,\pi_{\rm ref})$, nats, mean over prompts", ylabel="expected true reward")
     margin = 0.08 * (top - low)
     axis.set(xlim=(-0.03 * furthest, 1.08 * furthest), ylim=(lowest - margin, top + margin))
-
-
-def pairs_figure(found: list[list[Point]], laws: dict[str, float], beta: float, path: Path) -> None:
-    """One panel a world: gap to pi* against the number of pairs, beside theory's law."""
-    with plt.rc_context(STYLE):
-        note = f"(β = {beta:g}; medians, quartiles over data sets)"
-        draw = partial(_pairs_panel, laws=laws)
-        save_figure(
-            _a_panel_a_world(draw, found, "How many pairs is a reward function worth?", note, 9), path
-        )
 
 
 def _pairs_panel(axis, points: list[Point], laws: dict[str, float]) -> None:
@@ -114,7 +109,7 @@ def _pairs_panel(axis, points: list[Point], laws: dict[str, float]) -> None:
     ends = [finite[0], finite[-1]]
     axis.plot(ends, [law / n for n in ends], "--", color="black", linewidth=1.8, label=theory)
     for name, found in spreads_of_all(points).items():
-        colour, marker, line, label = PAIRS_LOOKS[name]
+        colour, marker, line, label = PAIRS_STYLES[name]
         style = {"color": colour, "marker": marker or None, "markersize": 9}
         if world == "table" and name == "PPO":  # on few data sets, whose medians would not be DPO's
             single = [(min(p.pairs, end), p.gap) for p in points if p.method == "PPO"]
@@ -125,8 +120,14 @@ def _pairs_panel(axis, points: list[Point], laws: dict[str, float]) -> None:
         inside = {n: s for n, s in found.items() if n != POPULATION and s.median > floor}
         bars = [(s.median, max(s.low, floor), s.high) for s in inside.values()]
         with_intervals(axis, list(inside), bars, linestyle=line, label=label, **style)
-        if marker and POPULATION in found:
-            _exact(axis, end, found[POPULATION].median, floor, color=colour, marker=marker)
+        if not marker or POPULATION not in found:
+            continue
+        exact = found[POPULATION].median  # below the axis it points down, with its value beside it
+        marker = marker if exact >= floor else "v"
+        axis.scatter([end], [max(exact, floor)], color=colour, marker=marker, s=110, zorder=3)
+        if exact < floor:
+            place = {"xytext": (-12, 0), "textcoords": "offset points", "ha": "right", "va": "center"}
+            axis.annotate(f"{exact:.2g}", (end, floor), color=colour, **place)
     gap = spreads(points, "PPO-GT")[POPULATION].median
     axis.axhline(max(gap, floor), color=GREEN, label=f"PPO, true reward: {gap:.1g} nats")
     powers = range(2, round(math.log10(finite[-1])) + 1)
@@ -138,14 +139,3 @@ def _pairs_panel(axis, points: list[Point], laws: dict[str, float]) -> None:
     axis.set_ylabel(r"gap: KL$(\pi\,\|\,\pi^*)$, nats, mean over prompts")
     axis.set_title("A table of logits" if world == "table" else "A GPT-2, all completions enumerated")
     axis.legend(loc="upper right")
-
-
-def _exact(axis, end: float, gap: float, floor: float, *, color: str, marker: str) -> None:
-    """The gap with exact probabilities; what lies below the axis points down, with its value beside it."""
-    below = gap < floor
-    axis.scatter([end], [max(gap, floor)], color=color, marker="v" if below else marker, s=110, zorder=3)
-    if below:
-        axis.annotate(
-            f"{gap:.2g}", (end, floor), xytext=(-12, 0), textcoords="offset points", ha="right", va="center",
-            color=color,
-        )  # fmt: skip

@@ -36,15 +36,12 @@ MEASURED = 20  # policies along a path
 
 
 class Effort(NamedTuple):
-    """How long the methods of a world are trained: the same for all of them.
+    """How long the methods of a world are trained: the same for all of them."""
 
-    Fields: steps on comparisons; iterations of PPO, samples of each prompt in an iteration, epochs on them.
-    """
-
-    steps: int
-    iterations: int
-    samples: int
-    epochs: int
+    steps: int  # on comparisons
+    iterations: int  # of PPO
+    samples: int  # of each prompt in an iteration
+    epochs: int  # on them
 
 
 def effort(world: World, *, quick: bool) -> Effort:
@@ -57,25 +54,16 @@ def effort(world: World, *, quick: bool) -> Effort:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One method on one world, from the reference to its end.
-
-    Fields:
-        family, setting: "DPO", "β 0.1".
-        path: (L, X, Y) tables of log pi along the way, the reference first, the end last.
-        steps_at: (L,) gradient steps done at each of them; 0 for a closed form.
-        optimum: (X, Y) where it must end, or None where that is not known or does not exist.
-        seconds: time in training alone.
-        ends: what to print where there is no optimum: "-" not known, "none" none exists.
-    """
+    """One method on one world, from the reference to its end."""
 
     world: World
     family: str
-    setting: str
-    path: Tensor
-    steps_at: list[int]
-    optimum: Tensor | None
-    seconds: float = 0.0
-    ends: str = "-"
+    setting: str  # "β 0.1"
+    path: Tensor  # (L, X, Y) tables of log pi along the way, the reference first, the end last
+    steps_at: list[int]  # (L,) gradient steps done at each of them; 0 for a closed form
+    optimum: Tensor | None  # (X, Y) where it must end; None: not known, or does not exist
+    seconds: float = 0.0  # in training alone
+    ends: str = "-"  # what to print where there is no optimum: "-" not known, "none" none exists
 
     @property
     def steps(self) -> int:
@@ -150,7 +138,7 @@ def pairs_loss(rewards: Tensor, pairs: Rankings) -> Tensor:
     return pairs.weight @ bradley_terry_loss(*pairs.gather(rewards).unbind(-1))
 
 
-def climb(
+def train_by_ppo(
     world: World, rewards: Tensor, family: str, *, beta: float, effort: Effort, seed: int,
     target: float | None = None,
 ) -> Run:  # fmt: skip

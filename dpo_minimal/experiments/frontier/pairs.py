@@ -36,7 +36,7 @@ from .worlds import World, gpt_world
 
 SIZES = (100, 300, 1_000, 3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000)
 GPT_SIZES = (100, 1_000, 10_000, 100_000, 1_000_000)
-REPLICATES, CLIMBED, GPT_SEEDS = 20, 2, 2  # data sets a size: of the table, with PPO, of the GPT
+REPLICATES, PPO_SETS, GPT_SEEDS = 20, 2, 2  # data sets a size: of the table, with PPO, of the GPT
 HELD_OUT = 0.1  # of the comparisons, to stop by
 NARROW = 8  # width of the GPT that cannot express pi*
 STEPS = 1200  # of the reward model: as many as DPO's on a table
@@ -171,7 +171,7 @@ def _on_table(size: float, args: argparse.Namespace, world: World) -> Iterator[t
         yield world, "coverage", covered(world, data, beta=args.beta)
     if size != POPULATION:
         yield from ((world, "prior", policy) for policy in with_prior(world, sets, beta=args.beta))
-    for k in range(min(count, 1 if args.quick else CLIMBED)):
+    for k in range(min(count, 1 if args.quick else PPO_SETS)):
         yield world, "PPO", _ppo(world, rewards[k], args, k)
 
 
@@ -216,7 +216,9 @@ def _stopped_dpo(world: World, parts: tuple[Rankings, Rankings], args: argparse.
 
 def _ppo(world: World, rewards: Tensor, args: argparse.Namespace, k: int) -> Tensor:
     effort = methods.effort(world, quick=args.quick)
-    return methods.climb(world, rewards, "", beta=args.beta, effort=effort, seed=args.seed + k).path[-1]
+    return methods.train_by_ppo(world, rewards, "", beta=args.beta, effort=effort, seed=args.seed + k).path[
+        -1
+    ]
 
 
 def gap_to_optimum(world: World, logps: Tensor, *, beta: float) -> float:

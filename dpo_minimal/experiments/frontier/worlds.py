@@ -26,24 +26,15 @@ GPT_REWARD_SCALE = 0.5
 
 
 class World(NamedTuple):
-    """Prompts, completions, a reference policy and a reward, all known.
+    """Prompts, completions, a reference policy and a reward, all known; tables (X, Y) in float64."""
 
-    Fields:
-        name: "table" or "gpt".
-        ref_logps, rewards: (X, Y) float64.
-        lengths: (X, Y) tokens of each completion.
-        reward_scale: deviation of the normal law that rewards were drawn from.
-        policy: makes a new policy that starts at the reference.
-        reference, prompts, completions: the GPT's; None for a table.
-    """
-
-    name: str
+    name: str  # "table" or "gpt"
     ref_logps: Tensor
     rewards: Tensor
-    lengths: Tensor
-    reward_scale: float
-    policy: Callable[[], nn.Module]
-    reference: GPT | None = None
+    lengths: Tensor  # tokens of each completion
+    reward_scale: float  # deviation of the normal law that rewards were drawn from
+    policy: Callable[[], nn.Module]  # makes a new policy that starts at the reference
+    reference: GPT | None = None  # this and the rest are the GPT's; None for a table
     prompts: Tensor | None = None
     completions: Completions | None = None
 

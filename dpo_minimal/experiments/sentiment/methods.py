@@ -43,7 +43,7 @@ from ...rivals.reward_model import RewardModel, fit_reward_model, normalised_rew
 from ...text.batches import Example, split_by_prompt, windows, with_mismatched
 from ...text.objectives import make_window, preference_objective, reference_logps, sft_objective
 from ...text.runs import write_atomically
-from ...train import Objective, Record, Window, make_optimizer, train, warm_up
+from ...train import Objective, Window, make_optimizer, train, warm_up
 from ...validation import InputError
 from ...zoo import LOSSES
 from ..study import Job, kept
@@ -65,26 +65,17 @@ Arrays = dict[str, np.ndarray]
 
 
 class Run(NamedTuple):
-    """One training.
-
-    Fields:
-        method, setting: "DPO", "β 0.1".
-        kind: "none" (the SFT model as it is), "sft" (on the chosen), "pairs", "ppo".
-        loss_type, options: of "pairs", as `preference_objective` takes them.
-        target: of "ppo", nats; learned: by the learned reward, or by the true one.
-        seed: of the order of data, or of PPO's samples.
-        full: whether it is measured at other temperatures and on other prompts too.
-    """
+    """One training."""
 
     method: str
-    setting: str
-    kind: str
-    loss_type: str = ""
+    setting: str  # "β 0.1"
+    kind: str  # "none" (the SFT model as it is), "sft" (on the chosen), "pairs", "ppo"
+    loss_type: str = ""  # of "pairs", with its options, as `preference_objective` takes them
     options: tuple[tuple[str, float], ...] = ()
-    target: float = math.nan
-    learned: bool = False
-    seed: int = 0
-    full: bool = False
+    target: float = math.nan  # of "ppo", nats
+    learned: bool = False  # of "ppo": by the learned reward, or by the true one
+    seed: int = 0  # of the order of data, or of PPO's samples
+    full: bool = False  # measured at other temperatures and on other prompts too
 
     @property
     def name(self) -> str:
@@ -164,7 +155,15 @@ def train_run(run: Run, world: World, plan: Plan, folder: Path) -> Iterator[tupl
     if run.kind == "none":
         return
     if run.kind == "ppo":
-        records, each = _ppo(run, world, plan, folder, model), PPO_EPOCHS
+        reward, each = world.truth, PPO_EPOCHS
+        if run.learned:
+            rows = read_rows(folder)
+            prompts, samples = [row["prompt"] for row in rows], [row["completions"] for row in rows]
+            reward = normalised_reward(load_reward_model(folder, world), prompts, samples)
+        records = train_ppo(
+            model, world.policy.model, world.train_prompts, reward, ppo_settings(run, plan),
+            eos=world.policy.tokenizer.eot,
+        )  # fmt: skip
     else:
         objective, stream = _learn_from_pairs(run, world, plan, model)
         optimizer = make_optimizer(model.parameters(), "adamw", plan.learning_rate)
@@ -217,18 +216,6 @@ def ppo_settings(run: Run, plan: Plan) -> PPOSettings:
     )  # fmt: skip
 
 
-def _ppo(run: Run, world: World, plan: Plan, folder: Path, model: GPT) -> Iterator[Record]:
-    reward = world.truth
-    if run.learned:
-        rows = read_rows(folder)
-        prompts, samples = [row["prompt"] for row in rows], [row["completions"] for row in rows]
-        reward = normalised_reward(load_reward_model(folder, world), prompts, samples)
-    return train_ppo(
-        model, world.policy.model, world.train_prompts, reward, ppo_settings(run, plan),
-        eos=world.policy.tokenizer.eot,
-    )  # fmt: skip
-
-
 def learn_reward(folder: Path, plan: Plan, seed: int) -> Arrays:
     """The reward model, where it is missing; its held-out accuracy, on how many pairs, and seconds."""
     return kept(path_of(folder, "reward-model"), _learn_reward, folder, plan, seed)
@@ -267,16 +254,11 @@ def load_reward_model(folder: Path, world: World) -> RewardModel:
 
 
 class Drawn(NamedTuple):
-    """One completion of each of N prompts.
-
-    Fields:
-        completions: token ids.
-        rewards: (N,) true ones; log_ratios: (N,) log pi - log pi_ref, nats; reference_logps: (N,).
-    """
+    """One completion of each of N prompts: token ids, and (N,) numbers of each."""
 
     completions: list[list[int]]
-    rewards: Tensor
-    log_ratios: Tensor
+    rewards: Tensor  # true ones
+    log_ratios: Tensor  # log pi - log pi_ref, nats
     reference_logps: Tensor
 
 
@@ -345,12 +327,18 @@ def measure(folder: Path, run: Run, plan: Plan) -> Arrays:
             found[step] = sample(model, world.held_out)
             started = time.perf_counter()
     found = found or {0: sample(model, world.held_out)}  # the SFT model as it is
+    last, tokenizer = list(found.values())[-1], world.policy.tokenizer
+    lengths = torch.tensor([len(y) for y in last.completions])
     arrays = {
         "steps": np.array(list(found)),
         "seconds": np.array(seconds),
         "rewards": torch.stack([drawn.rewards for drawn in found.values()]).numpy(),  # (L, P)
         "log_ratios": torch.stack([drawn.log_ratios for drawn in found.values()]).numpy(),
-        **_character(list(found.values())[-1], world),
+        "lengths": lengths.numpy(),  # (P,) as what follows, of the end's samples
+        "ended": np.array([y[-1] == tokenizer.eot for y in last.completions]),
+        "repeated": np.array([repeated(y) for y in last.completions]),
+        "reference_token_logps": (last.reference_logps / lengths).numpy(),
+        "texts": np.array([tokenizer.decode(y) for y in last.completions[:SHOWN]]),
     }
     if run.full:  # (M, P) and (2, Q)
         for name, prompts, temperatures in (
@@ -360,19 +348,6 @@ def measure(folder: Path, run: Run, plan: Plan) -> Arrays:
             drawn = [sample(model, prompts, t, 1 + round(100 * t), len(prompts)) for t in temperatures]
             arrays[name] = np.stack([each.rewards.numpy() for each in drawn])
     return arrays
-
-
-def _character(drawn: Drawn, world: World) -> Arrays:
-    """What samples are like: lengths, repetitions, likelihood under the reference, some texts."""
-    tokenizer = world.policy.tokenizer
-    lengths = torch.tensor([len(y) for y in drawn.completions])
-    return {
-        "lengths": lengths.numpy(),
-        "ended": np.array([y[-1] == tokenizer.eot for y in drawn.completions]),
-        "repeated": np.array([repeated(y) for y in drawn.completions]),
-        "reference_token_logps": (drawn.reference_logps / lengths).numpy(),
-        "texts": np.array([tokenizer.decode(y) for y in drawn.completions[:SHOWN]]),
-    }
 
 
 def draw_opponents(folder: Path, plan: Plan) -> Arrays:

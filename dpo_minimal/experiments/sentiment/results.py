@@ -94,27 +94,16 @@ def win_interval(rewards: Tensor, opponents: Tensor) -> Interval:
     return share_interval((1 + (rewards - opponents).sign()) / 2)
 
 
-# ---------------------------------------------------------------------------------------------- trainings
-
-
 class Group(NamedTuple):
-    """The trainings of one method with one setting, which differ in their seed.
-
-    Fields:
-        steps: (L,) steps at each measurement.
-        rewards, log_ratios: (S, L, P) of the samples.
-        last: further arrays, (S, ...): lengths, ended, repeated, reference_token_logps, texts; of some
-            methods temperature_rewards (S, M, P) and other_rewards (S, 2, Q).
-        seconds: a training, on average, without the measurements.
-    """
+    """The trainings of one method with one setting, which differ in their seed."""
 
     method: str
     setting: str
-    steps: list[int]
-    rewards: Tensor
+    steps: list[int]  # (L,) at each measurement
+    rewards: Tensor  # (S, L, P) of the samples, and so are the log-ratios, nats
     log_ratios: Tensor
-    last: dict[str, Any]
-    seconds: float
+    last: dict[str, Any]  # further arrays (S, ...) of the end, see `methods.measure`
+    seconds: float  # a training, on average, without the measurements
 
     @property
     def label(self) -> str:
@@ -161,9 +150,6 @@ def reward_within(group: Group, start: Tensor, nats: float) -> Interval:
     return crossed_interval(max(inside, key=lambda table: table.mean().item()))
 
 
-# -------------------------------------------------------------------------------- best of n, and the ceiling
-
-
 def order_weights(n: int, m: int) -> Tensor:
     """(m,) the chance that the best of n out of m draws is the draw in each place, worst first.
 
@@ -203,36 +189,19 @@ def estimated_frontier(true: Tensor) -> list[tuple[float, float]]:
     return [point for point in zip(kl, reward) if point[0] <= FRONTIER_END]
 
 
-# --------------------------------------------------------------------------------------------------- rows
-
-
 class Results(NamedTuple):
-    """Everything that tables and figures show.
+    """Everything that tables and figures show."""
 
-    Fields:
-        groups: the trainings, the SFT model itself among them; full: those that were measured at all
-            temperatures and on other prompts.
-        rows: of table.csv, one for each method and setting; win_rates: those of win_rates.csv.
-        opponents: (P,) rewards of samples of the SFT model, to win against.
-        best: best of N by the "learned" and by the "true" reward.
-        frontier: estimated, (KL, reward).
-        accuracy, pairs: of the reward model, on so many held-out pairs.
-    """
-
-    groups: list[Group]
-    full: list[Group]
-    rows: list[Row]
-    win_rates: list[Row]
-    opponents: Tensor
-    best: dict[str, dict[int, Row]]
-    frontier: list[tuple[float, float]]
-    accuracy: float
+    groups: list[Group]  # the trainings, the SFT model itself among them
+    full: list[Group]  # those that were measured at all temperatures and on other prompts
+    start: Tensor  # (P,) the SFT model's rewards, over its seeds
+    rows: list[Row]  # of table.csv, one for each method and setting
+    win_rates: list[Row]  # of win_rates.csv
+    opponents: Tensor  # (P,) rewards of samples of the SFT model, to win against
+    best: dict[str, dict[int, Row]]  # best of N by the "learned" and by the "true" reward
+    frontier: list[tuple[float, float]]  # estimated, (KL, reward)
+    accuracy: float  # of the reward model, on so many held-out pairs
     pairs: int
-
-    @property
-    def start(self) -> Tensor:
-        """(P,) the SFT model's rewards, over its seeds."""
-        return _start(self.groups)
 
 
 def results_of(found: dict[str, Arrays], runs: Sequence[Run], plan: Plan) -> Results:
@@ -243,7 +212,8 @@ def results_of(found: dict[str, Arrays], runs: Sequence[Run], plan: Plan) -> Res
     best = {name: best_of(true, by, own[: len(true)]) for name, by in (("learned", learned), ("true", true))}
     groups = groups_of(found, runs)
     budgets = {(run.method, run.setting): budget_of(run, plan) for run in runs}
-    rows = [_row(g, _start(groups), own, budgets[g.method, g.setting]) for g in groups]
+    start = next(group for group in groups if group.method == "SFT").rewards[:, -1].mean(0)
+    rows = [_row(g, start, own, budgets[g.method, g.setting]) for g in groups]
     for method, name in (("Best of N", "learned"), ("Best of N-GT", "true")):
         for n, row in best[name].items():
             if n > 1:
@@ -251,13 +221,9 @@ def results_of(found: dict[str, Arrays], runs: Sequence[Run], plan: Plan) -> Res
                 rows.append(row | {"seconds": float(draws["seconds"])})
     full = [group for group in groups if "temperature_rewards" in group.last]
     return Results(
-        groups, full, rows, _win_rates(full, own, other), own, best, estimated_frontier(true),
+        groups, full, start, rows, _win_rates(full, own, other), own, best, estimated_frontier(true),
         float(reward["accuracy"]), int(reward["pairs"]),
     )  # fmt: skip
-
-
-def _start(groups: Sequence[Group]) -> Tensor:
-    return next(group for group in groups if group.method == "SFT").rewards[:, -1].mean(0)
 
 
 def _row(group: Group, start: Tensor, opponents: Tensor, budget: dict[str, int]) -> Row:

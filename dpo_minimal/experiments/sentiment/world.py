@@ -77,19 +77,12 @@ class Texts(NamedTuple):
 
 
 class World(NamedTuple):
-    """All that a method needs.
+    """All that a method needs; prefixes as token ids."""
 
-    Fields:
-        policy: the SFT model, which is every method's start and reference.
-        truth: the true reward.
-        examples, reference: training pairs and the reference's log-probabilities of them.
-        train_prompts, held_out, other: prefixes as token ids.
-    """
-
-    policy: Policy
-    truth: Truth
-    examples: list[Example]
-    reference: Tensor
+    policy: Policy  # the SFT model, which is every method's start and reference
+    truth: Truth  # the true reward
+    examples: list[Example]  # training pairs
+    reference: Tensor  # the reference's log-probabilities of them
     train_prompts: list[list[int]]
     held_out: list[list[int]]
     other: list[list[int]]
