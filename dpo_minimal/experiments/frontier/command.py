@@ -16,7 +16,7 @@ reward is a table, one number a completion, in both worlds; --pairs has a reward
 
   dpo-minimal frontier                           20,000 sampled pairs
   dpo-minimal frontier --population              exact preferences: only each method's own aim is left
-  dpo-minimal frontier --flip-probability 0.1    some labels are wrong, which robust DPO is told
+  dpo-minimal frontier --flip-probability 0.1    labels are wrong as often as robust DPO expects
   dpo-minimal frontier --pairs                   how many pairs is a reward function worth?
 
 Columns: KL and reward of the policy; gap, what it falls short of the curve, in reward at its KL and in nats
@@ -94,8 +94,8 @@ OPTIONS = {
         "num_pairs": Option("comparisons to sample in each world", int, 20_000, check=_check_pairs),
         "population": Option("exact preference probabilities instead of sampled pairs", bool),
         "flip_probability": Option(
-            "label noise: the chance that a label is reversed, 0 to 1/2; cDPO and robust DPO are told it, or "
-            f"{NOISE:g} where it is 0", float, 0.0,
+            "label noise: the chance that a label is reversed, 0 to 1/2; cDPO and robust DPO expect it, "
+            f"or {NOISE:g} where it is 0", float, 0.0,
             check=lambda flag, share: check_flip_probability(share, flag),
         ),
         "beta": Option(
@@ -263,7 +263,7 @@ def _one(function: Callable[..., Run], *arguments, **options) -> Job:
 
 
 def _dpo(world: World, beta: float, shown: Rankings, held_out: Rankings | None, steps: int) -> list[Run]:
-    """DPO to the end, and the policy on its way that predicts held-out comparisons best."""
+    """DPO to the end, and the policy of its path that predicts held-out comparisons best."""
     found = methods.train_on_pairs(world, pair_methods.pair_method("dpo", beta=beta), shown, steps=steps)
     if held_out is None:
         return [found]

@@ -40,7 +40,7 @@ REPLICATES, PPO_SETS, GPT_SEEDS = 20, 2, 2  # data sets a size: of the table, wi
 HELD_OUT = 0.1  # of the comparisons, to stop by
 NARROW = 8  # width of the GPT that cannot express pi*
 STEPS = 1200  # of the reward model: as many as DPO's on a table
-PRIOR_STEPS = 400  # with a prior nothing runs away, and Adam is there sooner
+PRIOR_STEPS = 400  # with a prior no reward grows without limit, and Adam arrives sooner
 POPULATION = math.inf  # pairs, where preferences are exact
 
 

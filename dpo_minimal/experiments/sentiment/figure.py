@@ -82,7 +82,7 @@ def _best_lines(axis, results: Results) -> None:
 
 
 def _path(axis, results: Results, group: Group, named: set[str]) -> None:
-    """One setting's way from the SFT model; at its end a marker and an interval of the reward.
+    """One setting's path from the SFT model; at its end a marker and an interval of the reward.
 
     A sampled divergence may be below 0, where the scale ends.
     """
@@ -99,7 +99,7 @@ def _path(axis, results: Results, group: Group, named: set[str]) -> None:
 
 
 def _right_edge(axis, results: Results) -> float:
-    """Where the axis ends: Unlikelihood may run so far off that nothing else could be told apart."""
+    """Where the axis ends: Unlikelihood may end so far away that all others would lie in one place."""
     ends = [(group.path[-1][0], group) for group in results.groups]
     right = 1.15 * max(kl for kl, group in ends if group.method != "Unlikelihood")
     beyond = [

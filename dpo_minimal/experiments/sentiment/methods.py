@@ -88,20 +88,20 @@ class Run(NamedTuple):
 def all_runs(*, seeds: int, quick: bool) -> list[Run]:
     """Every training of a run of the command, in the table's order; --quick has fewer settings."""
 
-    def pairs(method: str, setting: str, loss_type: str, full: bool = False, **options: float) -> Run:
-        return Run(method, setting, "pairs", loss_type, tuple(options.items()), full=full)
+    def pairs(name: str, full: bool = False, **options: float) -> Run:
+        loss = LOSSES[name]
+        setting = ", ".join(f"{o.symbol} {options[o.name]:g}" for o in loss.options if o.symbol)
+        return Run(loss.title, setting, "pairs", name, tuple(options.items()), full=full)
 
     betas, alphas, targets = ((0.1, 1.0), (0.1, 1.0), (6.0,)) if quick else (BETAS, ALPHAS, TARGETS)
     distinct = [
         Run("SFT", "", "none", full=True),
         Run("Preferred-FT", "", "sft", full=True),
-        *(pairs("DPO", f"β {b:g}", "dpo", full=b == 0.1, beta=b) for b in betas),
-        *(pairs("Unlikelihood", f"α {a:g}", "unlikelihood", full=a == 1, alpha=a) for a in alphas),
-        pairs("IPO", "β 0.1", "ipo", beta=0.1),
-        pairs("cDPO", "β 0.1, ε 0.1", "cdpo", beta=0.1, label_smoothing=0.1),
-        pairs("KTO", "β 0.1", "kto", beta=0.1, desirable_weight=1.0, undesirable_weight=1.0),
-        pairs("ORPO", "λ 1", "orpo", lam=1.0),
-        pairs("SimPO", "β 2, γ 1", "simpo", beta=2.0, gamma=1.0),
+        *(pairs("dpo", full=b == 0.1, beta=b) for b in betas),
+        *(pairs("unlikelihood", full=a == 1, alpha=a) for a in alphas),
+        pairs("ipo", beta=0.1), pairs("cdpo", beta=0.1, label_smoothing=0.1),
+        pairs("kto", beta=0.1, desirable_weight=1.0, undesirable_weight=1.0), pairs("orpo", lam=1.0),
+        pairs("simpo", beta=2.0, gamma=1.0),
         *(Run("PPO", f"KL {kl:g}", "ppo", target=kl, learned=True, full=kl == 6) for kl in targets),
         *(Run("PPO-GT", f"KL {kl:g}", "ppo", target=kl, full=kl == 6) for kl in targets),
     ]  # fmt: skip
@@ -182,9 +182,7 @@ def _learn_from_pairs(run: Run, world: World, plan: Plan, model: GPT) -> tuple[O
         # Two chosen completions for each pair that the others see: as many completions a step.
         return objective, _stream(chosen, None, 2 * plan.pairs, plan.steps, run.seed)
     objective = preference_objective(model, run.loss_type, dtype="float32", **dict(run.options))
-    if (
-        "kl_estimate" in LOSSES[run.loss_type].reads
-    ):  # KTO's further completion is scored, but teaches nothing
+    if "kl_estimate" in LOSSES[run.loss_type].reads:  # a further completion is scored, but teaches nothing
         examples = with_mismatched(examples, max_length=plan.context)
         reference = reference_logps(world.policy.model, examples, micro_size=16, dtype="float32")
     return objective, _stream(examples, reference, plan.pairs, plan.steps, run.seed)

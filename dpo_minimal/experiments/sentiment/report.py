@@ -96,7 +96,7 @@ def labels_text(rows: Sequence[Row], noise: str) -> str:
 
 
 def comparison_text(results: Results, rows: Sequence[Row]) -> str:
-    """DPO beside PPO at equal divergence, beside what is possible, and what each had seen."""
+    """DPO beside PPO at equal divergence, beside what is possible, and what each learnt from."""
     lines = ["The most reward within a divergence, of each method's best setting (95 %):"]
     for method in ("DPO", "PPO", "PPO-GT"):
         of_method = [row for row in results.rows if row["method"] == method]

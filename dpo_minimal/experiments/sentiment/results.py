@@ -133,10 +133,10 @@ def groups_of(found: dict[str, Arrays], runs: Sequence[Run]) -> list[Group]:
 
 
 def reward_within(group: Group, start: Tensor, nats: float) -> Interval:
-    """The most reward that a training had on its way within so many nats.
+    """The most reward along a training's path within so many nats.
 
-    The way goes from the SFT model in straight lines between measurements, means over seeds; where it crosses
-    the limit it is cut. Being the best of several, the number is a little high for every method.
+    The path goes from the SFT model in straight lines between measurements, means over seeds; where it
+    crosses the limit it is cut. Being the best of several, the number is a little high for every method.
 
     Args: start (P,): the reward of the SFT model.
     """
