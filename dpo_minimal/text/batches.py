@@ -23,7 +23,7 @@ import torch
 
 from ..validation import InputError, check_count
 from .audit import FINDINGS, Audit, Lengths
-from .data import Dataset, Demonstration, LabelledCompletion, PreferencePair, Ranking
+from .data import NOUNS, Dataset, completions_of
 from .tokenizer import Tokenizer
 
 
@@ -71,7 +71,7 @@ def tokenize(
     findings: dict[str, list[str]] = {name: [] for name in FINDINGS} | {"skipped": list(dataset.skipped)}
     eot_text = tokenizer.token_text(tokenizer.eot)
     for row, place in zip(dataset.rows, dataset.places, strict=True):
-        prompt_text, texts, label = _parts(row)
+        texts, prompt_text, label = completions_of(row), row.prompt, getattr(row, "label", None)
         try:
             prompt = tokenizer.encode(prompt_text) or [tokenizer.eot]
             completions = [[*tokenizer.encode(text), tokenizer.eot] for text in texts]
@@ -114,20 +114,6 @@ def check_limits(max_length: int, max_prompt_length: int | None) -> None:
                 f"--max-prompt-length {max_prompt_length} has no effect, because a prompt and its completion "
                 f"share --max-length {max_length}; give a smaller number or leave it out."
             )
-
-
-def _parts(row: Any) -> tuple[str, tuple[str, ...], bool | None]:
-    """A row of any kind as (prompt, completions, label)."""
-    match row:
-        case PreferencePair(prompt, chosen, rejected):
-            return prompt, (chosen, rejected), None
-        case Ranking(prompt, responses):
-            return prompt, tuple(responses), None
-        case LabelledCompletion(prompt, completion, label):
-            return prompt, (completion,), label
-        case Demonstration(prompt, completion):
-            return prompt, (completion,), None
-    raise InputError(f"a row is a {type(row).__name__}; load rows with load_dataset or dataset_from_rows.")
 
 
 def _found_in_text(
@@ -177,12 +163,6 @@ def _audit(
     findings: dict[str, list[str]],
     eot_text: str,
 ) -> Audit:
-    nouns = {
-        PreferencePair: "preference pairs",
-        Ranking: "rankings",
-        LabelledCompletion: "labelled completions",
-        Demonstration: "demonstrations",
-    }
     counts = {
         "prompt": [size[0] for size in sizes],
         "completion": [length for size in sizes for length in size[1:]],
@@ -192,7 +172,7 @@ def _audit(
     labels = [e.label for e in examples if e.label is not None]
     return Audit(
         rows=len(examples),
-        noun=nouns[type(dataset.rows[0])],
+        noun=NOUNS[type(dataset.rows[0])],
         prompts=len({tuple(e.prompt) for e in examples}),
         lengths={k: Lengths(statistics.fmean(c), statistics.median(c), max(c)) for k, c in counts.items()},
         lead=statistics.fmean(leads) if leads else None,

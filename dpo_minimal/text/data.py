@@ -46,6 +46,21 @@ class Demonstration(NamedTuple):
     completion: str
 
 
+NOUNS = {
+    PreferencePair: "preference pairs",
+    Ranking: "rankings",
+    LabelledCompletion: "labelled completions",
+    Demonstration: "demonstrations",
+}
+
+
+def completions_of(row: Any) -> tuple[str, ...]:
+    """The texts of a row of any kind that follow its prompt."""
+    if (kind := type(row)) not in NOUNS:
+        raise InputError(f"a row is a {kind.__name__}; load rows with load_dataset or dataset_from_rows.")
+    return getattr(row, "responses", tuple(text for text in row[1:] if isinstance(text, str)))
+
+
 class Dataset(NamedTuple):
     """Checked rows and where they come from.
 
@@ -139,8 +154,7 @@ def _refuse_repeated_prompts(name: str, rows: list[Any]) -> None:
 
 def _repeats_prompt(row: Any) -> bool:
     prompt = row.prompt.strip()
-    texts = getattr(row, "responses", [text for text in row[1:] if isinstance(text, str)])
-    return all(text.lstrip().startswith((prompt, f"Human: {prompt}")) for text in texts)
+    return all(text.lstrip().startswith((prompt, f"Human: {prompt}")) for text in completions_of(row))
 
 
 # ---------------------------------------------------------------------------------------------- one row
