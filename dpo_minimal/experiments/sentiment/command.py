@@ -80,10 +80,7 @@ OPTIONS = {
         "seed": Option("of the SFT model, the prefixes and the pairs", int, 0, check=check_seed),
         "quick": Option("fewer settings, prompts and steps, one seed", bool),
         "output_dir": RUN["output_dir"],
-        "resume": Option(
-            "go on with an interrupted run, to the same result; other options but --workers are the run's",
-            str, metavar="DIR",
-        ),
+        "resume": RUN["resume"],
     },
 }  # fmt: skip
 WORKERS = Option(
