@@ -297,7 +297,7 @@ def test_quick_means_a_smaller_gpt_world_and_fewer_steps(monkeypatch, capsys):
 
     for options in ([], ["--quick"], ["--steps", "7"]):
         assert main([*options, "--pairs", "2000", "--prompts", "1", "--completions", "2"]) == 2
-    assert [settings.gpt_steps for settings in seen] == [2500, 1000, 7]
+    assert [settings.gpt_steps for settings in seen] == [2000, 1000, 7]
     assert [settings.table_steps for settings in seen] == [2000, 2000, 7]
     monkeypatch.undo()  # the true MAX_LENGTH
     counts = [len(convergence.gpt_world(settings)[2].ids) for settings in seen]

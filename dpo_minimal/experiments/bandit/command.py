@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument(
         "--steps", type=int,
         help="optimisation steps at most, of each experiment (default: 2000 for tables, which stop early "
-        "once certified; 2500 for the GPT; with --comparisons 20000, or 5000 by ipo)",
+        "once certified; 2000 for the GPT; with --comparisons 20000, or 5000 by ipo)",
     )  # fmt: skip
     training.add_argument(
         "--loss", choices=("dpo", "ipo"),
@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     run.add_argument(
         "--quick", action="store_true",
-        help="85 instead of 341 completions a prompt for the GPT, and 1000 steps instead of 2500",
+        help="85 instead of 341 completions a prompt for the GPT, and 1000 steps instead of 2000",
     )  # fmt: skip
 
 
@@ -151,7 +151,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         raise InputError("--quick and --steps both set the number of steps; give one of them.")
     if args.quick and args.table is not None:
         raise InputError("--quick shortens only the GPT's training, which --table leaves out; leave it out.")
-    gpt_steps = args.steps or (1000 if args.quick else 2500)
+    gpt_steps = args.steps or (1000 if args.quick else 2000)
     return Settings(args.beta, pairs, args.steps or 2000, gpt_steps, seed, args.device, args.quick)
 
 

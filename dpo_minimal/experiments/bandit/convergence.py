@@ -7,6 +7,7 @@ exact probabilities, a table on rankings.
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,7 +31,17 @@ QUICK_MAX_LENGTH = 3  # 85 completions a prompt
 GPT_SHAPE = GPTConfig(vocab_size=VOCAB, block_size=PROMPT_LENGTH + MAX_LENGTH, n_layer=2, n_head=4, n_embd=32)
 SHARPNESS = 5.0  # final LayerNorm gain of the reference: its conditionals are then far from uniform
 CYCLES = 4  # random rings of compared completions: 8 comparisons for each completion instead of 340
-GPT_LEARNING_RATE = 7e-3  # Adam, warmed up over the first 4 % of the steps, then falling linearly to zero
+GPT_LEARNING_RATE = 7e-3  # Adam's; gpt_schedule multiplies it
+
+
+def gpt_schedule(step: int, steps: int) -> float:
+    """Factor of the learning rate: warm-up over the first 4 % of the steps, and half a cosine down to zero.
+
+    Adam's steps do not shrink with the gradient, so at the end the policy is about one last step away from
+    pi*. A line down to zero ends with rates of 1 / steps, a cosine with rates of its square: that is the
+    difference between 5e-4 nats and 2e-5 on one and the same processor.
+    """
+    return min(1, (step + 1) / (0.04 * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 @dataclass(frozen=True)
@@ -141,11 +152,9 @@ def gpt_population(settings: Settings) -> Outcome:
         policy.parameters(), lr=GPT_LEARNING_RATE, betas=(0.9, 0.95), eps=floor, fused=True
     )
     steps = settings.gpt_steps
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / (0.04 * steps)) * (1 - step / steps)
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: gpt_schedule(step, steps))
     return fit(
         "gpt", policy, optimizer, rankings, objective=dpo_objective, ref_logps=ref_logps, rewards=rewards,
         target_logps=optimal_logps(ref_logps, rewards, beta=settings.beta), target="pi*", beta=settings.beta,
-        steps=steps, measure_every=max(1, steps // 50), scheduler=schedule,
+        steps=steps, measure_every=max(1, steps // 30), scheduler=schedule,
     )  # fmt: skip

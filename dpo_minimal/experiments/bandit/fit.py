@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -84,17 +85,9 @@ def fit(
         loss, weight = objective(policy(), reference, batch, beta=beta)
         return loss, {"dpo/gradient_weight": weight}
 
-    def measure() -> tuple[Tensor, Tensor, Record]:
-        logps = float64_table(policy)
-        with torch.no_grad():
-            loss, weight = objective(logps, ref_logps, rankings, beta=beta)
-        bound = torch.full_like(logps[:, 0], math.inf)
-        if certified:
-            bound = certify(logps, ref_logps, rankings, beta=beta).logp_bound
-        record = {"loss": loss.item(), "dpo/gradient_weight": weight.item()}
-        record |= {"distance/bound": bound.max().item()}
-        return logps, bound, record | distances(logps, ref_logps, rewards, target_logps)
-
+    measure = partial(
+        _measured, policy, rankings, objective, ref_logps, rewards, target_logps, beta, certified
+    )
     started = time.perf_counter()
     logps, bound, measured = measure()
     if max_distance(logps, ref_logps) > 1e-6:  # else the first loss is not log 2: the wrong reference
@@ -103,16 +96,30 @@ def fit(
     stream = train(step_objective, optimizer, itertools.repeat(training, steps), scheduler=scheduler)
     # disable=None: no bar where the output is a file, so that logs stay readable
     for record in tqdm(stream, total=steps, desc=name, unit="step", leave=False, disable=None):
-        step = record["step"]
-        if step % measure_every and step not in (1, 2, 3, 5, 10, 20) and step != steps:
-            continue
-        logps, bound, measured = measure()
-        records.append({**record, **measured})
-        if bound.max() <= stop_at_bound:
-            break
+        if record["step"] % measure_every == 0 or record["step"] in (1, 2, 3, 5, 10, 20, steps):
+            logps, bound, measured = measure()
+            records.append({**record, **measured})
+            if bound.max() <= stop_at_bound:
+                break
     seconds = time.perf_counter() - started
     tables = (table.cpu() for table in (ref_logps, rewards, logps, target_logps, bound))
     return Outcome(name, target, beta, *tables, rankings.to("cpu"), seconds, records)
+
+
+def _measured(
+    policy: nn.Module, rankings: Rankings, objective: Callable, ref_logps: Tensor, rewards: Tensor,
+    target_logps: Tensor, beta: float, certified: bool,
+) -> tuple[Tensor, Tensor, Record]:  # fmt: skip
+    """Its table (X, Y), the bound of each prompt (X,), inf where none holds, and what is recorded."""
+    logps = float64_table(policy)
+    with torch.no_grad():
+        loss, weight = objective(logps, ref_logps, rankings, beta=beta)
+    bound = torch.full_like(logps[:, 0], math.inf)
+    if certified:
+        bound = certify(logps, ref_logps, rankings, beta=beta).logp_bound
+    record = {"loss": loss.item(), "dpo/gradient_weight": weight.item()}
+    record |= {"distance/bound": bound.max().item()}
+    return logps, bound, record | distances(logps, ref_logps, rewards, target_logps)
 
 
 def float64_table(policy: nn.Module) -> Tensor:

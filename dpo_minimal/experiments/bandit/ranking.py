@@ -13,7 +13,7 @@ from ...bandit import Bandit, TabularPolicy, dpo_objective, safe_learning_rate
 from ...certificates import maximum_likelihood
 from ...closed_form import optimal_logps
 from ...laws.finite_data import add_prior, ipo_standard_errors, standard_errors
-from ...preferences import win_counts
+from ...preferences import Rankings, win_counts
 from ...text.runs import (
     new_run_folder,
     refuse_used_folder,
@@ -47,20 +47,13 @@ def run(args: argparse.Namespace) -> Path:
     steps = STEPS[loss] if args.steps is None else args.steps
     check_count("--steps", steps)
     world, data = load_comparisons(args.comparisons)
-    names = (world.prompts, world.completions)
     weighted = data
     if args.prior is not None:
         check_positive("--prior", args.prior)
         weighted = add_prior(data, world.exists, args.prior)
 
     # The estimate first: where it does not exist, this says so before anything is trained or written.
-    if loss == "dpo":
-        rewards = maximum_likelihood(weighted, world.exists, names)
-        errors = standard_errors(rewards, weighted)
-    else:
-        logratios = ipo_estimate(weighted, world.exists, names, beta=args.beta)
-        rewards = args.beta * logratios
-        errors = args.beta * ipo_standard_errors(logratios, weighted, world.exists, beta=args.beta)
+    rewards, errors = _estimate(world, weighted, loss, args.beta)
     target = optimal_logps(world.ref_logps, rewards, beta=args.beta)
 
     folder = new_run_folder(args.output_dir, "ranking")
@@ -96,6 +89,17 @@ def run(args: argparse.Namespace) -> Path:
     ranking_figure(world, rewards, errors, folder / "ranking.png")
     print(f"Wrote {folder}/ranking.csv, ranking.png, metrics.jsonl and config.json.")
     return folder
+
+
+def _estimate(world: Bandit, data: Rankings, loss: str, beta: float) -> tuple[Tensor, Tensor]:
+    """Rewards (X, Y) and their standard errors: of maximum likelihood, or beta times those of IPO's
+    log-ratios."""
+    names = (world.prompts, world.completions)
+    if loss == "dpo":
+        rewards = maximum_likelihood(data, world.exists, names)
+        return rewards, standard_errors(rewards, data)
+    logratios = ipo_estimate(data, world.exists, names, beta=beta)
+    return beta * logratios, beta * ipo_standard_errors(logratios, data, world.exists, beta=beta)
 
 
 def _write_csv(
