@@ -2,6 +2,9 @@
 
 import itertools
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -460,7 +463,7 @@ def test_training_leaves_the_global_random_stream_alone(monkeypatch):
 # ------------------------------------------------------------------------------------- the experiment
 
 
-def settings_of(seed: int, steps: int = 2500) -> convergence.Settings:
+def settings_of(seed: int, steps: int = 2000) -> convergence.Settings:
     return convergence.Settings(beta=0.5, pairs=1, table_steps=1, gpt_steps=steps, seed=seed, device="cpu")
 
 
@@ -490,14 +493,50 @@ def test_ten_seeds_of_the_gpt_experiment(seed):
     optimal = (outcome.ref_logps + outcome.rewards / outcome.beta).log_softmax(-1)
     logps = outcome.logps
     distance = (logps - optimal).abs()
-    # 1e-6 nats of KL and, where pi* has mass, 1e-3 of a log-probability: float32 parameters and Adam at a
-    # rate that decays to zero get there with some room; any of the known mistakes stays above 1e-2.
+    # The promise is 1e-6 nats of KL and 1e-3 of every log-probability. Another processor adds up in another
+    # order, and training makes another path of it; so here, on one processor, it must be a third of that. The
+    # worst that was seen is 3.3e-5; any of the known mistakes stays above 1e-2.
     kl = (logps.exp() * (logps - optimal)).sum(-1)
-    assert (kl <= 1e-6).all()
-    assert distance[optimal.exp() >= 1e-4].max() <= 1e-3
+    assert (kl <= 1e-6 / 3).all()
+    assert distance.max() <= 1e-3 / 3
     bound = outcome.logp_bound
     assert torch.isfinite(bound).all()
     assert (distance.amax(-1) <= bound).all()
+
+
+PROCESSORS = {  # what each library is told not to use
+    "no vectors": {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE", "ONEDNN_MAX_CPU_ISA": "SSE41"},
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "this one": {},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_the_gpt_experiment_on_other_processors(processor, threads):
+    """The end must not depend on how sums are rounded: with other instructions and threads, in the quick
+    world, two seeds each. Fails if the learning rate does not fall fast enough for Adam to settle: a line to
+    zero ended between 1.3e-4 and 6.8e-4 in the full world, depending on the processor."""
+    code = f"""
+import torch
+from dpo_minimal.experiments.bandit.convergence import Settings, gpt_population
+torch.set_num_threads({threads})
+for seed in (0, 1):
+    made = Settings(
+        beta=0.5, pairs=1, table_steps=1, gpt_steps=1000, seed=seed, device="cpu", quick=True
+    )
+    outcome = gpt_population(made)
+    print((outcome.logps - outcome.target_logps).abs().max().item(), outcome.logp_bound.max().item())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env=os.environ | PROCESSORS[processor],
+    )  # fmt: skip
+    for line in done.stdout.splitlines():
+        distance, bound = map(float, line.split())
+        assert distance <= min(bound, 1e-3 / 3)  # a third of the promise, as in the full world
+    assert len(done.stdout.splitlines()) == 2
 
 
 @pytest.mark.parametrize("seed", range(10))
