@@ -189,7 +189,7 @@ def shared_prompt_token_logps(model: GPT, batch: SharedPromptBatch) -> tuple[Ten
     Args, Raises: as `shared_prompt_logps`, whose terms these are.
     """
     hidden, tokens = shared_prompt_states(model, batch)
-    filler = (0, -len(tokens.place) % _TOKEN_MULTIPLE)  # entries that are computed and thrown away
+    filler = (0, -len(tokens.place) % _TOKEN_MULTIPLE)  # entries that are computed and dropped
     logits = model.project(pick(hidden, F.pad(tokens.predictor, filler)))
     logps = _TargetLogps.apply(logits, F.pad(batch.ids.flatten()[tokens.place], filler))
     return logps[: len(tokens.place)], tokens

@@ -44,14 +44,14 @@ def judge(exercise: Exercise, function: Callable[..., Any]) -> Verdict:
     except NotImplementedError:
         return Verdict("not solved yet", f"{name}: not solved yet.")
     except HypothesisException:
-        return _undecided(name)
+        return Verdict("wrong", name + _UNDECIDED)
     if counterexample is None:
         right = f"{name}: right. Compared with {exercise.source}."
         return Verdict("right", "\n".join([right, *_strained(exercise, function)]))
     complaint = complain(exercise, function, counterexample)  # here its own prints are shown, once
     with _silence():
         if complaint is None or complain(exercise, function, counterexample) != complaint:
-            return _undecided(name)
+            return Verdict("wrong", name + _UNDECIDED)
         mistake = recognise(exercise, function)
     lines = [f"{name}: not right yet.", *_rows("smallest input", _show_given(counterexample)), *complaint]
     if mistake is not None:
@@ -81,8 +81,7 @@ def _strained(exercise: Exercise, function: Callable[..., Any]) -> list[str]:
     return _rows("but here", _show_given(exercise.strain)) + _rows("it gives", [show(answer), reason])
 
 
-def _undecided(name: str) -> Verdict:
-    return Verdict("wrong", f"{name}: not right yet.\n  It answers the same question differently each time.")
+_UNDECIDED = ": not right yet.\n  It answers the same question differently each time."
 
 
 def complain(exercise: Exercise, function: Callable[..., Any], given: Given) -> list[str] | None:
@@ -94,7 +93,8 @@ def complain(exercise: Exercise, function: Callable[..., Any], given: Given) -> 
         raise
     except (Exception, SystemExit) as error:
         return _rows("it raises", [f"{type(error).__name__}: {error}"[:300]])
-    if not _equal(arguments, given):
+    pairs = ((arguments[name], given[name]) for name in given)
+    if not all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs):
         return _rows("but", ["the function has changed its own input; work on a copy"])
     if exercise.complaint is not None:
         complaint = exercise.complaint(answer, **copy(given))
@@ -182,11 +182,6 @@ def _misfits(answer: Any, expected: Any) -> list[str]:
 def copy(given: Given) -> Given:
     """The same arguments, for a function that may write into them."""
     return {name: value.clone() if isinstance(value, Tensor) else value for name, value in given.items()}
-
-
-def _equal(left: Given, right: Given) -> bool:
-    pairs = [(left[name], right[name]) for name in right]
-    return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
 
 
 # ------------------------------------------------------------------------------------------ printing

@@ -32,9 +32,10 @@ class Exercise(NamedTuple):
         expected: from the same arguments to what must come out: by brute force, an identity or autograd,
             never by the formula that is asked for written a second time.
         source: what `expected` does, in a few words that complete "expected, by ...".
-        mistakes: from what to tell a student to the function that a student with that mistake writes.
+        mistakes: from a mistake's name, as the message gives it, to the function that somebody with that
+            mistake writes.
         within: largest error allowed, relative to one plus the size of what is expected. The default is a
-            few million roundings of float64, which no right answer needs and no mistake stays below.
+            few million roundings of float64: far above a right answer's error, far below any mistake's.
         complaint: for questions with many right answers: from (answer, **arguments) to what is wrong with
             it, or None. It replaces the comparison with `expected`, which then is one right answer.
         strain: an input at which a right formula overflows if it leaves the logarithms; the message for a
@@ -99,6 +100,11 @@ def betas() -> st.SearchStrategy[float]:
 # ------------------------------------------------------------------------------------------ the search
 
 
+def _search(tries: int, *phases: Phase) -> settings:
+    """Set here and not taken from a Hypothesis profile, which would change what a check finds."""
+    return settings(max_examples=tries, derandomize=False, database=None, deadline=None, phases=phases)
+
+
 def smallest(
     strategy: st.SearchStrategy[Given], fails: Callable[[Given], Any], tries: int = 100
 ) -> Given | None:
@@ -106,9 +112,10 @@ def smallest(
 
     The same function gets the same draws every time.
     """
-    search = settings(max_examples=tries, derandomize=False, database=None, deadline=None)
     try:
-        return find(strategy, fails, settings=search, random=random.Random(0))
+        return find(
+            strategy, fails, settings=_search(tries, Phase.generate, Phase.shrink), random=random.Random(0)
+        )
     except NoSuchExample:
         return None
 
@@ -122,8 +129,7 @@ def samples(strategy: st.SearchStrategy[Given], count: int = 30) -> list[Given]:
         drawn.append(given)
         return len(drawn) >= 3 * count
 
-    draw = settings(max_examples=10 * count, database=None, deadline=None, phases=[Phase.generate])
     with contextlib.suppress(NoSuchExample):  # a strategy with few values runs out of them
-        find(strategy, keep, settings=draw, random=random.Random(1))
+        find(strategy, keep, settings=_search(10 * count, Phase.generate), random=random.Random(1))
     different = {repr(given): given for given in drawn}
     return list(different.values())[-count:]  # the first draws are the simplest, and say least

@@ -1,7 +1,7 @@
-"""Keep freed memory for the next step instead of handing it back to the operating system.
+"""Keep freed memory for the next step instead of returning it to the operating system.
 
-A training step frees gradients and activations and needs as much again a moment later. glibc hands blocks
-back, so each step pays for fresh pages filled with zeros: a fifth of the time of a step of the 124M GPT-2 on
+A training step frees gradients and activations, and the next one allocates as much again. glibc returns large
+blocks, so each step waits for new pages filled with zeros: a fifth of the time of a step of the 124M GPT-2 on
 two cores.
 """
 
@@ -14,13 +14,13 @@ _LARGEST_KEPT = 32 * 2**20  # bytes; glibc's own limit of what it may keep
 
 
 def keep_freed_memory() -> bool:
-    """Tell the C library's allocator to keep what is freed, for the rest of the process.
+    """Make the C library's allocator keep what is freed, for the rest of the process.
 
-    Larger blocks, such as the logits and the gradient of the embedding, are still handed back: kept, they
-    would make a step of the 124M GPT-2 another fifth faster, and leave holes between blocks that take a tenth
-    of its memory.
+    Larger blocks, such as the logits and the gradient of the embedding, are still returned: kept, they would
+    make a step of the 124M GPT-2 another fifth faster, and leave gaps between blocks that take a tenth of its
+    memory.
 
-    Returns True where it agreed (glibc); elsewhere nothing changes.
+    Returns True where the allocator can do so (glibc); elsewhere nothing changes.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

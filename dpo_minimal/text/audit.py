@@ -25,7 +25,7 @@ FINDINGS = {
         "prompt cut on the left to fit (cut on the right, as some tools do, the answer would lose its end); "
         "raise max_length or max_prompt_length",
     ),
-    "empty_prompt": ("note", "no prompt; end-of-text stands in for it"),
+    "empty_prompt": ("note", "no prompt; end-of-text takes its place"),
     "literal_end_of_text": (
         "warning",
         "{eot} spelled out in the text, where it is plain text; delete it, each completion gets the token",
@@ -40,7 +40,7 @@ FINDINGS = {
     "repeated_prompt": ("note", "prompt of an earlier row; a split keeps them on one side"),
     "merged": (
         "note",
-        "other tokens if prompt and completion were encoded in one go, as some tools do; here they are "
+        "other tokens if prompt and completion were encoded together, as some tools do; here they are "
         "encoded apart, as they are when sampling",
     ),
 }

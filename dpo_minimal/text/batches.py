@@ -3,7 +3,7 @@ was cut, left out or suspicious.
 
 Prompt and completion are encoded apart and joined as ids, so no token spans the boundary. Exactly one
 end-of-text ends each completion. What does not fit is cut from the left of the prompt, never from a
-completion. Nothing here looks for a token id to find an end: lengths say where things end.
+completion. Lengths say where prompts and completions end; no token id is searched for.
 
 But: no files (data.py), no tensors and no padding (policy.py), no model.
 
@@ -304,8 +304,8 @@ def _deal(pool: list[int], micro_sizes: list[int], generator: torch.Generator) -
     count = len(pool) // sum(micro_sizes)
     blocks, start = [], 0
     for size in micro_sizes:
-        dealt = torch.randperm(count, generator=generator).tolist()
-        blocks.append([pool[start + size * k : start + size * (k + 1)] for k in dealt])
+        order = torch.randperm(count, generator=generator).tolist()
+        blocks.append([pool[start + size * k : start + size * (k + 1)] for k in order])
         start += size * count
     return ([list(micro) for micro in window] for window in zip(*blocks))
 

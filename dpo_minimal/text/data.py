@@ -102,7 +102,7 @@ def load_dataset(path: str | Path, kind: str, *, skip_bad_rows: bool = False) ->
 def dataset_from_rows(
     rows: Iterable[dict[str, Any]], name: str, kind: str, *, skip_bad_rows: bool = False
 ) -> Dataset:
-    """The same checks on rows that are in memory; `name` stands where messages name a file.
+    """The same checks on rows that are in memory; messages use `name` as the file.
 
     >>> row = {"prompt": [{"role": "user", "content": "Hi"}], "chosen": "Hello!", "rejected": "What?"}
     >>> dataset_from_rows([row], "greetings", "preferences").rows

@@ -7,14 +7,14 @@ negation ("never", "far from"), or else a phrase that means something of its own
 The reward r of a text is the mean value of its different opinions, between -3 and 3, and 0 without any. Its
 unit is that of Bradley-Terry: of two completions the first is chosen with probability sigmoid(r1 - r2), so
 one more point turns even odds into e : 1. It is a mean, and an opinion said twice counts once, so that
-neither a longer review nor a repeated word earns anything: a policy rises only by saying better things.
+neither a longer review nor a repeated word raises it.
 
     truth:  pick a prompt and completions  ->  their rewards  ->  Bradley-Terry labels  ->  DPO
     judge:  any text, also a broken sample  ->  `opinions`  ->  mean  ->  how positive a policy has become
 
 But: the judge reads opinions, not grammar. "superb superb the" gets 2.5 like a good sentence; what keeps
-a policy fluent is the pull towards its reference, which is what beta is for. There are 1,720 prompts, and
-for each some ten million completions of two clauses and billions of three.
+a policy fluent is the KL penalty. There are 1,720 prompts, and for each some ten million completions of two
+clauses and billions of three.
 """
 
 from __future__ import annotations

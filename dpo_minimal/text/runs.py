@@ -32,7 +32,7 @@ def refuse_used_folder(output_dir: str | None) -> None:
             raise InputError(
                 f"--output-dir {folder}: holds another run; name a new folder or empty this one."
             )
-        with tempfile.TemporaryDirectory(dir=blocking):  # permission bits do not tell all
+        with tempfile.TemporaryDirectory(dir=blocking):  # permission bits are not enough to know
             pass
     except OSError as error:
         raise _unwritable(folder, error) from None
