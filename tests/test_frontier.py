@@ -311,7 +311,7 @@ def test_quartiles_and_worth():
     """A table of known gaps: their medians, means, and how many pairs the law needs for PPO-GT's gap."""
     points = [pairs.Point("table", "DPO", 100, gap) for gap in (1.0, 2.0, 6.0)]
     points += [pairs.Point("table", "PPO-GT", math.inf, 0.01)]
-    spread = pairs.spreads(points, "DPO")[100]
+    spread = pairs.spreads(points)["DPO"][100]
     assert spread == (1.5, 2.0, 4.0, 3.0)
     lines = pairs.summary(points, 50.0, 0.5)
     assert any("2 (3)" in line and "0.5" in line for line in lines)

@@ -1,10 +1,13 @@
-"""What every study goes through, and the tools of each stage: plan -> runs -> rows -> table -> figure.
+"""What every study goes through, plan -> runs -> rows -> table -> figure, and the tools of each stage.
 
-plan     what is to be run: functions without arguments, called jobs
-runs     what the jobs return
-rows     the numbers of the runs, for metrics.jsonl and other files
-table    those of them that are printed
-figure   those of them that are drawn, by the study's figure.py
+            frontier                  frontier --pairs        sentiment
+    plan    command.plan: jobs        pairs.plan              methods.all_runs, jobs_of
+    runs    methods.Run               pairs.Point             methods.measure, results.Group
+    rows    command._rows             the points themselves   results.results_of
+    table   command.results_table     pairs.summary           report.report
+    figure  figure.frontier_figure    figure.pairs_figure     figure.frontier_figure, win_rate_figure
+
+A job is a function without arguments; what it returns is a run, or several.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from ..text.runs import write_arrays, write_atomically
 from ..validation import InputError
 
 Job = Callable[[], Any]
+Files = dict[str, Callable[[Path], None]]  # by name
 
 
 class Study(NamedTuple):
@@ -38,9 +42,7 @@ class Study(NamedTuple):
 
     plan: dict[str, list[Job]]  # the jobs of each part
     table: Callable[[Any], list[str]]  # the runs of a part -> the lines to print when they are there
-    files: Callable[
-        [list[Any]], dict[str, Callable[[Path], None]]
-    ]  # the parts' runs -> what writes each file
+    files: Callable[[list[Any]], Files]  # the runs of all parts -> what writes each file
     # What the jobs of a part returned, in their order -> its runs; here of jobs that return a list of them.
     runs: Callable[[list[Any]], Any] = lambda found: [run for runs in found for run in runs]
 

@@ -13,7 +13,7 @@ import torch
 from ...closed_form import reward_kl_frontier
 from ..figures import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, STYLE, save_figure, with_intervals
 from .methods import Run
-from .pairs import POPULATION, Point, spreads, spreads_of_all
+from .pairs import POPULATION, Point, spreads
 
 STYLES = {  # family: colour, marker, filled
     "DPO": (BLUE, "o", True),
@@ -103,12 +103,14 @@ def _pairs_panel(axis, points: list[Point], laws: dict[str, float]) -> None:
     world = points[0].world
     law = laws[world]
     floor = 1e-6 if world == "table" else 1e-4  # what is less is drawn there or left out
-    finite = [n for n in spreads(points, "DPO") if n != POPULATION]
+    of_methods = spreads(points)
+    gap = of_methods.pop("PPO-GT")[POPULATION].median
+    finite = [n for n in of_methods["DPO"] if n != POPULATION]
     end = 10 * finite[-1]  # where the population is drawn
     theory = r"theory, for the mean: $\mathrm{tr}(\Sigma I^+)/2\beta^2 N$"
     ends = [finite[0], finite[-1]]
     axis.plot(ends, [law / n for n in ends], "--", color="black", linewidth=1.8, label=theory)
-    for name, found in spreads_of_all(points).items():
+    for name, found in of_methods.items():
         colour, marker, line, label = PAIRS_STYLES[name]
         style = {"color": colour, "marker": marker or None, "markersize": 9}
         if world == "table" and name == "PPO":  # on few data sets, whose medians would not be DPO's
@@ -128,7 +130,6 @@ def _pairs_panel(axis, points: list[Point], laws: dict[str, float]) -> None:
         if exact < floor:
             place = {"xytext": (-12, 0), "textcoords": "offset points", "ha": "right", "va": "center"}
             axis.annotate(f"{exact:.2g}", (end, floor), color=colour, **place)
-    gap = spreads(points, "PPO-GT")[POPULATION].median
     axis.axhline(max(gap, floor), color=GREEN, label=f"PPO, true reward: {gap:.1g} nats")
     powers = range(2, round(math.log10(finite[-1])) + 1)
     axis.set(xscale="log", yscale="log", xlabel="preference pairs", ylim=(floor / 1.5, None))

@@ -241,19 +241,17 @@ class Spread(NamedTuple):
     mean: float
 
 
-def spreads(points: list[Point], method: str) -> dict[float, Spread]:
-    """For each number of pairs, increasing. A few unlucky data sets may carry a mean, hence the median."""
-    gaps: dict[float, list[float]] = {}
+def spreads(points: list[Point]) -> dict[str, dict[float, Spread]]:
+    """For each method and number of pairs, increasing. A few unlucky data sets may carry a mean, hence the
+    median."""
+    gaps: dict[str, dict[float, list[float]]] = {}
     for point in points:
-        if point.method == method:
-            gaps.setdefault(point.pairs, []).append(point.gap)
-    return {n: Spread(*np.quantile(gaps[n], (0.25, 0.5, 0.75)), np.mean(gaps[n])) for n in sorted(gaps)}
+        gaps.setdefault(point.method, {}).setdefault(point.pairs, []).append(point.gap)
 
+    def spread(found: list[float]) -> Spread:
+        return Spread(*np.quantile(found, (0.25, 0.5, 0.75)), np.mean(found))
 
-def spreads_of_all(points: list[Point]) -> dict[str, dict[float, Spread]]:
-    """Those of every method that learns from pairs, in the order of the points."""
-    names = dict.fromkeys(point.method for point in points if point.method != "PPO-GT")
-    return {name: spreads(points, name) for name in names}
+    return {name: {n: spread(of_size[n]) for n in sorted(of_size)} for name, of_size in gaps.items()}
 
 
 def law_of(world: World, *, beta: float) -> float:
@@ -265,7 +263,8 @@ def law_of(world: World, *, beta: float) -> float:
 
 def summary(points: list[Point], law: float, beta: float) -> list[str]:
     """The table of a world, and how many pairs the reward function was worth."""
-    found = spreads_of_all(points)
+    found = spreads(points)
+    gap = found.pop("PPO-GT")[POPULATION].median
     columns = [("pairs", ">10", ""), ("law", ">9", ".2g")]
     columns += [(name, f">{max(len(name), 18)}", "") for name in found]
     rows = []
@@ -273,7 +272,6 @@ def summary(points: list[Point], law: float, beta: float) -> list[str]:
         cells = [each.get(size) for each in found.values()]
         texts = ["-" if each is None else f"{each.median:.2g} ({each.mean:.2g})" for each in cells]
         rows.append(["exact" if size == POPULATION else f"{int(size):,}", law / size, *texts])
-    gap = spreads(points, "PPO-GT")[POPULATION].median
     return [
         f"Gap to pi* in nats, median over data sets (mean): {points[0].world}, beta = {beta:g}",
         *table(columns, rows, indent="  "),

@@ -5,14 +5,13 @@ But: how the numbers come about (results.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from ...text.runs import write_json, write_records
-from ..study import paragraph, table, write_csv, write_text
+from ..study import Files, paragraph, table, write_csv, write_text
 from ..text.report import prompt_line, text_lines
 from .methods import REWARD_EPOCHS, SHOWN, Run, budget_of
 from .results import NATS, Group, Results, Row, path_rows
@@ -159,7 +158,7 @@ def report(
     ]  # fmt: skip
 
 
-def files(results: Results, world: World, what: str) -> dict[str, Callable[[Path], None]]:
+def files(results: Results, world: World, what: str) -> Files:
     """What writes each file of a run; what: where the reviews are from."""
     from .figure import frontier_figure, win_rate_figure  # matplotlib is slow to import
 
