@@ -1,7 +1,7 @@
 """DPO's relatives four ways each (value, gradient, reduction, extremes), and where they lead on small tables.
 
 Values and pulls are written out once more here, with the scalar functions of `math`. The optima are those of
-derivations.md, chapter 12; a policy is shown to be one by the gradient in its logits, which must vanish.
+dpo_minimal/zoo/README.md; a policy is shown to be one by the gradient in its logits, which must vanish.
 """
 
 import itertools

@@ -330,5 +330,5 @@ class _Progress:
             tqdm.write(
                 f"Displacement: in the last {RECENT} steps to {step}, most chosen completions were less "
                 "likely than under the reference. The loss sees only the margin; if samples get worse, lower "
-                "the learning rate or raise beta (derivations.md, D13.1)."
+                "the learning rate or raise beta (notebooks/what-goes-wrong.md, D13.1)."
             )

@@ -45,7 +45,7 @@ def _backwards(ref_logps, rewards, beta):
     return (ref_logps.exp() * (ref_logps - logps)).sum(-1), logps.exp() @ rewards
 
 
-def _less_the_toll(ref_logps, rewards, beta):
+def _less_the_penalty(ref_logps, rewards, beta):
     kl, reward = _point(_tilted(ref_logps, rewards / beta), ref_logps, rewards)
     return kl, reward - beta * kl
 
@@ -82,7 +82,7 @@ FRONTIER = Exercise(
         "the divergence is taken backwards: KL(π*‖π_ref) averages under π*": _backwards,
         "the reference is missing in the divergence: this is minus the entropy of π*": _negative_entropy,
         "the divergence is multiplied by β: the axis is KL itself": _times_beta,
-        "the toll β KL is taken off the reward: the axis is E[r] itself": _less_the_toll,
+        "the penalty β KL is taken off the reward: the axis is E[r] itself": _less_the_penalty,
         "this is the reward of the reference; the average is over π*": _reward_of_the_reference,
         "reward first, divergence second: the order is (kl, reward)": (
             lambda ref, r, beta: _point(_tilted(ref, r / beta), ref, r)[::-1]

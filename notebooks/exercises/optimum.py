@@ -99,8 +99,8 @@ def policy_in_a_world(draw):
     }
 
 
-def average_of_reward_less_toll(logps, ref_logps, rewards, beta) -> Tensor:
-    """Every completion is paid its reward less a toll of beta times its log-ratio [D3.2]."""
+def average_of_penalised_reward(logps, ref_logps, rewards, beta) -> Tensor:
+    """Every completion is paid its reward less a penalty of beta times its log-ratio [D3.2]."""
     values = []
     for row, ref_row, reward_row in zip(logps.tolist(), ref_logps.tolist(), rewards.tolist()):
         value = 0.0
@@ -119,7 +119,7 @@ OBJECTIVE = Exercise(
     number="2.2",
     function="objective",
     inputs=policy_in_a_world(),
-    expected=average_of_reward_less_toll,
+    expected=average_of_penalised_reward,
     source="the average over completions of reward less β log(π/π_ref), one after the other",
     mistakes={
         "the divergence is added: moving away from the reference costs": (
@@ -242,8 +242,8 @@ OPTIMUM = Exercise(
 
 
 def value_at_the_optimum(ref_logps, rewards, beta) -> Tensor:
-    """J of pi*: its reward less its toll, completion by completion [D7.1]."""
-    return average_of_reward_less_toll(shares_of_tilted(ref_logps, rewards, beta), ref_logps, rewards, beta)
+    """J of pi*: its reward less its penalty, completion by completion [D7.1]."""
+    return average_of_penalised_reward(shares_of_tilted(ref_logps, rewards, beta), ref_logps, rewards, beta)
 
 
 def _soft(ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:

@@ -109,8 +109,8 @@ figures.show(figure, "The objective for three β: hills with their tops between 
 def objective(logps, ref_logps, rewards, beta):
     """(X, Y) log-probabilities of policy and reference, (X, Y) rewards -> (X,) values (Eq. 3)."""
     ### BEGIN SOLUTION
-    toll = beta * (logps - ref_logps)
-    return (logps.exp() * (rewards - toll)).sum(-1)  # both parts are averages under the policy
+    penalty = beta * (logps - ref_logps)
+    return (logps.exp() * (rewards - penalty)).sum(-1)  # both parts are averages under the policy
     ### END SOLUTION
 
 

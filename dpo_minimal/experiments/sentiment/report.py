@@ -82,14 +82,14 @@ def labels_text(rows: Sequence[Row], noise: str) -> str:
         text += (
             "equal rewards. Labels are free of noise: the six pairs of a prefix agree with an order, so that "
             "every margin may grow for ever. The DPO loss then has no finite optimum for any beta, which "
-            "acts through how far these steps and this network go (derivations.md, D11.6 and E40); see also "
+            "acts through how far these steps and this network go (laws/README.md, D11.6; notebooks/errata.md, E40); see also "
             "--label-noise."
         )
     else:
         text += (
             f"the same completion twice. Labels by Bradley-Terry: {wrong / pairs:.0%} choose the worse one. "
             "Where a prefix's labels run in a circle through all its completions, the DPO loss has a finite "
-            "optimum for them, which depends on beta (derivations.md, D11.6)."
+            "optimum for them, which depends on beta (laws/README.md, D11.6)."
         )
     return paragraph(text)
 

@@ -20,7 +20,7 @@ held-out pairs, because people disagree. rewards/chosen and rewards/rejected may
 difference is trained (displacement). kl/policy_reference, measured on the policy's own samples, is what beta
 limits; where it grows while samples get worse, raise beta or stop earlier.
 
-The other losses (derivations.md, chapter 12) are trained in the same way on the same pairs. simpo, orpo and
+The other losses (zoo/README.md) are trained in the same way on the same pairs. simpo, orpo and
 unlikelihood have no reference: it is kept all the same, to show how far they go from it. kto takes each
 chosen completion for a good one and each rejected for a bad one, and reads a third, of another prompt, to
 estimate the policy's divergence from the reference. Each micro-batch makes that estimate for itself, so that
