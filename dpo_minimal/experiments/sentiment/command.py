@@ -17,9 +17,9 @@ reward behind them, and one learning rate; nothing is tuned for one of them.
 
 Labels are free of noise, as in the paper: the completion with more reward is always chosen. The six pairs of
 four completions then agree with an order, every margin can grow for ever, and the DPO loss has no finite
-optimum for any beta; what beta changes is how far a given number of steps goes (notebooks/errata.md, E40). Labels
-drawn by --label-noise bradley-terry contradict each other, as people's do: where those of a prefix run in a
-circle, it has one.
+optimum for any beta; what beta changes is how far a given number of steps goes (notebooks/errata.md, E40).
+Labels drawn by --label-noise bradley-terry contradict each other, as people's do: where those of a prefix run
+in a circle, it has one.
 
 A run folder holds sentiment.png (reward and divergence), win_rates.png (over temperatures, training, best of
 N, and on prompts of another kind), table.csv, win_rates.csv, metrics.jsonl, samples.txt, config.json, the
