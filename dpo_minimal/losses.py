@@ -303,8 +303,8 @@ class Loss:
         options: in the order in which they are printed.
         start: (K, **options) -> the loss of a row of K completions where policy = reference; None where
             there is no reference, or for a loss that does not say.
-        optimum: (rankings, ref_logps (X, Y), **options) -> (X, Y) log pi where the mean loss is least, which
-            raises InputError where no optimum exists; or "none", or "not known".
+        optimum: (rankings, ref_logps (X, Y), **options, and lengths (X, Y) if it reads them) -> (X, Y) log pi
+            where the mean loss is least, or InputError where there is none; or "none", or "not known".
         proof: the tag of the section that derives it.
         source: who wrote it down first.
     """
@@ -328,10 +328,10 @@ class Loss:
 
     @cached_property
     def parameters(self) -> dict[str, bool]:
-        """Those of the function that must be given: name, and whether it is one of `READS`."""
+        """Those of the function that are given in any case: name, and whether it is one of `READS`."""
         found = inspect.signature(self.function).parameters.values()
-        bare = (p for p in found if p.default is p.empty and p.kind is not p.VAR_KEYWORD)
-        return {p.name: p.name in READS for p in bare}
+        bare = [p.name for p in found if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+        return {p.name: p.name in READS for p in found if p.name in READS or p.name in bare}
 
     @cached_property
     def reads(self) -> tuple[str, ...]:
@@ -351,7 +351,8 @@ class Loss:
                 the best completion first, but `kl_estimate` as it is.
             options: those of the loss.
         Raises:
-            InputError: a parameter without a default is no option given and none of `READS`.
+            InputError: a parameter without a default is no option given and none of `READS`; rankings of more
+                than two for a loss of pairs.
         """
         for name, read in self.parameters.items():
             if not read and name not in options:
@@ -361,6 +362,10 @@ class Loss:
                 )
         whole = {name: tables[name]() for name in self.reads}
         split = {name: table.unbind(-1) for name, table in whole.items() if name != "kl_estimate"}
+        if self.rows == "preferences" and any(len(columns) != 2 for columns in split.values()):
+            raise InputError(
+                f"{self.name} takes pairs, but the rankings are longer; use Plackett-Luce's loss."
+            )
         sources = {name: READS[name] for name, read in self.parameters.items() if read}
         columns = {
             name: whole[table] if column is None else split[table][column]
@@ -370,8 +375,6 @@ class Loss:
 
 
 BETA = Option("beta", "> 0", 0.1, "strength of the pull towards the reference", "β")
-
-
 DPO = Loss(
     "dpo", "DPO", dpo_loss, "the paper's", (BETA,), start=lambda K, **_: math.log(2), optimum=dpo_optimum,
     proof="D11.7", source="Rafailov et al. (2023)",

@@ -263,9 +263,9 @@ def test_a_function_without_a_record_is_given_what_it_names():
         found = loss_on_table(mine, logps, logps, data, lengths=LENGTHS, **options).losses
         assert torch.equal(found, -options.get("strength", 2.0) * (chosen / count - rejected))
 
-    def exact(policy_chosen_logps, reference_chosen_logps, kl_estimate, **anything):
+    def exact(policy_chosen_logps, reference_chosen_logps=None, kl_estimate=None, **anything):
         assert anything == {"beta": 1.0}
-        return kl_estimate + 0 * policy_chosen_logps
+        return kl_estimate + 0 * policy_chosen_logps * reference_chosen_logps
 
     away = (logps + torch.arange(4.0)).log_softmax(-1)
     found = loss_on_table(exact, away, logps, data, beta=1.0)
@@ -287,6 +287,13 @@ def test_an_unknown_parameter_is_one_clear_sentence():
     ):
         with pytest.raises(InputError, match=rf"^{name}, which is no option .*; give it, or rename it\.$"):
             loss_on_table(function, WORLD.ref_logps, WORLD.ref_logps, data, **options)
+
+
+def test_a_loss_of_pairs_refuses_longer_rankings():
+    """The two best of three would be taken for the pair."""
+    triples = expected_rankings(WORLD.rewards, all_sets(WORLD.exists, size=3))
+    with pytest.raises(InputError, match=r"^dpo_loss takes pairs, but the rankings are longer; use .*\.$"):
+        loss_on_table(dpo_loss, WORLD.ref_logps, WORLD.ref_logps, triples, beta=1.0)
 
 
 def test_a_record_and_its_function_are_the_same_on_a_table():
