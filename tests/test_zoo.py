@@ -5,6 +5,7 @@ held to what can be said of any loss: its pulls are its derivatives, its start a
 """
 
 import argparse
+import json
 import math
 from pathlib import Path
 
@@ -317,17 +318,19 @@ def toy_loss(policy_chosen_logps, policy_rejected_logps, *, beta: float, wit: fl
     return dpo_loss(policy_chosen_logps, policy_rejected_logps, nothing + wit, nothing, beta=beta)
 
 
+TOY = Loss(
+    "toy", "Toy", toy_loss, "a loss of this test",
+    (Option("beta", "> 0", 0.3, "steepness", "β"), Option("wit", "[0, 1]", 0.7, "its humour", "w")),
+    optimum="none", proof="D4.3", source="Nobody (2026)",
+)  # fmt: skip
+
+
 def test_a_loss_added_at_run_time_appears_everywhere(monkeypatch):
     """On tables, as --loss-type with help and refusals, among the frontier's methods, in the table."""
     assert "toy" not in table_of_losses()
-    toy = Loss(
-        "toy", "Toy", toy_loss, "a loss of this test",
-        (Option("beta", "> 0", 0.3, "steepness", "β"), Option("wit", "[0, 1]", 0.7, "its humour", "w")),
-        optimum="none", proof="D4.3", source="Nobody (2026)",
-    )  # fmt: skip
-    monkeypatch.setitem(LOSSES, "toy", toy)
+    monkeypatch.setitem(LOSSES, "toy", TOY)
 
-    assert loss_on_table(toy, WORLD.ref_logps, WORLD.ref_logps, comparisons(DPO), beta=1.0, wit=0.5)
+    assert loss_on_table(TOY, WORLD.ref_logps, WORLD.ref_logps, comparisons(DPO), beta=1.0, wit=0.5)
     parser = argparse.ArgumentParser(prog="dpo")
     command.add_arguments(parser)
     printed = " ".join(parser.format_help().split())
@@ -350,6 +353,32 @@ def test_a_loss_added_at_run_time_appears_everywhere(monkeypatch):
     assert [line for line in table_of_losses().split("\n") if "`toy`" in line] == [
         "| `toy` | Toy | π | `beta` > 0, 0.3; `wit` [0, 1], 0.7 | – | none, [D4.3] | Nobody (2026) |"
     ]
+
+
+def test_a_run_made_before_a_loss_existed_can_be_resumed(monkeypatch, tmp_path):
+    """Its config.json knows nothing of the new loss's options; one that is given is still refused."""
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    options = vars(parser.parse_args([])) | {"loss_type": "ipo", "beta": 0.2, "seed": 3}
+    options |= {"per_device_train_batch_size": 8, "eval_samples": 16}
+    config = {"command": "dpo", "threads": 1, "options": options}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    monkeypatch.setitem(LOSSES, "toy", TOY)
+
+    class Reached(Exception):
+        """Everything was understood."""
+
+    def begin(found: argparse.Namespace) -> None:
+        raise Reached(found.loss_type, found.beta, found.seed, found.wit)
+
+    monkeypatch.setattr(command.setup, "begin", begin)
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    with pytest.raises(Reached) as reached:
+        command.run(parser.parse_args(["--resume", str(tmp_path)]))
+    assert reached.value.args == ("ipo", 0.2, 3, None)
+    with pytest.raises(InputError, match="was made without --wit"):
+        command.run(parser.parse_args(["--resume", str(tmp_path), "--wit", "0.5"]))
 
 
 def test_the_readme_has_the_table_of_losses():
