@@ -1,8 +1,7 @@
 """`python -m dpo_minimal audit`: what a model will read of a file, and what is wrong with it.
 
-Preference data fail in silence: an answer cut before its end, a pair that appears in both orders, a chosen
-answer that is merely longer. Look before you train: the audit reads a file as sft and dpo do, writes
-nothing, and prints
+Mistakes in preference data raise no error: an answer cut before its end, a pair in both orders, a chosen
+answer that is merely longer. Before training, this command reads a file as sft and dpo do and prints
 
   lengths    of prompts and completions in tokens, and how many rows a --max-length would hold
   lead       how much longer chosen is than rejected: DPO learns length where length is what differs
@@ -11,10 +10,8 @@ nothing, and prints
   a row      token by token, as the model sees it: [prompt][ tokens] then each completion with its one
              [<|endoftext|>], which is learnt like any other token
 
-Lengths depend on the tokenizer. The default is bytes, where a token is a byte (a letter of English) and no
-file is needed; name the model you mean to train by --model, or --tokenizer gpt2.
-Without --data it audits film reviews that the package makes up itself. Warnings leave the exit code 0; a file
-that cannot be read as asked gives 2.
+Lengths depend on the tokenizer: bytes, unless --model names the model that is to be trained, or --tokenizer
+another kind. Nothing is written. Warnings leave the exit code 0; a file that cannot be read as asked gives 2.
 """
 
 from __future__ import annotations

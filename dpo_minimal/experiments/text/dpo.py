@@ -67,20 +67,7 @@ from ...validation import InputError
 from ...zoo import LOSSES
 from . import setup, sft
 from .judged import as_pairs, judged_samples
-from .options import (
-    COMMON,
-    DATA,
-    RUN,
-    TRAINING,
-    Group,
-    Groups,
-    Option,
-    add_options,
-    altered,
-    at_least,
-    declared,
-    resolve,
-)
+from .options import COMMON, DATA, RUN, TRAINING, Option, add_options, altered, at_least, declared, resolve
 from .report import sample_lines, summary
 from .setup import CONFIG_FILE, MODEL, Policy, Rows, load_policy
 
@@ -115,7 +102,7 @@ GROUPS = {
 }  # fmt: skip
 
 
-def groups() -> Groups:
+def groups() -> dict[str, dict[str, Option]]:
     """All options: `GROUPS`, and those of the losses that there are now."""
     names = "; ".join(f"{loss.name}, {loss.summary}" for loss in LOSSES.values())
     loss_type = Option(names, str, "dpo", metavar="NAME", choices=LOSSES)
@@ -128,7 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, groups())
 
 
-def _loss_options() -> Group:
+def _loss_options() -> dict[str, Option]:
     """What losses take, each option with all its meanings; one that the chosen loss has not is refused."""
     losses_of: dict[str, dict[str, list[str]]] = {}  # by option and meaning
     for loss in LOSSES.values():

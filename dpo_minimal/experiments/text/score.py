@@ -4,13 +4,12 @@ DPO's reward of a completion is implicit, beta log(pi(y|x) / pi_ref(y|x)). Of a 
 
   margin        reward of yw - reward of yl; above 0 the policy orders the pair as the data do
   loss          -log sigmoid(margin)                                                             (Eq. 7)
-  weight        beta sigmoid(-margin): how hard the loss pulls on this pair; near beta where the order is
-                wrong, near 0 where the policy is sure of it
+  weight        beta sigmoid(-margin), the factor of this pair's gradient: near beta where the order is
+                wrong, near 0 where it is right by far
   contribution  of a token: beta (log pi - log pi_ref) of it after all before it, with a minus if rejected
 
-A log-probability is a sum over tokens, so the contributions of a pair add up to its margin: they show in
-which words policy and reference part. Green raises the margin, red lowers it, the deeper the more. The table
-rounds to 0.0001; in --json the sum is exact to 1e-9.
+A log-probability is a sum over tokens, so the contributions of a pair add up to its margin (in --json to
+1e-9): they show in which words policy and reference differ. Green raises the margin, red lowers it.
 
 Where policy = reference, log-ratios, contributions and margins are 0, the loss is ln 2 = 0.693 and the weight
 beta / 2. By hand, with beta = 0.1: let log pi of yw be -12, and -14 under the reference; that of yl -15 and
@@ -23,10 +22,9 @@ than under the reference, its contribution is +0.1; if " dull" in yl is e times 
   dpo-minimal score --model FOLDER --reference FOLDER --data pairs.jsonl
   dpo-minimal score --model gpt2-medium --reference gpt2 --prompt "2 + 2 =" --chosen " 4" --rejected " 5"
 
-Loss and weight are DPO's, also of a run with another --loss-type. Pairs are read as in training, up to the
-models' context unless --max-length says less: a long prompt loses its left end, a completion nothing. At the
-end stand means over all pairs with their standard errors. Where both mean log-ratios are below 0, both kinds
-of completion have become less likely: the loss sees only their difference.
+Loss and weight are DPO's, also of a run with another --loss-type. Pairs are read as in training. Last come
+the means over all pairs with their standard errors. Where both mean log-ratios are below 0, both kinds of
+completion have become less likely: the loss sees only their difference.
 """
 
 from __future__ import annotations
