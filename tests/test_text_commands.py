@@ -22,9 +22,11 @@ from dpo_minimal.__main__ import COMMANDS, main
 from dpo_minimal.experiments.text import dpo
 from dpo_minimal.experiments.text.setup import load_policy
 from dpo_minimal.model import GPT, GPTConfig
+from dpo_minimal.text import tokenizer
 from dpo_minimal.text.checkpoint import load_model, save_model, state_fingerprint
 from dpo_minimal.text.objectives import reference_logps
 from dpo_minimal.text.tokenizer import byte_tokenizer, save_tokenizer, train_bpe
+from dpo_minimal.validation import InputError
 from dpo_minimal.zoo import LOSSES
 
 ROOT = Path(__file__).parents[1]
@@ -432,6 +434,16 @@ def test_bad_options_are_refused_before_anything_is_written(world, capsys, name)
 def test_options_without_use_are_refused(capsys, arguments, named):
     refused(capsys, arguments, named)
     assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("command", ["audit", "sft"])
+def test_a_vocabulary_that_cannot_be_fetched_is_no_trouble_of_the_data(world, capsys, monkeypatch, command):
+    def offline():
+        raise InputError("GPT-2's vocabulary cannot be fetched; go online once.")
+
+    monkeypatch.setattr(tokenizer, "gpt2_tokenizer", offline)
+    told = refused(capsys, [command, "--data", str(world / "pairs.jsonl"), "--tokenizer", "gpt2"])
+    assert told.endswith("error: GPT-2's vocabulary cannot be fetched; go online once.")
 
 
 @pytest.mark.parametrize("how", ["nan", "inf", "shape", "vocabulary", "truncated"])

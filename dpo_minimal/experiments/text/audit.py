@@ -24,7 +24,7 @@ from functools import partial
 
 from ...text.audit import Audit
 from ...text.batches import Example, tokenize
-from ...text.data import KINDS, Dataset
+from ...text.data import KINDS, Dataset, completions_of
 from ...text.tokenizer import TOKENIZERS, Tokenizer, make_tokenizer
 from ...validation import InputError
 from .options import COMMON, Option, add_options, at_least, resolve
@@ -83,9 +83,8 @@ def run(args: argparse.Namespace) -> Audit:
         settings = {"data": source, "kind": args.kind, "field": dataset.field, "max_length": args.max_length,
                     "max_prompt_length": args.max_prompt_length, "tokenizer": tokenizer.kind,
                     "vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint}  # fmt: skip
-        print(
-            json.dumps(settings | audit.as_dict() | {"example": _as_texts(examples[0], tokenizer)}, indent=2)
-        )
+        example = {"example": _as_texts(examples[0], tokenizer)}
+        print(json.dumps(settings | audit.as_dict() | example, indent=2))
         return audit
     limit = "none" if args.max_length is None else f"{args.max_length} tokens"
     print(f"{source}, read as {args.kind}; completions from {dataset.field!r}")
@@ -101,11 +100,12 @@ def run(args: argparse.Namespace) -> Audit:
 def _tokenizer(args: argparse.Namespace, dataset: Dataset) -> Tokenizer:
     if args.model is not None:
         return load_policy_tokenizer(args.model)
-    fields = [field for row in dataset.rows for field in row if not isinstance(field, bool)]  # but for labels
-    texts = (text for field in fields for text in ([field] if isinstance(field, str) else field))
+    texts = (text for row in dataset.rows for text in (row.prompt, *completions_of(row)))
     try:
         return make_tokenizer(args.tokenizer or "bytes", texts, VOCABULARY)
     except InputError:
+        if args.tokenizer != "bpe":  # GPT-2's vocabulary cannot be fetched
+            raise
         raise InputError(
             f"--tokenizer bpe: the data are too few to learn {VOCABULARY} tokens from; use bytes or gpt2."
         ) from None

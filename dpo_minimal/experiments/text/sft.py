@@ -112,6 +112,8 @@ def _new_policy(options: argparse.Namespace, dataset: Dataset) -> Policy:
     try:
         tokenizer = make_tokenizer(options.tokenizer, texts, options.vocab_size)
     except InputError as error:
+        if options.tokenizer != "bpe":  # GPT-2's vocabulary cannot be fetched
+            raise
         raise InputError(f"--vocab-size {options.vocab_size}: {error}") from None
     reviews = options.data is None and options.tokenizer != "bytes"
     context = options.max_length or (REVIEWS_CONTEXT if reviews else CONTEXT)
