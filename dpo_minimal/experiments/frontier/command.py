@@ -51,8 +51,8 @@ from ...preferences import (
 from ...rivals.baselines import natural_gradient_step
 from ...text.runs import new_run_folder, versions, write_arrays, write_json, write_records
 from ...validation import InputError, check_count, check_flip_probability, check_positive
+from ..options import COMMON, RUN, Option, add_options, resolve
 from ..study import Job, Study, carry_out, table
-from ..text.options import COMMON, RUN, Option, add_options, resolve
 from . import methods, pair_methods, pairs
 from .methods import Run
 from .worlds import World, gpt_world, table_world

@@ -37,8 +37,8 @@ import torch
 from ...text.allocator import keep_freed_memory
 from ...text.runs import new_run_folder, refuse_used_folder, versions, write_json
 from ...validation import check_count, check_seed
+from ..options import CONFIG_FILE, RUN, Option, add_options, resolve
 from ..study import Study, carry_out
-from ..text.options import CONFIG_FILE, RUN, Option, add_options, resolve
 from ..text.setup import resumable
 from .methods import all_runs, check_plan, jobs_of, learn_reward
 from .report import files, report

@@ -27,7 +27,7 @@ from ...text.batches import Example, tokenize
 from ...text.data import KINDS, Dataset, completions_of
 from ...text.tokenizer import TOKENIZERS, Tokenizer, make_tokenizer
 from ...validation import InputError
-from .options import COMMON, Option, add_options, at_least, resolve
+from ..options import COMMON, Option, add_options, at_least, resolve
 from .setup import load_policy_tokenizer, load_rows
 
 REVIEWS = 1000  # rows where there is no file

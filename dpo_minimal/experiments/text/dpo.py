@@ -65,9 +65,9 @@ from ...text.training_run import Data
 from ...train import Record
 from ...validation import InputError
 from ...zoo import LOSSES
+from ..options import COMMON, DATA, RUN, TRAINING, Option, add_options, altered, at_least, declared, resolve
 from . import setup, sft
 from .judged import as_pairs, judged_samples
-from .options import COMMON, DATA, RUN, TRAINING, Option, add_options, altered, at_least, declared, resolve
 from .report import sample_lines, summary
 from .setup import CONFIG_FILE, MODEL, Policy, Rows, load_policy
 

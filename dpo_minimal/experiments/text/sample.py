@@ -30,7 +30,7 @@ from ...text.data import KINDS, load_dataset
 from ...text.reviews import prompts as review_prompts
 from ...text.reviews import sentiment
 from ...validation import InputError, check_not_negative
-from .options import COMMON, Option, add_options, must, resolve
+from ..options import COMMON, Option, add_options, must, resolve
 from .report import prompt_line, text_lines
 from .setup import Policy, load_policy
 

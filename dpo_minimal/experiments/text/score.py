@@ -45,7 +45,7 @@ from ...text.checkpoint import state_fingerprint
 from ...text.data import dataset_from_rows
 from ...text.tokenizer import Tokenizer
 from ...validation import InputError, check_positive
-from .options import COMMON, CONFIG_FILE, Option, add_options, at_least, read_run_config, resolve
+from ..options import COMMON, CONFIG_FILE, Option, add_options, at_least, read_run_config, resolve
 from .pair_scores import SIDES, PairScores, pair_lines, pair_record, score_pairs
 from .setup import MODEL, Policy, context_of, load_policy, load_rows
 

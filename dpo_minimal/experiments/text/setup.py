@@ -24,7 +24,7 @@ from ...text.tokenizer import TOKENIZER_FILE, Tokenizer, gpt2_tokenizer, load_to
 from ...text.training_run import Data, Interrupted, Settings, run_training
 from ...train import Objective, Record
 from ...validation import InputError
-from .options import CONFIG_FILE, HELD_OUT, MOST_HELD_OUT, read_run_config
+from ..options import CONFIG_FILE, HELD_OUT, MOST_HELD_OUT, read_run_config
 
 MODEL = "model"  # where a run keeps its result
 GPT2_VOCABULARY = 50257

@@ -30,8 +30,8 @@ from ...text.objectives import sft_objective
 from ...text.tokenizer import TOKENIZERS, make_tokenizer
 from ...text.training_run import Data
 from ...validation import InputError
+from ..options import COMMON, DATA, RUN, TRAINING, Option, add_options, altered, at_least, resolve
 from . import setup
-from .options import COMMON, DATA, RUN, TRAINING, Option, add_options, altered, at_least, resolve
 from .report import sample_lines
 from .setup import Policy, Rows, load_policy
 

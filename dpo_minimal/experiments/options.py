@@ -1,4 +1,4 @@
-"""The options of the text commands: each is declared once, for parser, help, checks, defaults and --resume.
+"""The options of commands: each is declared once, for parser, help, checks, defaults and --resume.
 
 An option is None until `resolve` fills in its default. So what is given, but of no use or against the run to
 resume, can be told from a default.
@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...text.objectives import DTYPES
-from ...text.runs import read_json_object
-from ...train import OPTIMIZERS
-from ...validation import (
+from ..text.objectives import DTYPES
+from ..text.runs import read_json_object
+from ..train import OPTIMIZERS
+from ..validation import (
     InputError,
     check_count,
     check_device,
