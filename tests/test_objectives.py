@@ -705,7 +705,9 @@ def test_a_full_disk_leaves_the_older_table(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(InputError, match=r"cannot be written .*No space left on device.*make room there\.$"):
+    with pytest.raises(
+        InputError, match=r"cannot be written .*No space left on device.*free some space there\.$"
+    ):
         save_reference_logps(path, torch.zeros(3, 2), "key")
     assert path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]
 
@@ -808,7 +810,8 @@ def kept() -> None:
 
 MUTANTS = {
     "mean of token log-probabilities": (
-        policy.shared_prompt_logps, ".view(B, K)", ".view(B, K) / completion_lengths", test_by_hand_fixed,
+        policy.shared_prompt_logps, ".view(B, K)", ".view(B, K) / batch.completion_lengths",
+        test_by_hand_fixed,
     ),
     "prompt tokens scored": (
         objectives.layout,

@@ -476,7 +476,7 @@ def test_a_full_disk_is_one_sentence(world, capsys, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
-    refused(capsys, dpo_flags(world), "No space left on device", "make room")
+    refused(capsys, dpo_flags(world), "No space left on device", "free some space")
     assert not list(Path("run").glob("**/*.safetensors")) and not list(Path("run").glob("**/.*"))
 
 

@@ -384,7 +384,7 @@ def test_a_run_made_before_a_loss_existed_can_be_resumed(monkeypatch, tmp_path):
 def test_the_readme_has_the_table_of_losses():
     """Between its two comments, as it is rendered now; no cell has more than forty words."""
     text = (Path(zoo.__file__).parent / "README.md").read_text(encoding="utf-8")
-    table = text.split("<!-- table of losses -->\n")[1].split("\n<!-- end of the table -->")[0]
+    table = text.split("<!-- table of losses -->\n\n")[1].split("\n\n<!-- end of the table -->")[0]
     assert table == table_of_losses()
     assert all(len(cell.split()) <= 40 for cell in table.split("|"))
 

@@ -193,7 +193,7 @@ def completion_logps_of(model: GPT, batch: SharedPromptBatch, dtype: str) -> Ten
 # How far two computations of a log-probability may lie apart, in nats for a completion of one token: rows of
 # another shape are added up in another order. Over T tokens it grows with sqrt(T). The largest seen between
 # shapes, for models of 1M to 124M parameters on a CPU: 2e-5 in float32; in bfloat16 0.05, but 0.24 for logits
-# near -100 like GPT-2's, where its numbers are 0.5 apart. In float32, room is left for other devices.
+# near -100 like GPT-2's, where its numbers are 0.5 apart. In float32 there is a margin for other devices.
 _TOKEN_ROUNDING = {"float32": 1e-4, "bfloat16": 0.3}
 
 
@@ -294,7 +294,7 @@ def save_reference_logps(path: Path, logps: Tensor, key: str) -> None:
     try:
         write_atomically(path, lambda p: safetensors.torch.save_file(content, p, metadata=metadata))
     except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path}: cannot be written ({error}); make room there.") from None
+        raise InputError(f"{path}: cannot be written ({error}); free some space there.") from None
 
 
 def load_reference_logps(path: Path, key: str) -> Tensor | None:
