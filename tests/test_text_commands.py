@@ -255,6 +255,10 @@ def test_sft_of_pairs_learns_the_chosen(world):
     looked = [record["eval_loss"] for record in records_of(Path("run")) if "eval_loss" in record]
     assert looked[-1] < looked[0] - 0.1
     assert load_policy("run").model.config == load_policy(str(world / "sft")).model.config
+    learnt = Path("run/model/model.safetensors").read_bytes()
+    shutil.rmtree("run/model")
+    assert main(["sft", "--resume", "run"]) == 0  # from that model again, which the run remembers
+    assert Path("run/model/model.safetensors").read_bytes() == learnt
 
 
 def test_texts_without_prompts_are_learnt(capsys):

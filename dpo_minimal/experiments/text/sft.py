@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> Path:
     )  # fmt: skip
     setup.begin(options)
     dataset = setup.load_rows(options, "demonstrations", options.rows, options.seed)
-    policy = load_policy(options.model) if made else _new_policy(options, dataset)
+    policy = _new_policy(options, dataset) if options.model is None else load_policy(options.model)
     rows = setup.prepare(options, dataset, policy)
     with setup.resumable("sft", setup.open_folder(options, "sft")) as folder:
         return _train(options, folder, policy, rows)
