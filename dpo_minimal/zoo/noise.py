@@ -53,7 +53,7 @@ def cdpo_loss(
 def cdpo_optimum(rankings: Rankings, ref_logps: Tensor, *, beta: float, label_smoothing: float) -> Tensor:
     """Where cDPO ends: where DPO would on comparisons of which a share eps is reversed [D12.2].
 
-    Args, Returns, Raises: as `dpo_optimum`; label_smoothing: eps. An optimum exists for unanimous data too.
+    Args, Returns, Raises: as `dpo_optimum`; label_smoothing: eps, above 0 for an optimum of unanimous data.
     """
     return dpo_optimum(_mixed(rankings, 1 - label_smoothing, label_smoothing), ref_logps, beta=beta)
 
