@@ -1,4 +1,4 @@
-"""The sentiment experiment: judge, prefixes, pairs, budgets, intervals, and going on after a stop."""
+"""The sentiment experiment: prefixes, pairs, budgets, results, and going on after a stop."""
 
 import csv
 import json
@@ -11,7 +11,6 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from dpo_minimal.__main__ import main
 from dpo_minimal.experiments.sentiment import (
@@ -39,28 +38,14 @@ from dpo_minimal.experiments.sentiment.results import (
     MOST_OF_N,
     Group,
     best_of,
-    crossed_interval,
     estimated_frontier,
     order_weights,
     reward_within,
-    student_95,
-)
-from dpo_minimal.experiments.sentiment.truth import (
-    MOST,
-    BagOfWords,
-    Review,
-    accuracy,
-    fit_bag_of_words,
-    read_reviews,
-    truth_of,
-    words_of,
 )
 from dpo_minimal.experiments.sentiment.world import Plan, label_pairs, load_world, make_world, take_prefixes
 from dpo_minimal.experiments.study import run_jobs
 from dpo_minimal.rivals.baselines import best_of_n_reward
 from dpo_minimal.text.objectives import reference_logps
-from dpo_minimal.text.reviews import sentiment as sentiment_of
-from dpo_minimal.text.tokenizer import byte_tokenizer
 from dpo_minimal.validation import InputError
 
 TINY = Plan(  # reviews enough that samples hold a word of opinion
@@ -73,117 +58,6 @@ TINY = Plan(  # reviews enough that samples hold a word of opinion
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-# ----------------------------------------------------------------------------------------------- the file
-
-
-def review_lines(count: int) -> list[str]:
-    """Half praise, half complaint."""
-    return [f"{k % 2}\treview number {k} is {'good' if k % 2 else 'bad'}" for k in range(count)]
-
-
-def test_reviews_are_read_as_they_are():
-    """Labels the wrong way round, a lost line, or text cut at a second tab would all go unnoticed later."""
-    rows = [*review_lines(40), "1\tcafé , with\ta tab ", "0\tlast"]
-    Path("r.tsv").write_bytes("\r\n".join(rows).encode())  # as Windows writes them; no line end at the end
-    found = read_reviews("r.tsv")
-    assert len(found) == 42 and found[-2:] == [Review("café , with\ta tab", True), Review("last", False)]
-    assert [review.positive for review in found[:4]] == [False, True, False, True]
-
-
-@pytest.mark.parametrize(
-    ("line", "named"),
-    [
-        (b"no tab here", "no tab"),
-        (b"2\tgood", "'2'"),
-        (b"positive\tgood", "'positive'"),
-        (b"1\t  ", "no text"),
-        (b"", "no tab"),
-        (b"1\tcaf\xe9", "UTF-8"),
-    ],
-)
-def test_bad_lines_are_refused_with_file_and_line(line, named, capsys):
-    """One sentence with the line's number, and no run folder left behind."""
-    rows = [row.encode() for row in review_lines(60)]
-    rows[6] = line
-    Path("r.tsv").write_bytes(b"\n".join(rows) + b"\n")
-    assert main(["sentiment", "--reviews", "r.tsv"]) == 2
-    message = capsys.readouterr().err
-    assert "--reviews r.tsv, line 7: " in message and named in message
-    assert not Path("runs").exists()
-
-
-def test_files_that_cannot_teach_are_refused():
-    """Missing, too short, or of one sign only."""
-    with pytest.raises(InputError, match=r"no\.tsv: cannot be read"):
-        read_reviews("no.tsv")
-    Path("few.tsv").write_text("\n".join(review_lines(39)))
-    with pytest.raises(InputError, match="has 39 reviews"):
-        read_reviews("few.tsv")
-    Path("one.tsv").write_text("\n".join(f"1\tgood {k}" for k in range(50)))
-    with pytest.raises(InputError, match="all labels are 1"):
-        read_reviews("one.tsv")
-
-
-# ----------------------------------------------------------------------------------------------- the judge
-
-
-def planted(count: int) -> list[Review]:
-    """Positive where the planted word is "fine", negative where it is "poor", among words without meaning."""
-    draw = torch.Generator().manual_seed(3)
-    fillers = [f"filler{chr(97 + k)}" for k in range(12)]
-    rows = []
-    for k in range(count):
-        chosen = torch.randperm(12, generator=draw)[:5].tolist()
-        rows.append(
-            Review(" ".join([*(fillers[c] for c in chosen), "fine" if k % 2 else "poor"]), k % 2 == 1)
-        )
-    return rows
-
-
-def test_the_judge_finds_a_planted_vocabulary():
-    """Separable by one word: all held-out reviews right, and its weight far above every filler's."""
-    judge = fit_bag_of_words(planted(200), l2=1e-2)
-    assert accuracy(judge, planted(260)[200:]) == 1.0
-    fillers = [abs(weight) for word, weight in judge.weights.items() if word.startswith("filler")]
-    assert judge.weights["fine"] > 5 * max(fillers) and judge.weights["poor"] < -5 * max(fillers)
-
-
-def test_the_judge_is_the_regularised_optimum():
-    """The gradient of the penalised mean loss is zero, computed from a dense table of words: a lost bias,
-    counts in place of presence, or a penalty of another size would all show."""
-    rows = [*planted(60), Review("fine fine fillera poor", True), Review("once only", False)]
-    judge = fit_bag_of_words(rows, l2=0.05)
-    assert "once" not in judge.weights  # too rare
-    words = list(judge.weights)
-    table = torch.tensor([[float(w in words_of(r.text)) for w in words] for r in rows], dtype=torch.float64)
-    labels = torch.tensor([r.positive for r in rows], dtype=torch.float64)
-    weights = torch.tensor([judge.weights[w] for w in words], dtype=torch.float64, requires_grad=True)
-    bias = torch.tensor(judge.bias, dtype=torch.float64, requires_grad=True)
-    loss = F.binary_cross_entropy_with_logits(table @ weights + bias, labels) + 0.05 / 2 * (weights**2).sum()
-    loss.backward()
-    # L-BFGS stops at 1e-9; adding up in another order changes 1e-16 of numbers of size 1
-    assert weights.grad.abs().max() < 1e-7 and bias.grad.abs() < 1e-7
-
-
-def test_repeating_a_word_earns_nothing_and_rewards_are_clipped():
-    """Else a policy would be paid for "good good good"."""
-    judge = BagOfWords({"good": 1.5, "great": 3.0, "bad": -2.0}, 0.5)
-    assert judge.reward("good") == judge.reward("Good, good GOOD") == 2.0
-    assert judge.reward("good great") == MOST and judge.log_odds("good great") == 5.0
-    assert judge.reward("bad unknown") == -1.5
-
-
-def test_the_truth_reads_prompt_and_completion_as_one_text():
-    """A word begun in the prompt counts; end-of-text does not."""
-    tokenizer = byte_tokenizer()
-    prompts = [tokenizer.encode("It is mov"), tokenizer.encode("It is dull")]
-    completions = [[*tokenizer.encode("ing."), tokenizer.eot], [tokenizer.eot]]
-    truth = truth_of(None, tokenizer)
-    assert truth(prompts, completions).tolist() == [sentiment_of("It is moving."), sentiment_of("It is dull")]
-    judge = truth_of(BagOfWords({"moving": 2.0}, 0.0), tokenizer)
-    assert judge(prompts, completions).tolist() == [2.0, 0.0]
 
 
 # ----------------------------------------------------------------------------------------------- prefixes
@@ -297,37 +171,7 @@ def test_runs_have_files_of_their_own():
     assert all(run.name.isascii() and " " not in run.name for run in runs)
 
 
-# ----------------------------------------------------------------------------------------------- intervals
-
-
-def test_intervals_hold_the_mean_as_often_as_they_say():
-    """2,000 tables of 3 seeds x 12 prompts with effects of both: 95 % within what chance leaves, and not far
-    above it. Counting 36 independent values would cover about 70 %."""
-    generator = torch.Generator().manual_seed(5)
-    count, hits, naive = 2000, 0, 0
-    for _ in range(count):
-        seeds, prompts, rest = (
-            torch.randn(shape, generator=generator, dtype=torch.float64)
-            for shape in ((3, 1), (1, 12), (3, 12))
-        )
-        table = 0.6 * seeds + prompts + rest
-        interval = crossed_interval(table)
-        hits += interval.low <= 0 <= interval.high
-        naive += abs(table.mean()) < 1.96 * table.std() / 6
-    deviation = math.sqrt(0.95 * 0.05 / count)
-    # Satterthwaite's degrees of freedom are an approximation: a deviation of 2 % is known for few seeds
-    assert 0.95 - 0.02 - 3 * deviation < hits / count < 0.995
-    assert naive / count < 0.85
-
-
-def test_one_seed_is_the_mean_of_independent_prompts():
-    """Reduces to mean and standard error."""
-    values = torch.tensor([[0.0, 1.0, 3.0, 4.0, 7.0]], dtype=torch.float64)
-    interval = crossed_interval(values)
-    error = values.std().item() / math.sqrt(5)
-    assert interval.value == pytest.approx(3.0) and interval.high - interval.value == pytest.approx(
-        student_95(4) * error
-    )
+# ------------------------------------------------------------------------------------------------- results
 
 
 def group_of(kls: list[float], rewards: list[float]) -> Group:

@@ -1,10 +1,11 @@
-"""A policy judged by its own samples: their divergence from a reference, their reward, and win rates.
+"""A policy judged by its own samples: their divergence from a reference, their reward, and win rates, each
+with its uncertainty; over prompts, or over prompts and trainings with several seeds.
 
 A loss on pairs says how well the policy orders given completions; only its own samples say what it writes.
 
 But: sampling is generation.py's, scoring policy.py's; here they are put together, in chunks.
 
-Shapes: N prompts, one sample each.
+Shapes: N prompts, one sample each; S seeds crossed with P prompts.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,6 +40,61 @@ def mean_of(values: Tensor) -> Mean:
     values = values.double()
     error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return Mean(values.mean().item(), error)
+
+
+class Interval(NamedTuple):
+    """A mean and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+# Student's t, 97.5 %: degrees of freedom and quantile; between them linear in 1 / degrees, which is a little
+# too wide.
+_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 7: 2.365, 10: 2.228, 15: 2.131, 30: 2.042,
+      60: 2.000, math.inf: 1.960}  # fmt: skip
+
+
+def student_95(degrees: float) -> float:
+    """How many standard errors make a 95 % interval [D10.5].
+
+    >>> student_95(2), round(student_95(1e9), 2)
+    (4.303, 1.96)
+    """
+    places = [1 / d for d in reversed(_T)]
+    return float(np.interp(1 / degrees, places, list(reversed(_T.values()))))
+
+
+def crossed_interval(values: Tensor, *, within: tuple[float, float] = (-math.inf, math.inf)) -> Interval:
+    """The mean of (S, P) measurements, seeds crossed with prompts, and its 95 % interval [D10.5].
+
+    Seeds share the prompts, so the mean is uncertain in two ways: other prompts, and other trainings. With
+    mean squares MS_s of seeds, MS_p of prompts and MS_e of the rest, the variance of the mean is
+    (MS_s + MS_p - MS_e) / (S P), taken as no less than either of the first two alone would make it; its
+    degrees of freedom are Satterthwaite's. With one seed only the prompts count; with two or three the part
+    of the seeds is a rough estimate, which Student's t answers for with width.
+
+    Args: within: the interval is cut there; (0, 1) for shares.
+    """
+    values = values.double()
+    S, P = values.shape
+    mean = values.mean().item()
+    if P < 2:
+        return Interval(mean, *within)
+    by_prompt = S * values.mean(0).var().item()
+    if S == 1:
+        variance, degrees = by_prompt / P, P - 1.0
+    else:
+        by_seed = P * values.mean(1).var().item()
+        rest = values - values.mean(0) - values.mean(1, keepdim=True) + mean
+        by_rest = (rest**2).sum().item() / ((S - 1) * (P - 1))
+        total = max(by_seed + by_prompt - by_rest, by_seed, by_prompt)
+        variance = total / (S * P)
+        squares = by_seed**2 / (S - 1) + by_prompt**2 / (P - 1) + by_rest**2 / ((S - 1) * (P - 1))
+        degrees = max(1.0, total**2 / squares) if squares > 0 else math.inf
+    half = student_95(degrees) * math.sqrt(variance)
+    return Interval(mean, max(within[0], mean - half), min(within[1], mean + half))
 
 
 class Samples(NamedTuple):
@@ -162,6 +219,13 @@ def _furthest_lead(wins: int, losses: int, count: int) -> float:
         else:
             rejected = lead
     return accepted
+
+
+def win_interval(rewards: Tensor, opponents: Tensor) -> Interval:
+    """How often rewards (S, P) are above the opponents' (P,), a tie being half a win [D10.5]."""
+    if len(rewards) == 1:
+        return Interval(*win_rate(rewards[0], opponents)[:3])
+    return crossed_interval((1 + (rewards - opponents).sign()) / 2, within=(0.0, 1.0))
 
 
 def exact_win_rate(logps: Tensor, other_logps: Tensor, rewards: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from pathlib import Path
 import torch
 
 from ...text.allocator import keep_freed_memory
+from ...text.judge import read_reviews
 from ...text.runs import new_run_folder, refuse_used_folder, versions, write_json
 from ...validation import check_count, check_seed
 from ..options import CONFIG_FILE, RUN, Option, add_options, resolve
@@ -43,7 +44,6 @@ from ..text.setup import resumable
 from .methods import all_runs, check_plan, jobs_of, learn_reward
 from .report import files, report
 from .results import results_of
-from .truth import read_reviews
 from .world import NOISES, Plan, load_world, make_world, read_rows
 
 GRAMMAR = Plan(

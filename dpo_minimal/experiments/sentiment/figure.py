@@ -8,9 +8,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
+from ...rivals.evaluate import crossed_interval, win_interval
 from ..figures import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, STYLE, save_figure, with_intervals
 from .methods import TEMPERATURES
-from .results import Group, Results, Row, crossed_interval, win_interval
+from .results import Group, Results, Row
 
 COLOURS = {  # other methods are grey, best of N is red
     "DPO": BLUE, "PPO": ORANGE, "PPO-GT": GREEN, "Unlikelihood": PINK, "Preferred-FT": SKY, "SFT": "black",

@@ -82,8 +82,8 @@ def labels_text(rows: Sequence[Row], noise: str) -> str:
         text += (
             "equal rewards. Labels are free of noise: the six pairs of a prefix agree with an order, so that "
             "every margin may grow for ever. The DPO loss then has no finite optimum for any beta, which "
-            "acts through how far these steps and this network go (laws/README.md, D11.6; notebooks/errata.md, "
-            "E40); see also --label-noise."
+            "acts through how far these steps and this network go (laws/README.md, D11.6; "
+            "notebooks/errata.md, E40); see also --label-noise."
         )
     else:
         text += (

@@ -1,9 +1,5 @@
 """What the trainings of the sentiment experiment left, averaged over prompts and seeds, as rows of tables.
 
-Seeds share the held-out prompts, so a mean over both is uncertain in two ways: other prompts, and other
-trainings. An interval counts both, as an analysis of variance of prompts crossed with seeds does; with two or
-three seeds its second part is a rough estimate, which Student's t answers for with width.
-
 But: no printing (report.py), no figures (figure.py).
 
 Shapes: S seeds, P held-out prompts, L measurements, m draws of a prompt.
@@ -22,7 +18,7 @@ from torch import Tensor
 
 from ...closed_form import reward_kl_frontier
 from ...rivals.baselines import best_of_n_kl_bound, best_of_n_reward
-from ...rivals.evaluate import win_rate
+from ...rivals.evaluate import Interval, crossed_interval, win_interval
 from .methods import OTHER_TEMPERATURES, TEMPERATURES, Arrays, Run, budget_of
 from .world import Plan
 
@@ -30,68 +26,6 @@ Row = dict[str, Any]
 NATS = (2.5, 8.0)  # divergences at which methods are compared
 MOST_OF_N = (1, 4, 16, 64, 128)
 FRONTIER_END = 2.5  # nats, to which 128 draws tell the frontier: their largest KL is log 128 = 4.9
-# Student's t, 97.5 %: degrees of freedom and quantile; between them linear in 1 / degrees, which is a little
-# too wide.
-_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 7: 2.365, 10: 2.228, 15: 2.131, 30: 2.042,
-      60: 2.000, math.inf: 1.960}  # fmt: skip
-
-
-class Interval(NamedTuple):
-    """A mean and its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-def crossed_interval(values: Tensor) -> Interval:
-    """The mean of (S, P) measurements, seeds crossed with prompts, and its 95 % interval.
-
-    With mean squares MS_s of seeds, MS_p of prompts and MS_e of the rest, the variance of the mean is
-    (MS_s + MS_p - MS_e) / (S P), taken as no less than either of the first two alone would make it; its
-    degrees of freedom are Satterthwaite's. With one seed only the prompts count.
-    """
-    values = values.double()
-    S, P = values.shape
-    mean = values.mean().item()
-    if P < 2:
-        return Interval(mean, -math.inf, math.inf)
-    by_prompt = S * values.mean(0).var().item()
-    if S == 1:
-        variance, degrees = by_prompt / P, P - 1.0
-    else:
-        by_seed = P * values.mean(1).var().item()
-        rest = values - values.mean(0) - values.mean(1, keepdim=True) + mean
-        by_rest = (rest**2).sum().item() / ((S - 1) * (P - 1))
-        total = max(by_seed + by_prompt - by_rest, by_seed, by_prompt)
-        variance = total / (S * P)
-        squares = by_seed**2 / (S - 1) + by_prompt**2 / (P - 1) + by_rest**2 / ((S - 1) * (P - 1))
-        degrees = max(1.0, total**2 / squares) if squares > 0 else math.inf
-    half = student_95(degrees) * math.sqrt(variance)
-    return Interval(mean, mean - half, mean + half)
-
-
-def student_95(degrees: float) -> float:
-    """How many standard errors make a 95 % interval.
-
-    >>> student_95(2), round(student_95(1e9), 2)
-    (4.303, 1.96)
-    """
-    places = [1 / d for d in reversed(_T)]
-    return float(np.interp(1 / degrees, places, list(reversed(_T.values()))))
-
-
-def share_interval(shares: Tensor) -> Interval:
-    """`crossed_interval` of shares (S, P), cut at 0 and 1."""
-    mean = crossed_interval(shares)
-    return Interval(mean.value, max(0.0, mean.low), min(1.0, mean.high))
-
-
-def win_interval(rewards: Tensor, opponents: Tensor) -> Interval:
-    """How often (S, P) rewards are above the opponents' (P,), a tie counting one half."""
-    if len(rewards) == 1:
-        return Interval(*win_rate(rewards[0], opponents)[:3])
-    return share_interval((1 + (rewards - opponents).sign()) / 2)
 
 
 class Group(NamedTuple):
@@ -173,7 +107,7 @@ def best_of(true: Tensor, chosen_by: Tensor, opponents: Tensor) -> dict[int, Row
         weights = order_weights(n, true.shape[-1])
         found[n] = _spread("reward", crossed_interval((rewards @ weights).unsqueeze(0)))
         found[n] |= _spread("kl", [best_of_n_kl_bound(n)] * 3)
-        found[n] |= _spread("win_rate", share_interval((wins @ weights).unsqueeze(0)))
+        found[n] |= _spread("win_rate", crossed_interval((wins @ weights).unsqueeze(0), within=(0.0, 1.0)))
     return found
 
 

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from ...generation import generate, rows_at_once
 from ...model import GPT, GPTConfig
 from ...preferences import bradley_terry
+from ...text import judge
 from ...text.batches import Example
 from ...text.checkpoint import WEIGHTS_FILE
 from ...text.objectives import reference_logps, sft_objective
@@ -36,7 +37,6 @@ from ...text.tokenizer import Tokenizer, train_bpe
 from ...text.training_run import Data, Settings, run_training
 from ...validation import InputError
 from ..text.setup import MODEL, Policy, load_policy, save_policy
-from .truth import BagOfWords, Review, Truth, accuracy, fit_bag_of_words, read_reviews, truth_of
 
 K = 4  # samples of a prefix
 SHORTEST, LONGEST = 2, 8  # tokens of a prefix
@@ -80,7 +80,7 @@ class World(NamedTuple):
     """All that a method needs; prefixes as token ids."""
 
     policy: Policy  # the SFT model, which is every method's start and reference
-    truth: Truth  # the true reward
+    truth: judge.Truth  # the true reward
     examples: list[Example]  # training pairs
     reference: Tensor  # the reference's log-probabilities of them
     train_prompts: list[list[int]]
@@ -102,7 +102,7 @@ def make_world(folder: Path, plan: Plan, *, reviews: str | None, noise: str, see
         held_out, train = own[: plan.held_out], own[plan.held_out :]
         write_json(prompts, {"train": train, "held_out": held_out, "other": other})
     if not samples.exists():
-        truth, prefixes = truth_of(_judge(folder), tokenizer), read_json(prompts)["train"]
+        truth, prefixes = judge.truth_of(_judge(folder), tokenizer), read_json(prompts)["train"]
         write_records(samples, sample_rows(policy, prefixes, truth, plan.max_new_tokens, noise, seed + 2))
 
 
@@ -114,7 +114,7 @@ def load_world(folder: Path) -> World:
     rows, found = read_rows(folder), read_json(folder / PROMPTS_FILE)
     whole = [Example(row["prompt"], row["completions"], "") for row in rows]
     examples, reference = pairs_of(rows, reference_logps(policy.model, whole, micro_size=16, dtype="float32"))
-    truth = truth_of(_judge(folder), policy.tokenizer)
+    truth = judge.truth_of(_judge(folder), policy.tokenizer)
     return World(policy, truth, examples, reference, found["train"], found["held_out"], found["other"])
 
 
@@ -132,9 +132,9 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: is damaged; delete it, and --resume makes it again.") from None
 
 
-def _judge(folder: Path) -> BagOfWords | None:
+def _judge(folder: Path) -> judge.BagOfWords | None:
     path = folder / TRUTH_FILE
-    return BagOfWords(**read_json(path)) if path.exists() else None
+    return judge.BagOfWords(**read_json(path)) if path.exists() else None
 
 
 # -------------------------------------------------------------------------------------- texts and SFT model
@@ -148,10 +148,10 @@ def _texts(folder: Path, plan: Plan, reviews: str | None, seed: int) -> Texts:
     if reviews is None:
         texts = grammar_texts(plan, seed)
     else:
-        texts, judge, share = file_texts(read_reviews(reviews), seed)
-        write_json(folder / TRUTH_FILE, judge._asdict())
+        texts, learnt, share = file_texts(judge.read_reviews(reviews), seed)
+        write_json(folder / TRUTH_FILE, learnt._asdict())
         print(
-            f"ground truth: a logistic regression on {len(judge.weights):,} words, right on {share:.1%} of "
+            f"ground truth: a logistic regression on {len(learnt.weights):,} words, right on {share:.1%} of "
             "the held-out reviews.", flush=True,
         )  # fmt: skip
     write_json(path, texts._asdict())
@@ -173,7 +173,7 @@ def grammar_texts(plan: Plan, seed: int) -> Texts:
     return Texts(whole[300:], whole[:300], own, other)
 
 
-def file_texts(reviews: Sequence[Review], seed: int) -> tuple[Texts, BagOfWords, float]:
+def file_texts(reviews: Sequence[judge.Review], seed: int) -> tuple[Texts, judge.BagOfWords, float]:
     """Texts of a file, the judge learnt from nine tenths of its labels, and its accuracy on the rest.
 
     The other kind of prompts are those of the package's grammar in lower case: another author's.
@@ -182,10 +182,10 @@ def file_texts(reviews: Sequence[Review], seed: int) -> tuple[Texts, BagOfWords,
     random.Random(seed).shuffle(order)
     tenth = len(order) // 10
     held_out, learn = order[:tenth], order[tenth:]
-    judge = fit_bag_of_words(learn)
+    learnt = judge.fit_bag_of_words(learn)
     other = [row["prompt"].lower() + row["completion"].lower() for row in demonstrations(2000, seed=seed)]
     texts = [[review.text for review in some] for some in (learn, held_out[:300], order)]
-    return Texts(*texts, other), judge, accuracy(judge, held_out)
+    return Texts(*texts, other), learnt, judge.accuracy(learnt, held_out)
 
 
 def _sft(folder: Path, plan: Plan, texts: Texts, seed: int, resume: bool) -> Policy:
@@ -282,8 +282,13 @@ def label_pairs(
 
 
 def sample_rows(
-    policy: Policy, prefixes: Sequence[list[int]], truth: Truth, max_new_tokens: int, noise: str, seed: int
-) -> list[dict[str, Any]]:
+    policy: Policy,
+    prefixes: Sequence[list[int]],
+    truth: judge.Truth,
+    max_new_tokens: int,
+    noise: str,
+    seed: int,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Four samples of each prefix with their rewards and labelled pairs: rows of preferences.jsonl."""
     model, tokenizer = policy
     generator, labels = (torch.Generator().manual_seed(seed + k) for k in range(2))

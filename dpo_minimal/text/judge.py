@@ -1,7 +1,7 @@
-"""The ground truth of the sentiment experiment: who judges a text, and the reviews it is learnt from.
+"""Who judges a text: the grammar, whose sentiment is known, or a model learnt from labelled reviews.
 
-The paper's judge is a sentiment classifier as large as the policy. Of the package's own grammar the truth is
-known (`reviews.sentiment`); for real reviews it is a logistic regression on the words that a text contains,
+The paper's judge is a sentiment classifier as large as the policy. Here it is `reviews.sentiment` for the
+package's own grammar, and for real reviews a logistic regression on the words that a text contains,
 
     reward = log p(positive | text) / p(negative | text) = b + sum of w over the text's different words,
 
@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...text.reviews import sentiment
-from ...text.tokenizer import Tokenizer
-from ...validation import InputError, check_positive
+from ..validation import InputError, check_positive
+from .reviews import sentiment
+from .tokenizer import Tokenizer
 
 Truth = Callable[[Sequence[list[int]], Sequence[list[int]]], Tensor]  # prompts, completions -> rewards (N,)
 
