@@ -92,7 +92,7 @@ def _generate(model: GPT, prompts, max_new_tokens: int, eos, cut, generator) -> 
         drawn[rows, step] = token.squeeze(-1)
         if eos is not None:
             running &= token.squeeze(-1) != eos
-            if 2 * running.sum() <= len(rows):  # half have ended: go on with the others alone
+            if 4 * running.sum() <= 3 * len(rows):  # a quarter have ended: go on with the others alone
                 rows, lengths, readable, token = (x[running] for x in (rows, lengths, readable, token))
                 for cache in caches:
                     cache.keep(running)

@@ -515,28 +515,22 @@ PROCESSORS = {  # what each library is told not to use
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("processor", PROCESSORS)
 def test_the_gpt_experiment_on_other_processors(processor, threads):
-    """The end must not depend on how sums are rounded: with other instructions and threads, in the quick
-    world, two seeds each. Fails if the learning rate does not fall fast enough for Adam to settle: a line to
-    zero ended between 1.3e-4 and 6.8e-4 in the full world, depending on the processor."""
+    """The end must not depend on how sums are rounded: other instructions, other threads, the quick world.
+    Fails if the learning rate does not fall fast enough for Adam to settle: with a line down to zero the full
+    world ended at 1.3e-4 nats on one processor and at 6.8e-4 on another."""
     code = f"""
 import torch
 from dpo_minimal.experiments.bandit.convergence import Settings, gpt_population
 torch.set_num_threads({threads})
-for seed in (0, 1):
-    made = Settings(
-        beta=0.5, pairs=1, table_steps=1, gpt_steps=1000, seed=seed, device="cpu", quick=True
-    )
-    outcome = gpt_population(made)
-    print((outcome.logps - outcome.target_logps).abs().max().item(), outcome.logp_bound.max().item())
+outcome = gpt_population(Settings(0.5, 1, 1, gpt_steps=1000, seed={threads}, device="cpu", quick=True))
+print((outcome.logps - outcome.target_logps).abs().max().item(), outcome.logp_bound.max().item())
 """
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True,
-        env=os.environ | PROCESSORS[processor],
+        env=os.environ | PROCESSORS[processor] | {"OMP_WAIT_POLICY": "PASSIVE"},  # beside other work
     )  # fmt: skip
-    for line in done.stdout.splitlines():
-        distance, bound = map(float, line.split())
-        assert distance <= min(bound, 1e-3 / 3)  # a third of the promise, as in the full world
-    assert len(done.stdout.splitlines()) == 2
+    distance, bound = map(float, done.stdout.split())
+    assert distance <= min(bound, 1e-3 / 3)  # a third of the promise, as in the full world
 
 
 @pytest.mark.parametrize("seed", range(10))
