@@ -42,8 +42,9 @@ class Option(NamedTuple):
 
     def arguments(self) -> dict[str, Any]:
         """Keywords for argparse's add_argument."""
-        defaults = [str(value) for value in (self.default, self.reviews) if value is not None]
-        text = f"{self.help} (default {'; without --data '.join(defaults)})" if defaults else self.help
+        named = (("default", self.default), ("without --data", self.reviews))
+        defaults = "; ".join(f"{name} {value}" for name, value in named if value is not None)
+        text = f"{self.help} ({defaults})" if defaults else self.help
         if self.kind is bool:
             return {"help": text, "action": "store_true", "default": None}
         metavar = self.metavar or {int: "N", float: "X"}.get(self.kind)
@@ -82,7 +83,7 @@ DATA: Group = {
         "rows to train on: JSON or JSONL, gzipped or not; see `dpo-minimal audit --data FILE` first "
         "(default: film reviews that the package generates)", str, metavar="FILE",
     ),
-    "rows": Option("without --data: how many rows to generate", check=at_least(100)),
+    "rows": Option("how many rows to generate", check=at_least(100)),
     "skip_bad_rows": COMMON["skip_bad_rows"],
     "max_length": Option(
         "tokens of a prompt with its longest completion; a longer prompt loses its left end, a completion "

@@ -26,8 +26,8 @@ chosen completion for a good one and each rejected for a bad one, and reads a th
 estimate the policy's divergence from the reference. Each micro-batch makes that estimate for itself, so that
 for kto, and only for it, --gradient-accumulation-steps changes more than rounding.
 
-With --data the defaults are the paper's, where it gives one. The reviews need others: a model of a million
-weights, 90 steps from its reference, learns little from RMSprop at 1e-6.
+With --data the defaults are the paper's, where it gives one. The reviews need others: a model of 0.7 million
+weights, 86 steps from its reference, learns little from RMSprop at 1e-6.
 
 A run folder holds model/ (Hugging Face's layout), metrics.jsonl, training.png, config.json, checkpoints/, the
 reference's log-probabilities, and without --data also sft/ and preferences.jsonl.
@@ -78,7 +78,7 @@ PREFERENCES_FILE, REFERENCE_FILE = "preferences.jsonl", "reference_logps.safeten
 
 
 GROUPS = {
-    "data": altered(DATA, rows={"reviews": 6000}),
+    "data": altered(DATA, rows={"reviews": 6000}, held_out={"reviews": 0.09}),
     "model": {
         "model": COMMON["model"]._replace(
             help="policy and reference start as this run, folder, or released name (gpt2 to gpt2-xl); needed "
@@ -87,18 +87,19 @@ GROUPS = {
     },
     "training": altered(
         TRAINING, learning_rate={"default": 1e-6, "reviews": 2e-4}, warmup_steps={"reviews": 20},
+        per_device_train_batch_size={"reviews": 16}, gradient_accumulation_steps={"reviews": 4},
         optimizer={"default": "rmsprop", "reviews": "adamw"},
     ),
     "samples": {
         "eval_samples": Option(
-            "samples drawn at each evaluation, at most one a held-out row; 0 draws none", int, 16, 256,
+            "samples drawn at each evaluation, at most one a held-out row; 0 draws none", int, 16, 512,
             check=at_least(0),
         ),
         "max_new_tokens": Option(
             "tokens of a sample at most (default: half of the model's context, but at most 128)"
         ),
     },
-    "run": altered(RUN, eval_steps={"reviews": 25}),
+    "run": altered(RUN, eval_steps={"reviews": 30}),
 }  # fmt: skip
 
 

@@ -40,7 +40,7 @@ FINE_TUNING_RATE = 2e-5  # of a model that knows a language already
 SHOWN = 4
 GROUPS = {
     "data": altered(
-        DATA, rows={"reviews": 16000},
+        DATA, rows={"reviews": 8000},
         max_length={"help": DATA["max_length"].help[:-1] + "; of a new model it is this number, else "
                     f"{CONTEXT}, or {REVIEWS_CONTEXT} for the reviews unless read as bytes)"},
     ),
@@ -54,15 +54,16 @@ GROUPS = {
             choices=TOKENIZERS,
         ),
         "vocab_size": Option("tokens of that BPE", int, 1024, 704, check=at_least(258)),
-        "n_layer": Option("layers of a new model", int, 4),
+        "n_layer": Option("layers of a new model", int, 4, 3),
         "n_head": Option("heads of a new model", int, 4),
         "n_embd": Option("width of a new model", int, 128),
     },
     "training": altered(
         TRAINING, learning_rate={"default": 1e-3, "reviews": 2e-3}, optimizer={"default": "adamw"},
-        gradient_accumulation_steps={"reviews": 4}, warmup_steps={"reviews": 20},
+        per_device_train_batch_size={"reviews": 16}, gradient_accumulation_steps={"reviews": 2},
+        warmup_steps={"reviews": 20},
     ),
-    "run": RUN,
+    "run": altered(RUN, eval_steps={"reviews": 100}),
 }  # fmt: skip
 add_arguments = partial(add_options, groups=GROUPS)
 
