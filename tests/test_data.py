@@ -630,7 +630,7 @@ anything = st.recursive(
 
 
 @given(row=st.dictionaries(names, anything, max_size=6), kind=st.sampled_from(KINDS))
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_any_row_is_read_or_refused(row, kind):
     """Whatever JSON stands in the columns, there are rows of text or one sentence, never another exception.
     Fails if a null, a list or an object reaches code that takes it for text."""
@@ -647,7 +647,7 @@ def test_any_row_is_read_or_refused(row, kind):
     content=st.binary(max_size=12) | st.text('[]{}"ab:,1\n ', max_size=12).map(str.encode),
     zipped=st.booleans(),
 )
-@settings(max_examples=200)
+@settings(max_examples=100)
 def test_any_bytes_are_refused(content, zipped):
     """A dozen bytes hold no row. Fails if some of them pass, or end in another exception than InputError."""
     with tempfile.TemporaryDirectory() as folder:

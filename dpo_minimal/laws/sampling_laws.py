@@ -58,8 +58,7 @@ def finite_data_law(
         InputError: beta <= 0; a prompt's comparisons fall apart, so that rewards cannot be told.
     """
     check_positive("beta", beta)
-    state = curvature(beta * (optimal - ref_logps), rankings)
-    _check_connected(state, rankings)
+    state = _curvature(beta * (optimal - ref_logps), rankings)
     g = state.gradient.unsqueeze(-1)
     score = (state.total * (g.mT @ state.inverse @ g).flatten()).sum().item()
     degrees = int(state.compared.sum() - (state.total > 0).sum())
@@ -90,8 +89,7 @@ def kl_law(optimal: Tensor, ref_logps: Tensor, population: Rankings, *, beta: fl
     Raises: InputError: beta <= 0; a prompt's comparisons fall apart.
     """
     check_positive("beta", beta)
-    state = curvature(beta * (optimal - ref_logps), population)
-    _check_connected(state, population)
+    state = _curvature(beta * (optimal - ref_logps), population)
     probability, root = optimal.exp(), (optimal / 2).exp()
     factor = torch.diag_embed(root) - probability.unsqueeze(-1) * root.unsqueeze(-2)  # factor factor' = Sigma
     eigenvalues = torch.linalg.eigvalsh(factor.mT @ state.inverse @ factor).clamp(min=0) / beta**2
@@ -118,8 +116,7 @@ def score_moments(scores: Tensor, population: Rankings, num_rankings: int) -> tu
     check_count("num_rankings", num_rankings)
     if len(scores) != 1:
         raise InputError(f"scores must be of one prompt, got {len(scores)}; give one row at a time.")
-    state, gradient = curvature(scores, population), score_gradients(scores, population)
-    _check_connected(state, population)
+    state, gradient = _curvature(scores, population), score_gradients(scores, population)
     single = (gradient @ state.inverse[0] * gradient).sum(-1)
     degrees = int(state.compared.sum()) - 1
     square = (population.normalised().weight @ single**2).item()
@@ -134,13 +131,13 @@ def cramer_rao(scores: Tensor, population: Rankings, num_rankings: int) -> Tenso
     Raises: InputError: a prompt's comparisons fall apart; num_rankings < 1.
     """
     check_count("num_rankings", num_rankings)
-    state = curvature(scores, population)
-    _check_connected(state, population)
-    return state.inverse.diagonal(dim1=-2, dim2=-1).sum(-1) / num_rankings
+    inverse = _curvature(scores, population).inverse
+    return inverse.diagonal(dim1=-2, dim2=-1).sum(-1) / num_rankings
 
 
-def _check_connected(state: Curvature, rankings: Rankings) -> None:
-    """Require that chains of comparisons join all completions of a prompt that were compared."""
+def _curvature(scores: Tensor, rankings: Rankings) -> Curvature:
+    """The curvature at the scores, where comparisons join all completions of a prompt that were compared."""
+    state = curvature(scores, rankings)
     wins = win_counts(rankings, *state.compared.shape)
     apart = ~connected(wins + wins.mT) & state.compared.unsqueeze(-1) & state.compared.unsqueeze(-2)
     if apart.any():
@@ -149,6 +146,7 @@ def _check_connected(state: Curvature, rankings: Rankings) -> None:
             f"prompt {x}: no chain of comparisons leads from completion {first} to {second}, so the data do "
             "not tell their rewards apart; add comparisons between them."
         )
+    return state
 
 
 def no_estimate_bound(chances: Tensor, num_pairs: int) -> float:

@@ -20,6 +20,7 @@ from ...laws.sampling_laws import finite_data_law
 from ...preferences import Rankings, all_sets, sample_pairs
 from ...text.runs import new_run_folder, refuse_used_folder, versions, write_arrays, write_json, write_records
 from ...validation import InputError, check_count, check_device, check_positive, check_range, check_seed
+from ..study import table
 from . import ranking
 from .convergence import (
     GPT_PROMPTS,
@@ -171,45 +172,41 @@ def _world(args: argparse.Namespace, settings: Settings) -> Bandit:
 # --------------------------------------------------------------------------------------------- reporting
 
 
-COLUMNS = "{:<21} {:>10} {:>9} {:>8} {:>8} {:>8} {:>8} {:>8} {:>9} {:>8} {:>16} {:>5}"
+COLUMNS = [
+    ("experiment", "<21", ""), ("max|dlogp|", ">10", ".1e"), ("bound", ">9", ".1e"), ("TV", ">8", ".1e"),
+    ("KL(p|t)", ">8", ".1e"), ("KL(t|p)", ">8", ".1e"), ("reward", ">8", ".4f"), ("(best)", ">8", ".4f"),
+    ("KL(p|ref)", ">9", ".4f"), ("(best)", ">8", ".4f"), ("weight", ">16", ""), ("sec", ">5", ".1f"),
+]  # fmt: skip
 
 
 def results_table(outcomes: list[Outcome]) -> str:
     """The table that the command prints, with a line of explanation for what is not obvious in it."""
-    header = COLUMNS.format(
-        "experiment", "max|dlogp|", "bound", "TV", "KL(p|t)", "KL(t|p)", "reward", "(best)", "KL(p|ref)",
-        "(best)", "weight", "sec",
-    )  # fmt: skip
-    lines = [header, "-" * len(header)]
+    rows = []
     for outcome in outcomes:
         first, last = (outcome.records[k]["dpo/gradient_weight"] for k in (0, -1))
-        trained = f"{outcome.logp_bound.max():.1e}", f"{first:.4g} -> {last:.4g}", f"{outcome.seconds:.1f}"
+        trained = outcome.logp_bound.max().item(), f"{first:.4g} -> {last:.4g}", outcome.seconds
         label = f"{outcome.name} -> {outcome.target}"
-        lines.append(_row(label, outcome, outcome.logps, outcome.target_logps, *trained))
+        rows.append(_row(label, outcome, outcome.logps, outcome.target_logps, *trained))
         if outcome.target != "pi*":
             optimal = optimal_logps(outcome.ref_logps, outcome.rewards, beta=outcome.beta)
-            lines.append(_row(f"  {outcome.target} -> pi*", outcome, outcome.target_logps, optimal))
-    lines += [
-        "",
-        "max|dlogp|: largest |log p - log t| in nats, policy p against target t; bound: what p's gradient",
-        "proves about it; TV: total variation; (best): of the target; weight: mean gradient weight, first",
-        "and last (of rankings: that of the best answer); sec: training and measuring.",
-    ]
-    return "\n".join(lines)
+            rows.append(_row(f"  {outcome.target} -> pi*", outcome, outcome.target_logps, optimal))
+    header, *lines = table(COLUMNS, rows)
+    explanation = """
+max|dlogp|: largest |log p - log t| in nats, policy p against target t; bound: what p's gradient
+proves about it; TV: total variation; (best): of the target; weight: mean gradient weight, first
+and last (of rankings: that of the best answer); sec: training and measuring."""
+    return "\n".join([header, "-" * len(header), *lines, explanation])
 
 
-def _row(label, outcome: Outcome, logps: Tensor, target: Tensor, bound="-", weight="-", seconds="-") -> str:
+def _row(label, outcome: Outcome, logps: Tensor, target: Tensor, bound="-", weight="-", seconds="-") -> list:
     """A policy beside its target; the last three are known of what was trained."""
-    variation = ((logps.exp() - target.exp()).abs().sum(-1) / 2).max()
-    kls = kl_divergence(logps, target).max(), kl_divergence(target, logps).max()
-    rewards, to_reference = [], []
-    for table in (logps, target):
-        rewards.append(f"{expected_reward(table, outcome.rewards):.4f}")
-        to_reference.append(f"{kl_divergence(table, outcome.ref_logps).mean():.4f}")
-    return COLUMNS.format(
-        label, f"{max_distance(logps, target):.1e}", bound, *(f"{x:.1e}" for x in (variation, *kls)),
-        *rewards, *to_reference, weight, seconds,
-    )  # fmt: skip
+    variation = ((logps.exp() - target.exp()).abs().sum(-1) / 2).max().item()
+    kls = (kl_divergence(*pair).max().item() for pair in ((logps, target), (target, logps)))
+    rewards = (expected_reward(p, outcome.rewards).item() for p in (logps, target))
+    from_reference = (kl_divergence(p, outcome.ref_logps).mean().item() for p in (logps, target))
+    return [
+        label, max_distance(logps, target), bound, variation, *kls, *rewards, *from_reference, weight, seconds
+    ]  # fmt: skip
 
 
 def _statistical_line(world: Bandit, data: Rankings, estimate: Tensor, settings: Settings) -> str:
