@@ -290,7 +290,7 @@ def test_other_options_leave_the_same_world(capsys, no_figure):
 def test_quick_means_a_smaller_gpt_world_and_fewer_steps(monkeypatch, capsys):
     """An option silently ignored."""
     seen = []
-    monkeypatch.setattr(bandit, "tabular", lambda world, settings: seen.append(settings) or stop())
+    monkeypatch.setattr(convergence, "tabular", lambda world, settings: seen.append(settings) or stop())
 
     def stop():
         raise InputError("stopped here")

@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 
 from dpo_minimal.__main__ import COMMANDS, main
-from dpo_minimal.experiments.text import dpo
+from dpo_minimal.experiments.text import dpo, figure
 from dpo_minimal.experiments.text.setup import load_policy
 from dpo_minimal.model import GPT, GPTConfig
 from dpo_minimal.text import tokenizer
@@ -64,6 +64,12 @@ def rankings(count: int) -> list[dict]:
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def no_figure(monkeypatch):
+    """Leave out the drawing, half of a small run's time."""
+    monkeypatch.setattr(figure, "preference_figure", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +161,7 @@ def test_a_run_folder_holds_what_the_help_says(trained, world):
     assert matplotlib.image.imread(trained / "training.png").shape[:2] == (1320, 1760)
 
 
-def test_the_same_seed_gives_the_same_run(trained, world):
+def test_the_same_seed_gives_the_same_run(trained, world, no_figure):
     assert main(dpo_flags(world)) == 0
     for name in ("metrics.jsonl", "model/model.safetensors", "reference_logps.safetensors"):
         assert (Path("run") / name).read_bytes() == (trained / name).read_bytes(), name
@@ -190,7 +196,7 @@ def test_every_loss_starts_where_it_must_and_falls(world, loss_type, capsys):
     assert f"; loss {loss_type}, {listed}." in capsys.readouterr().out
 
 
-def test_kto_goes_on_and_says_which_row_is_alone(world, capsys):
+def test_kto_goes_on_and_says_which_row_is_alone(world, capsys, no_figure):
     """39 training and 5 held-out rows in fours: the rest of the held-out ones, and of an epoch of 8, is 1 and
     3. The mismatched completions are the same when the run goes on, so that the kept reference fits."""
     Path("some.jsonl").write_text(lines(pairs(44)))
@@ -208,7 +214,7 @@ def test_kto_goes_on_and_says_which_row_is_alone(world, capsys):
     assert Path("run/model/model.safetensors").read_bytes() == before
 
 
-def test_score_reads_runs_without_a_beta(world, capsys):
+def test_score_reads_runs_without_a_beta(world, capsys, no_figure):
     """Unlikelihood has none; the implicit reward is then measured at the default."""
     assert (
         main(dpo_flags(world, loss_type="unlikelihood", max_steps=1, eval_samples=0, max_new_tokens=None))
@@ -219,7 +225,7 @@ def test_score_reads_runs_without_a_beta(world, capsys):
     assert "beta 0.1" in capsys.readouterr().out
 
 
-def test_bfloat16_multiplies_in_half_precision_and_keeps_float32_weights(trained, world):
+def test_bfloat16_multiplies_in_half_precision_and_keeps_float32_weights(trained, world, no_figure):
     assert main(dpo_flags(world, dtype="bfloat16")) == 0
     references, policies = [], []
     for folder in (Path("run"), trained):
@@ -294,7 +300,7 @@ def test_a_folder_without_tokenizer_is_gpt_2s_only_by_its_size(world, capsys):
 # ------------------------------------------------------------------------------------------------ going on
 
 
-def test_ctrl_c_and_resume(trained, world):
+def test_ctrl_c_and_resume(trained, world, no_figure):
     """A run in a process of its own is interrupted, and goes on to the files of the uninterrupted one."""
     command = [sys.executable, "-m", "dpo_minimal", *dpo_flags(world)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -314,7 +320,7 @@ def test_ctrl_c_and_resume(trained, world):
         assert (Path("run") / name).read_bytes() == (trained / name).read_bytes(), name
 
 
-def test_a_resumed_run_is_the_run(trained, world, capsys, monkeypatch):
+def test_a_resumed_run_is_the_run(trained, world, capsys, monkeypatch, no_figure):
     """Nothing about it may change: flags, command, data, model."""
     run = str(trained)
     refused(capsys, ["dpo", "--resume", run, "--beta", "0.2"], "--beta is 0.1")
@@ -345,7 +351,7 @@ def test_references_that_are_not_the_models_are_seen_before_a_step(world, capsys
     assert not Path("run/model").exists() and not Path("run/checkpoints").exists()
 
 
-def test_references_are_computed_once(trained, world, monkeypatch):
+def test_references_are_computed_once(trained, world, monkeypatch, no_figure):
     monkeypatch.setattr(dpo, "reference_logps", lambda *_, **__: pytest.fail("computed again"))
     assert main(["dpo", "--resume", str(trained)]) == 0
 
@@ -375,7 +381,7 @@ def test_a_bad_file_is_refused_before_anything_is_written(world, capsys, name):
     assert [path.name for path in Path().iterdir()] == ["bad.jsonl"]
 
 
-def test_bad_rows_may_be_left_out(world, capsys):
+def test_bad_rows_may_be_left_out(world, capsys, no_figure):
     bad = [ROW | {"rejected": " b"}, ROW | {"chosen": "b" * 60}]
     Path("some.jsonl").write_text(lines(pairs(20) + bad))
     assert main([*dpo_flags(world, data="some.jsonl", held_out=0.2), "--skip-bad-rows"]) == 0

@@ -21,17 +21,8 @@ from ...preferences import Rankings, all_sets, sample_pairs
 from ...text.runs import new_run_folder, refuse_used_folder, versions, write_arrays, write_json, write_records
 from ...validation import InputError, check_count, check_device, check_positive, check_range, check_seed
 from ..study import table
-from . import ranking
-from .convergence import (
-    GPT_PROMPTS,
-    Settings,
-    finite,
-    gpt_population,
-    plackett_luce,
-    ranking_size,
-    seeded_generator,
-    tabular,
-)
+from . import convergence, ranking
+from .convergence import Settings
 from .fit import Outcome, expected_reward, max_distance
 from .tables import load_table
 
@@ -54,14 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training = parser.add_argument_group("training")
     training.add_argument(
         "--beta", type=float, default=0.5,
-        help="strength of the KL penalty, 1e-4 to 1e4 (default %(default)s instead of the paper's 0.1, for a "
-        "pi* that a figure can show; not 1, where a forgotten beta would go unnoticed)",
+        help="strength of the KL penalty, 1e-4 to 1e4 (default %(default)s: a figure can show that pi*)",
     )  # fmt: skip
     training.add_argument("--pairs", type=int, metavar="N", help="pairs to sample (default 20000)")
     training.add_argument(
         "--steps", type=int,
-        help="optimisation steps at most, of each experiment (default: 2000 for tables, which stop early "
-        "once certified; 2000 for the GPT; with --comparisons 20000, or 5000 by ipo)",
+        help="at most, of each experiment (default: 2000, but tables stop early once certified; with "
+        "--comparisons 20000, or 5000 by ipo)",
     )  # fmt: skip
     training.add_argument(
         "--loss", choices=("dpo", "ipo"),
@@ -93,7 +83,7 @@ def run(args: argparse.Namespace) -> Path:
     settings = _settings(args)
     refuse_used_folder(args.output_dir)
     world = _world(args, settings)
-    generator = seeded_generator(settings, "pairs")
+    generator = convergence.seeded_generator(settings, "pairs")
     data = sample_pairs(world.rewards, settings.pairs, slate=all_sets(world.exists), generator=generator)
     estimate, missing = None, None
     try:
@@ -106,17 +96,17 @@ def run(args: argparse.Namespace) -> Path:
     write_json(folder / "config.json", {"command": "bandit", **vars(args), **vars(settings), **versions()})
 
     X, Y = world.rewards.shape
-    size = ranking_size(world)
+    size = convergence.ranking_size(world)
     experiments = {
         f"tabular: {X} prompts x {Y} completions, every pair with its exact probability (float64).":
-            lambda: tabular(world, settings),
+            lambda: convergence.tabular(world, settings),
         f"finite: {settings.pairs} sampled pairs; the target is their maximum-likelihood estimate (float64).":
-            lambda: finite(world, data, estimate, settings),
-        f"gpt: a GPT-2 and all its completions for {GPT_PROMPTS} prompts, exact probabilities on a sparse "
-        "graph of pairs (trained in float32, judged in float64).":
-            lambda: gpt_population(settings),
+            lambda: convergence.finite(world, data, estimate, settings),
+        f"gpt: a GPT-2 and all its completions for {convergence.GPT_PROMPTS} prompts, exact probabilities on "
+        "a sparse graph of pairs (trained in float32, judged in float64).":
+            lambda: convergence.gpt_population(settings),
         f"plackett_luce: rankings of {size} with their exact probability (float64).":
-            lambda: plackett_luce(world, settings, size),
+            lambda: convergence.plackett_luce(world, settings, size),
     }  # fmt: skip
     print(f"Training towards pi* = pi_ref exp(r / beta) / Z with beta = {settings.beta:g}.\n", flush=True)
     outcomes = []
@@ -166,7 +156,7 @@ def _world(args: argparse.Namespace, settings: Settings) -> Bandit:
     completions = 16 if args.completions is None else args.completions
     check_count("--prompts", prompts)
     check_count("--completions", completions, minimum=2)
-    return random_bandit(prompts, completions, generator=seeded_generator(settings, "world"))
+    return random_bandit(prompts, completions, generator=convergence.seeded_generator(settings, "world"))
 
 
 # --------------------------------------------------------------------------------------------- reporting

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     world = parser.add_argument_group("world")
     world.add_argument(
-        "--completions", type=int, default=5, metavar="K", help="completions, 2 to 16 (default %(default)s)"
+        "--completions", type=int, default=5, metavar="K", help="2 to 16 (default %(default)s)"
     )
     world.add_argument(
         "--beta", type=float, default=0.5,
@@ -59,12 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     run = parser.add_argument_group("run")
     run.add_argument("--seed", type=int, default=0, help="the same seed gives the same numbers (default 0)")
-    run.add_argument(
-        "--output-dir", metavar="DIR", help="new folder to write to (default runs/statistics-NNN)"
-    )
-    run.add_argument(
-        "--quick", action="store_true", help=f"{QUICK_REPLICATES} data sets for each N: a few seconds"
-    )
+    run.add_argument("--output-dir", metavar="DIR", help="new folder (default runs/statistics-NNN)")
+    run.add_argument("--quick", action="store_true", help=f"{QUICK_REPLICATES} data sets for each N")
 
 
 def run(args: argparse.Namespace) -> Path:

@@ -17,14 +17,7 @@ from torch import Tensor
 from ...bandit import Bandit, random_bandit
 from ...certificates import connected, curvature, largest_resistance, maximum_likelihood
 from ...closed_form import kl_divergence, optimal_logps
-from ...laws.sampling_laws import (
-    chi_square_quantile,
-    cramer_rao,
-    kl_law,
-    no_estimate_bound,
-    score_gradients,
-    score_moments,
-)
+from ...laws import sampling_laws
 from ...preferences import Rankings, all_sets, expected_pairs, win_counts
 
 LEVELS = (90, 95, 99)  # per cent
@@ -125,7 +118,7 @@ def simulate(truth: Truth, num_pairs: int, settings: Settings) -> Size:
         count = min(at_once, settings.replicates - start)
         parts.append(measure(truth, draw(truth, num_pairs, count, generator)))
     sample = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-    bound = no_estimate_bound(win_counts(truth.population, 1, truth.degrees + 1)[0], num_pairs)
+    bound = sampling_laws.no_estimate_bound(win_counts(truth.population, 1, truth.degrees + 1)[0], num_pairs)
     missing = int(sample["kl"].isnan().sum())
     return Size(num_pairs, sample, laws(truth, num_pairs, sample), missing, bound)
 
@@ -149,7 +142,8 @@ def measure(truth: Truth, counts: Tensor) -> dict[str, Tensor]:
     """
     counts = counts.double()
     number = counts.sum(-1)
-    gradient = counts @ score_gradients(truth.world.rewards, truth.population) / number.unsqueeze(-1)
+    single = sampling_laws.score_gradients(truth.world.rewards, truth.population)
+    gradient = counts @ single / number.unsqueeze(-1)
     sample = {"score": number * (gradient @ truth.inverse[0] * gradient).sum(-1)}
     sample |= {key: torch.full_like(number, math.nan) for key in KEYS}
     wins = win_counts(_as_prompts(truth, counts), len(counts), truth.degrees + 1)
@@ -201,9 +195,10 @@ def laws(truth: Truth, num_pairs: int, sample: dict[str, Tensor]) -> list[Law]:
     """
     d, relative, number = truth.degrees, truth.resistance / num_pairs, len(sample["score"])
     rewards, population = truth.world.rewards, truth.population
-    kl = kl_law(truth.optimal, truth.world.ref_logps, population, beta=truth.beta)[0].item()
-    score_mean, score_variance = score_moments(rewards, population, num_pairs)
-    bound = cramer_rao(rewards, population, num_pairs).item() * num_pairs  # squared errors are times N too
+    kl = sampling_laws.kl_law(truth.optimal, truth.world.ref_logps, population, beta=truth.beta)[0].item()
+    score_mean, score_variance = sampling_laws.score_moments(rewards, population, num_pairs)
+    # Squared errors are times N too.
+    bound = sampling_laws.cramer_rao(rewards, population, num_pairs).item() * num_pairs
     kept = {key: values[~values.isnan()] for key, values in sample.items()}
     many = relative <= 1 / 16 and len(kept["kl"]) >= 0.99 * number
     kl_slack = (1 + 1 / truth.beta**2) * relative
@@ -211,7 +206,7 @@ def laws(truth: Truth, num_pairs: int, sample: dict[str, Tensor]) -> list[Law]:
 
     def coverage(key: str, region: str, level: int) -> Law:
         share = level / 100
-        inside = (kept[key] <= chi_square_quantile(share, d)).double()
+        inside = (kept[key] <= sampling_laws.chi_square_quantile(share, d)).double()
         # The error is the law's: the sample's own is 0 where all are inside.
         error = math.sqrt(share * (1 - share) / len(inside)) if len(inside) > 1 else math.nan
         # With two completions coverage jumps by the chance of one count of wins, of order 1 / sqrt(N).
