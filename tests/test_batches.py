@@ -502,7 +502,7 @@ def test_mismatched_rows_fit_too():
 
 def test_a_third_completion_of_another_prompt():
     """Fails if it is the row's own, if it is always the chosen or always the rejected one, if a prompt does
-    not make room for it, or if the row itself changes."""
+    not get shorter for it, or if the row itself changes."""
     check_third_completion()
 
 
@@ -597,7 +597,7 @@ MUTANTS = {
     "always the chosen one": (
         batches.with_mismatched, "[number % 2]", "[0]", check_third_completion,
     ),
-    "no room made": (
+    "the prompt not shortened": (
         batches.with_mismatched, "map(len, completions)", "map(len, own.completions)", check_third_completion,
     ),
     "mismatched by one row": (
