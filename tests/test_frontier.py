@@ -561,10 +561,10 @@ def test_targets_out_of_reach_are_left_out():
 
 
 @pytest.mark.slow
-def test_all_roads_lead_to_one_optimum(tmp_path, capsys):
+def test_all_ways_lead_to_one_optimum(tmp_path, capsys):
     """The default run: within 1e-3 nats of pi* for the table, 1e-2 for the GPT."""
     assert main(["frontier", "--output-dir", str(tmp_path / "run")]) == 0
-    blocks = capsys.readouterr().out.split("\nRoads to one optimum: ")[1:]
+    blocks = capsys.readouterr().out.split("\nWays to one optimum: ")[1:]
     for block, limit, count in ((blocks[0], 1e-3, 5), (blocks[1].split("Frontier")[0], 1e-2, 4)):
         rows = [line for line in block.split("\n")[2:] if line.strip()]
         assert len(rows) == count

@@ -67,7 +67,7 @@ LONGER = 3  # times the usual effort on the ways to one optimum
 MOST_PAIRS = 10_000_000  # what memory allows; by then the exact preferences are as good
 
 WAYS = (
-    ("road", "<38", ""), ("KL(pi||pi*)", ">11", ".1e"), ("max|dlogp|", ">10", ".1e"), ("bound", ">8", ".1e"),
+    ("way", "<38", ""), ("KL(pi||pi*)", ">11", ".1e"), ("max|dlogp|", ">10", ".1e"), ("bound", ">8", ".1e"),
     ("steps", ">6", ""), ("sec", ">5", ".1f"),
 )  # fmt: skip
 COLUMNS = (
@@ -190,7 +190,7 @@ def ways_to_one_optimum(world: World, args: argparse.Namespace) -> list[str]:
             bound = certify(logps, world.ref_logps, data, beta=beta).logp_bound.max().item()
         kl, worst = kl_divergence(logps, optimal).max().item(), (logps - optimal).abs().max().item()
         rows.append((name, kl, worst, bound if bound < math.inf else "-", run.steps, run.seconds))
-    title = f"Roads to one optimum: {world.name}, exact preferences, beta = {beta:g}"
+    title = f"Ways to one optimum: {world.name}, exact preferences, beta = {beta:g}"
     return [title, *table(WAYS, rows, indent="  ")]
 
 

@@ -29,7 +29,7 @@ class PairMethod(NamedTuple):
         family, setting: "cDPO", "β 0.1, ε 0.1".
         objective: the mean loss of the comparisons, by their weights.
         optimum: (world, rankings) -> (X, Y) log pi, or None; raises InputError where none exists.
-        rate: Adam's rate for a table, in nats of log pi a step: as far as the optimum is, so is the walk.
+        rate: Adam's rate for a table, in nats of log pi a step: so that a far optimum takes as many steps as a near one.
     """
 
     family: str
