@@ -673,7 +673,7 @@ def test_the_same_seed_gives_the_same_bits():
     "mistake", ["reference ignored", "beta missing on reference", "labels swapped", "weight decay"]
 )
 def test_a_wrong_training_does_not_meet_the_certificate(mistake):
-    """The checks have teeth: four classic mistakes converge, to limits known in closed form, and the
+    """The checks can fail: four common mistakes converge, to limits known in closed form, and the
     certificate of the right objective refuses them."""
     world = random_bandit(2, 4, generator=generator_of(9))
     beta, ref = 0.5, world.ref_logps

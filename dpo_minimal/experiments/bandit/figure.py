@@ -100,7 +100,7 @@ def _frontier_panel(axis, outcomes: list[Outcome]) -> None:
             kl, reward = (numbers.mean(-1) for numbers in frontier)
             axis.plot(kl, reward, color="black", linewidth=1.5, zorder=1)
             axis.annotate(world, (kl[0], reward[0]), (8, 0), textcoords="offset points", va="center")
-    axis.set_xlim(right=1.25 * axis.get_xlim()[1])  # room for the names
+    axis.set_xlim(right=1.25 * axis.get_xlim()[1])  # space for the names
     axis.plot([], [], color="black", linewidth=1.5, label="frontier: most reward at this KL")
     for outcome in outcomes:
         path = [(record["kl/policy_reference"], record["reward"]) for record in outcome.records]
