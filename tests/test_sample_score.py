@@ -10,7 +10,7 @@ import pytest
 import torch
 from planting import CAUGHT, plant
 
-from dpo_minimal import model as model_room
+from dpo_minimal import model as model_module
 from dpo_minimal.__main__ import main
 from dpo_minimal.experiments.text import pair_scores, sample, score
 from dpo_minimal.losses import dpo_loss
@@ -434,7 +434,7 @@ def test_score_refuses(capsys, arguments, named):
 
 def test_broken_numbers_are_named(capsys, monkeypatch):
     """A log-probability that overflowed is an error with its row, not a table of nan."""
-    plant(monkeypatch, model_room.GPT.project, "self.wte.weight)", "self.wte.weight) * 1e39")
+    plant(monkeypatch, model_module.GPT.project, "self.wte.weight)", "self.wte.weight) * 1e39")
     assert_refused(capsys, *ON_FILE, named=("pairs.json, row 1", "--model", "not finite"))
 
 
