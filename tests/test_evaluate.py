@@ -318,8 +318,7 @@ def test_rewards_that_do_not_pair_are_refused():
 
 MUTANTS = {
     "the divergence the other way round": (
-        evaluate.sample, "shared_prompt_logps(model, batch) - shared_prompt_logps(reference, batch)",
-        "shared_prompt_logps(reference, batch) - shared_prompt_logps(model, batch)",
+        evaluate.sample, "logps - ref_logps", "ref_logps - logps",
         test_the_divergence_is_that_of_all_completions,
     ),
     "the prompt loses its right end": (

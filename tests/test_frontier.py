@@ -30,6 +30,7 @@ from dpo_minimal import (
 from dpo_minimal.__main__ import main
 from dpo_minimal.bandit import TabularPolicy, loss_on_table
 from dpo_minimal.closed_form import frontier_gap
+from dpo_minimal.experiments import figures
 from dpo_minimal.experiments.frontier import command as frontier
 from dpo_minimal.experiments.frontier import figure as frontier_plots
 from dpo_minimal.experiments.frontier import methods, pair_methods, pairs
@@ -493,9 +494,9 @@ def test_no_end_lies_outside_the_figure():
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures that are saved, instead of files."""
-    figures = []
-    monkeypatch.setattr(frontier_plots, "save_figure", lambda figure, path: figures.append(figure))
-    yield figures
+    saved = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: saved.append(figure))
+    yield saved
     plt.close("all")
 
 

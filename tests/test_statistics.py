@@ -22,6 +22,7 @@ from strategies import normal
 from dpo_minimal.__main__ import _parser, main
 from dpo_minimal.bandit import dpo_objective
 from dpo_minimal.closed_form import optimal_logps
+from dpo_minimal.experiments import figures
 from dpo_minimal.experiments.statistics import command as statistics
 from dpo_minimal.experiments.statistics import figure as plots
 from dpo_minimal.experiments.statistics import replicates
@@ -825,7 +826,7 @@ def test_the_figure_shows_the_laws(simulation, monkeypatch, tmp_path):
     """Heights, error bars of two standard errors, the theory's lines and the chi-square density."""
     truth, _, many = simulation
     kept = {}
-    monkeypatch.setattr(plots, "save_figure", lambda figure, path: kept.update(figure=figure))
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: kept.update(figure=figure))
     plots.statistics_figure([many], truth.degrees, tmp_path / "x.png")
     kl, coverage, score, efficiency = kept["figure"].axes
     law = {law.key: law for law in many.laws}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -29,6 +31,18 @@ STYLE = {  # made for a projector: large type, few lines
     "legend.frameon": False,
     "legend.fontsize": 13,
 }
+
+
+@contextmanager
+def panels(path: Path, *shape: int, style: dict[str, Any] | None = None, **options) -> Iterator[tuple]:
+    """Figure and axes (rows, columns; one axis without them) to draw on; the block's end writes the file.
+
+    Args: style: what differs from the common one; options of `plt.subplots`.
+    """
+    with plt.rc_context(STYLE | (style or {})):
+        figure, axes = plt.subplots(*shape, layout="constrained", **options)
+        yield figure, axes
+        save_figure(figure, path)
 
 
 def save_figure(figure, path: Path) -> None:

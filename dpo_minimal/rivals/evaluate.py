@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -98,22 +98,14 @@ def crossed_interval(values: Tensor, *, within: tuple[float, float] = (-math.inf
 
 
 class Samples(NamedTuple):
-    """One sample of each of N prompts [D7.6].
-
-    Fields:
-        prompts, texts: N strings each.
-        ended: (N,) whether it ended by itself, with end-of-text.
-        lengths: (N,) tokens, end-of-text included.
-        log_ratios: (N,) log pi(y|x) - log pi_ref(y|x), nats; their mean estimates KL(pi || pi_ref).
-        rewards: (N,) true rewards, or None where they are unknown.
-    """
+    """One sample of each of N prompts [D7.6]."""
 
     prompts: list[str]
     texts: list[str]
-    ended: Tensor
-    lengths: Tensor
-    log_ratios: Tensor
-    rewards: Tensor | None
+    ended: Tensor  # (N,) whether it ended by itself, with end-of-text
+    lengths: Tensor  # (N,) tokens, end-of-text included
+    log_ratios: Tensor  # (N,) log pi(y|x) - log pi_ref(y|x), nats; their mean estimates KL(pi || pi_ref)
+    rewards: Tensor | None  # (N,) true ones, or None where they are unknown
 
 
 def sample(
@@ -138,25 +130,38 @@ def sample(
     generator = torch.Generator(model.wte.weight.device).manual_seed(seed)
     longest = model.config.block_size - max_new_tokens
     ids = [(tokenizer.encode(prompt) or [tokenizer.eot])[-longest:] for prompt in prompts]
-    completions: list[list[int]] = []
-    ratios = []
-    together = rows_at_once(model, max(map(len, ids)) + max_new_tokens)
-    for start in range(0, len(ids), together):
-        some = ids[start : start + together]
-        drawn = generate(model, some, max_new_tokens=max_new_tokens, eos=tokenizer.eot, generator=generator)
-        completions += drawn
-        batch = shared_prompt_batch(some, [[y] for y in drawn]).to(model.wte.weight.device)
-        with torch.no_grad():
-            ratios.append(shared_prompt_logps(model, batch) - shared_prompt_logps(reference, batch))
+    options = {"max_new_tokens": max_new_tokens, "eos": tokenizer.eot, "generator": generator}
+    completions, logps, ref_logps = draw(model, reference, ids, **options)
     texts = [tokenizer.decode(y) for y in completions]
     return Samples(
         list(prompts),
         texts,
         torch.tensor([y[-1] == tokenizer.eot for y in completions]),
         torch.tensor([len(y) for y in completions]),
-        torch.cat(ratios)[:, 0].cpu(),
+        (logps - ref_logps).cpu(),
         None if reward is None else torch.tensor([reward(text) for text in texts]),
     )
+
+
+def draw(
+    model: GPT, reference: GPT, prompts: Sequence[list[int]], *, max_new_tokens: int, **options: Any
+) -> tuple[list[list[int]], Tensor, Tensor]:
+    """Completions of N prompts, all as token ids, with (N,) log pi and log pi_ref, nats [D7.6].
+
+    Args: options of `generate`; the log-probabilities are those at temperature 1, whatever it draws at.
+    """
+    completions: list[list[int]] = []
+    logps = []
+    together = rows_at_once(model, max(map(len, prompts)) + max_new_tokens)
+    for start in range(0, len(prompts), together):
+        some = prompts[start : start + together]
+        drawn = generate(model, some, max_new_tokens=max_new_tokens, **options)
+        completions += drawn
+        batch = shared_prompt_batch(some, [[y] for y in drawn]).to(model.wte.weight.device)
+        with torch.no_grad():
+            logps.append([shared_prompt_logps(gpt, batch)[:, 0] for gpt in (model, reference)])
+    own, theirs = (torch.cat(parts) for parts in zip(*logps))
+    return completions, own, theirs
 
 
 # ---------------------------------------------------------------------------------------------- win rates

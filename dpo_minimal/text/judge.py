@@ -81,12 +81,9 @@ def _review(line: bytes, place: str) -> Review:
 
 
 class BagOfWords(NamedTuple):
-    """A logistic regression on which words a text contains.
+    """A logistic regression on which words a text contains."""
 
-    Fields: words to weights, and the bias, both in nats of log-odds.
-    """
-
-    weights: dict[str, float]
+    weights: dict[str, float]  # of each word, nats of log-odds
     bias: float
 
     def log_odds(self, text: str) -> float:

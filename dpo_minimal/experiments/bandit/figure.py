@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
 from ...bandit import Bandit
 from ...closed_form import optimal_logps, reward_kl_frontier
-from ..figures import COLOURS, STYLE, save_figure
+from ..figures import COLOURS, panels
 from .fit import Outcome
 
 LABELS = {
@@ -24,13 +23,11 @@ LABELS = {
 
 def bandit_figure(outcomes: list[Outcome], path: Path) -> None:
     """Four panels: policy against pi*, distance and certificate by step, gradient weights, the frontier."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(2, 2, figsize=(16, 12), layout="constrained")
+    with panels(path, 2, 2, figsize=(16, 12)) as (_, axes):
         _policy_panel(axes[0, 0], outcomes)
         _distance_panel(axes[0, 1], outcomes)
         _weight_panel(axes[1, 0], outcomes)
         _frontier_panel(axes[1, 1], outcomes)
-        save_figure(figure, path)
 
 
 def _policy_panel(axis, outcomes: list[Outcome]) -> None:
@@ -118,11 +115,9 @@ def ranking_figure(world: Bandit, rewards: Tensor, errors: Tensor, path: Path, *
     """Rewards with 95 % intervals, best first, for the first `most` prompts (said in the title)."""
     shown = min(most, len(world.prompts))
     heights = [len(names) for names in world.completions[:shown]]
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            shown, 1, figsize=(12, 1.6 * shown + 0.45 * sum(heights)), layout="constrained",
-            squeeze=False, height_ratios=heights, sharex=True,
-        )  # fmt: skip
+    size = (12, 1.6 * shown + 0.45 * sum(heights))
+    options = {"squeeze": False, "height_ratios": heights, "sharex": True}
+    with panels(path, shown, 1, figsize=size, **options) as (figure, axes):
         for x, axis in enumerate(axes[:, 0]):
             order = rewards[x, : heights[x]].argsort(descending=True)
             axis.errorbar(
@@ -136,4 +131,3 @@ def ranking_figure(world: Bandit, rewards: Tensor, errors: Tensor, path: Path, *
         axes[-1, 0].set_xlabel("estimated reward, mean zero per prompt, with 95 % intervals")
         if shown < len(world.prompts):
             figure.suptitle(f"The first {shown} of {len(world.prompts)} prompts")
-        save_figure(figure, path)

@@ -7,11 +7,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 
 from ...closed_form import reward_kl_frontier
-from ..figures import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, STYLE, save_figure, with_intervals
+from ..figures import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, panels, with_intervals
 from .methods import Run
 from .pairs import POPULATION, Point, spreads
 
@@ -48,16 +47,14 @@ def _figure(path: Path, draw: Callable, parts: list, title: str, height: float, 
 
     The title has {} where it may break: one panel's width holds only half of it.
     """
-    with plt.rc_context(STYLE):
-        size = (11 * len(parts), height)
-        figure, axes = plt.subplots(1, len(parts), figsize=size, layout="constrained", squeeze=False)
-        figure.suptitle(title.format(" " if len(parts) > 1 else "\n"), fontsize=20)
+    count = len(parts)
+    with panels(path, 1, count, figsize=(11 * count, height), squeeze=False) as (figure, axes):
+        figure.suptitle(title.format(" " if count > 1 else "\n"), fontsize=20)
         for axis, part in zip(axes[0], parts):
             draw(axis, part)
         if legend:
             place = {"loc": "outside lower center", "fontsize": 15, "markerscale": 1.2}
             figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=legend, **place)
-        save_figure(figure, path)
 
 
 def frontier_figure(found: list[list[Run]], drawn: str, path: Path) -> None:

@@ -23,20 +23,13 @@ RATES = {"ipo": 0.02}  # of losses that need another one
 
 
 class PairMethod(NamedTuple):
-    """A loss of comparisons.
+    """A loss of comparisons."""
 
-    Fields:
-        family, setting: "cDPO", "β 0.1, ε 0.1".
-        objective: the mean loss of the comparisons, by their weights.
-        optimum: (world, rankings) -> (X, Y) log pi, or None; raises InputError where none exists.
-        rate: Adam's rate for a table, in nats of log pi a step: so that a far optimum takes as many steps as a near one.
-    """
-
-    family: str
-    setting: str
-    objective: Callable[[World], Objective]
-    optimum: Callable[[World, Rankings], Tensor | None]
-    rate: float
+    family: str  # "cDPO"
+    setting: str  # "β 0.1, ε 0.1"
+    objective: Callable[[World], Objective]  # the mean loss of the comparisons, by their weights
+    optimum: Callable[[World, Rankings], Tensor | None]  # (X, Y) log pi; InputError where none exists
+    rate: float  # Adam's for a table, in nats of log pi a step: larger where the optimum is further away
 
 
 def pair_method(name: str, **options: float) -> PairMethod:
@@ -48,10 +41,8 @@ def pair_method(name: str, **options: float) -> PairMethod:
     def objective(world: World) -> Objective:
         def mean(logps: Tensor, ref_logps: Tensor, rankings: Rankings) -> Tensor:
             lengths = world.lengths.to(logps.dtype)
-            return (
-                rankings.weight
-                @ loss_on_table(loss, logps, ref_logps, rankings, lengths=lengths, **options).losses
-            )
+            found = loss_on_table(loss, logps, ref_logps, rankings, lengths=lengths, **options)
+            return rankings.weight @ found.losses
 
         return mean
 

@@ -39,9 +39,9 @@ from ...text.judge import read_reviews
 from ...text.runs import new_run_folder, refuse_used_folder, versions, write_json
 from ...validation import check_count, check_seed
 from ..options import CONFIG_FILE, RUN, Option, add_options, resolve
-from ..study import Study, carry_out
+from ..study import Study, carry_out, kept
 from ..text.setup import resumable
-from .methods import all_runs, check_plan, jobs_of, learn_reward
+from .methods import all_runs, jobs_of, learn_reward, path_of
 from .report import files, report
 from .results import results_of
 from .world import NOISES, Plan, load_world, make_world, read_rows
@@ -103,7 +103,6 @@ def run(args: argparse.Namespace) -> Path:
     options = resolve(args, OPTIONS, command="sentiment")
     folder = options.resume or _new_folder(options)
     plan = Plan(**options.plan)
-    check_plan(plan)
     with resumable("sentiment", folder):
         make_world(
             folder, plan, reviews=options.reviews, noise=options.label_noise, seed=options.seed,
@@ -132,7 +131,7 @@ def _study(folder: Path, plan: Plan, options: argparse.Namespace) -> Study:
     """Every training of the plan, from the world in the folder to the figures."""
     folder = folder.resolve()  # one name for what a process keeps of it
     runs = all_runs(seeds=options.seeds, quick=options.quick)
-    reward = learn_reward(folder, plan, options.seed)
+    reward = kept(path_of(folder, "reward-model"), learn_reward, folder, plan, options.seed)
     jobs, world, drawn = jobs_of(folder, runs, plan), load_world(folder), read_rows(folder)
     what = "film reviews of a file" if options.reviews else "the grammar's film reviews"
     return Study(

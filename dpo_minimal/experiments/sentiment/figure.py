@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 
 from ...rivals.evaluate import crossed_interval, win_interval
-from ..figures import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, STYLE, save_figure, with_intervals
+from ..figures import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, panels, with_intervals
 from .methods import TEMPERATURES
 from .results import Group, Results, Row
 
@@ -28,8 +27,7 @@ def frontier_figure(results: Results, what: str, path: Path) -> None:
 
     Args: what, where the reviews are from, for the title.
     """
-    with plt.rc_context(STYLE | LARGE):
-        figure, axis = plt.subplots(figsize=(15, 10.5), layout="constrained")
+    with panels(path, style=LARGE, figsize=(15, 10.5)) as (_, axis):
         axis.set_title(f"Reward and divergence of every training; {what}")
         _best_lines(axis, results)
         named: set[str] = set()
@@ -59,7 +57,6 @@ def frontier_figure(results: Results, what: str, path: Path) -> None:
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
         axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), markerscale=0.9)
-        save_figure(figure, path)
 
 
 def _best_lines(axis, results: Results) -> None:
@@ -138,8 +135,7 @@ def _settings(axis, results: Results, right: float) -> None:
 
 def win_rate_figure(results: Results, path: Path) -> None:
     """Four panels: over temperatures, over training, of best of N, and on other prompts."""
-    with plt.rc_context(STYLE | LARGE):
-        figure, axes = plt.subplots(2, 2, figsize=(17, 13), layout="constrained")
+    with panels(path, 2, 2, style=LARGE, figsize=(17, 13)) as (figure, axes):
         figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
         figure.suptitle(
             "Win rate against a sample of the SFT model, by the true reward; bars: 95 % intervals"
@@ -148,7 +144,6 @@ def win_rate_figure(results: Results, path: Path) -> None:
             draw(axis, results)
             axis.axhline(50, color=GREY, linestyle=":", linewidth=1.5, zorder=0)
             axis.set_ylabel("win rate, %")
-        save_figure(figure, path)
 
 
 def _win_rates(axis, places, intervals: Iterable[Sequence[float]], **style) -> None:

@@ -35,9 +35,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ...generation import generate, rows_at_once
+from ...generation import generate
 from ...model import GPT
-from ...policy import shared_prompt_batch, shared_prompt_logps
+from ...rivals.evaluate import draw
 from ...rivals.ppo import PPOSettings, train_ppo
 from ...rivals.reward_model import RewardModel, fit_reward_model, normalised_reward, score_completions
 from ...text.batches import Example, split_by_prompt, windows, with_mismatched
@@ -47,7 +47,7 @@ from ...train import Objective, Window, make_optimizer, train, warm_up
 from ...validation import InputError
 from ...zoo import LOSSES
 from ..study import Job, kept
-from .world import LONGEST, K, Plan, World, load_world, read_rows
+from .world import K, Plan, World, load_world, read_rows
 
 BETAS, ALPHAS = (0.05, 0.1, 1.0, 5.0), (0.05, 0.1, 0.5, 1.0)
 TARGETS = (3.0, 6.0, 9.0, 12.0)  # nats, of PPO
@@ -121,16 +121,6 @@ def budget_of(run: Run, plan: Plan) -> dict[str, int]:
     return {"steps": steps, "completions": completions, "judged": judged}
 
 
-def check_plan(plan: Plan) -> None:
-    """Budgets can only be equal where the numbers divide. Raises InputError."""
-    if plan.steps % PPO_EPOCHS or 6 * plan.prefixes != plan.steps * plan.pairs:
-        made, used = 6 * plan.prefixes, plan.steps * plan.pairs
-        raise InputError(
-            f"{plan.prefixes} prefixes make {made} pairs, but {plan.steps} steps of {plan.pairs} use {used}; "
-            f"make both equal, with steps a multiple of {PPO_EPOCHS}."
-        )
-
-
 def jobs_of(folder: Path, runs: Iterable[Run], plan: Plan) -> dict[str, Job]:
     """File's name -> the job that returns its arrays, and makes it where it is missing.
 
@@ -150,9 +140,10 @@ def path_of(folder: Path, name: str) -> Path:
 
 
 def train_run(run: Run, world: World, plan: Plan, folder: Path) -> Iterator[tuple[int, GPT]]:
-    """Train one run's policy; yields (steps done, the policy) whenever steps were made."""
+    """Train one run's policy; yields (steps done, the policy) whenever steps were made, or at 0."""
     model = copy.deepcopy(world.policy.model).requires_grad_(True)
     if run.kind == "none":
+        yield 0, model
         return
     if run.kind == "ppo":
         reward, each = world.truth, PPO_EPOCHS
@@ -215,12 +206,10 @@ def ppo_settings(run: Run, plan: Plan) -> PPOSettings:
 
 
 def learn_reward(folder: Path, plan: Plan, seed: int) -> Arrays:
-    """The reward model, where it is missing; its held-out accuracy, on how many pairs, and seconds."""
-    return kept(path_of(folder, "reward-model"), _learn_reward, folder, plan, seed)
+    """Fit a reward model to the pairs, but for a tenth of the prefixes, and keep it in the folder.
 
-
-def _learn_reward(folder: Path, plan: Plan, seed: int) -> Arrays:
-    """Fit a reward model to the pairs, but for a tenth of the prefixes, and keep it in the folder."""
+    Returns: its accuracy on the pairs held out, how many these are, and seconds.
+    """
     started, world = time.perf_counter(), load_world(folder)
     train_rows, held_out = split_by_prompt(world.examples, 0.1, seed=seed)
     body = copy.deepcopy(world.policy.model).requires_grad_(True)
@@ -251,15 +240,6 @@ def load_reward_model(folder: Path, world: World) -> RewardModel:
 # ----------------------------------------------------------------------------------------------- measuring
 
 
-class Drawn(NamedTuple):
-    """One completion of each of N prompts: token ids, and (N,) numbers of each."""
-
-    completions: list[list[int]]
-    rewards: Tensor  # true ones
-    log_ratios: Tensor  # log pi - log pi_ref, nats
-    reference_logps: Tensor
-
-
 def sampling_generator(*parts: int) -> torch.Generator:
     """Random numbers of a stage of their own: streams of different parts never meet."""
     seed = 0
@@ -268,26 +248,14 @@ def sampling_generator(*parts: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def draw(
-    model: GPT, world: World, prompts: list[list[int]], plan: Plan, stream: torch.Generator,
-    temperature: float = 1.0,
-) -> Drawn:  # fmt: skip
-    """Sample each prompt once, judge it, and compare with the reference; log-ratios are at temperature 1."""
-    completions: list[list[int]] = []
-    logps = []
-    together = rows_at_once(model, LONGEST + plan.max_new_tokens)
-    for start in range(0, len(prompts), together):
-        some = prompts[start : start + together]
-        drawn = generate(
-            model, some, max_new_tokens=plan.max_new_tokens, eos=world.policy.tokenizer.eot,
-            temperature=temperature, generator=stream,
-        )  # fmt: skip
-        completions += drawn
-        batch = shared_prompt_batch(some, [[y] for y in drawn])
-        with torch.no_grad():
-            logps.append([shared_prompt_logps(gpt, batch)[:, 0] for gpt in (model, world.policy.model)])
-    own, theirs = (torch.cat(parts) for parts in zip(*logps))
-    return Drawn(completions, world.truth(prompts, completions), own - theirs, theirs)
+def sample(
+    model: GPT, world: World, prompts: list[list[int]], plan: Plan, *stream: int, temperature: float = 1.0
+) -> tuple[list[list[int]], Tensor, Tensor]:
+    """One completion of each prompt, with log pi and log pi_ref; stream: see `sampling_generator`."""
+    return draw(
+        model, world.policy.model, prompts, max_new_tokens=plan.max_new_tokens,
+        eos=world.policy.tokenizer.eot, temperature=temperature, generator=sampling_generator(*stream),
+    )  # fmt: skip
 
 
 def repeated(ids: list[int]) -> float:
@@ -313,38 +281,40 @@ def measured_steps(steps: int) -> list[int]:
 def measure(folder: Path, run: Run, plan: Plan) -> Arrays:
     """Train one policy, and sample it along the way, always with the same random numbers of a seed."""
     world = load_world(folder)
-    model, found = world.policy.model, {}
-    seconds, started = 0.0, time.perf_counter()
-
-    def sample(gpt: GPT, prompts: list[list[int]], temperature: float = 1.0, *parts: int) -> Drawn:
-        return draw(gpt, world, prompts, plan, sampling_generator(_SAMPLES, run.seed, *parts), temperature)
-
+    tokenizer = world.policy.tokenizer
+    prompts, seconds, started = world.held_out, 0.0, time.perf_counter()
+    steps, rewards, log_ratios = [], [], []
     for step, model in train_run(run, world, plan, folder):
-        if step in measured_steps(plan.steps):
+        if step in (0, *measured_steps(plan.steps)):
             seconds += time.perf_counter() - started
-            found[step] = sample(model, world.held_out)
+            completions, logps, ref_logps = sample(model, world, prompts, plan, _SAMPLES, run.seed)
+            steps.append(step)
+            rewards.append(world.truth(prompts, completions))
+            log_ratios.append(logps - ref_logps)
             started = time.perf_counter()
-    found = found or {0: sample(model, world.held_out)}  # the SFT model as it is
-    last, tokenizer = list(found.values())[-1], world.policy.tokenizer
-    lengths = torch.tensor([len(y) for y in last.completions])
+    lengths = torch.tensor([len(y) for y in completions])
     arrays = {
-        "steps": np.array(list(found)),
+        "steps": np.array(steps),
         "seconds": np.array(seconds),
-        "rewards": torch.stack([drawn.rewards for drawn in found.values()]).numpy(),  # (L, P)
-        "log_ratios": torch.stack([drawn.log_ratios for drawn in found.values()]).numpy(),
+        "rewards": torch.stack(rewards).numpy(),  # (L, P)
+        "log_ratios": torch.stack(log_ratios).numpy(),
         "lengths": lengths.numpy(),  # (P,) as what follows, of the end's samples
-        "ended": np.array([y[-1] == tokenizer.eot for y in last.completions]),
-        "repeated": np.array([repeated(y) for y in last.completions]),
-        "reference_token_logps": (last.reference_logps / lengths).numpy(),
-        "texts": np.array([tokenizer.decode(y) for y in last.completions[:SHOWN]]),
+        "ended": np.array([y[-1] == tokenizer.eot for y in completions]),
+        "repeated": np.array([repeated(y) for y in completions]),
+        "reference_token_logps": (ref_logps / lengths).numpy(),
+        "texts": np.array([tokenizer.decode(y) for y in completions[:SHOWN]]),
     }
     if run.full:  # (M, P) and (2, Q)
         for name, prompts, temperatures in (
             ("temperature_rewards", world.held_out, TEMPERATURES),
             ("other_rewards", world.other, OTHER_TEMPERATURES),
         ):
-            drawn = [sample(model, prompts, t, 1 + round(100 * t), len(prompts)) for t in temperatures]
-            arrays[name] = np.stack([each.rewards.numpy() for each in drawn])
+            rewards = []
+            for t in temperatures:
+                parts = _SAMPLES, run.seed, 1 + round(100 * t), len(prompts)
+                completions, _, _ = sample(model, world, prompts, plan, *parts, temperature=t)
+                rewards.append(world.truth(prompts, completions).numpy())
+            arrays[name] = np.stack(rewards)
     return arrays
 
 
@@ -353,7 +323,7 @@ def draw_opponents(folder: Path, plan: Plan) -> Arrays:
     world = load_world(folder)
     both = {"held_out": (world.held_out, _OPPONENT), "other": (world.other, _OTHER_OPPONENT)}
     return {
-        name: draw(world.policy.model, world, prompts, plan, sampling_generator(stream)).rewards.numpy()
+        name: world.truth(prompts, sample(world.policy.model, world, prompts, plan, stream)[0]).numpy()
         for name, (prompts, stream) in both.items()
     }
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 
-from ..figures import BLUE, GREEN, ORANGE, STYLE, save_figure
+from ..figures import BLUE, GREEN, ORANGE, panels
 from .replicates import Law, Size
 
 
 def statistics_figure(sizes: list[Size], degrees: int, path: Path) -> None:
     """Four panels: N KL, coverage, the law of the score statistic, squared error; each beside theory."""
     count = len(sizes[0].sample["score"])
-    with plt.rc_context(STYLE | {"font.size": 18, "axes.titlesize": 20, "legend.fontsize": 17}):
-        figure, axes = plt.subplots(2, 2, figsize=(16, 12), layout="constrained")
+    style = {"font.size": 18, "axes.titlesize": 20, "legend.fontsize": 17}
+    with panels(path, 2, 2, style=style, figsize=(16, 12)) as (figure, axes):
         figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
         title = f"{count} simulated data sets for each N; error bars are two standard errors"
         left_out = [f"{size.missing} at N = {size.pairs}" for size in sizes if size.missing]
@@ -28,7 +27,6 @@ def statistics_figure(sizes: list[Size], degrees: int, path: Path) -> None:
         _coverage_panel(axes[0, 1], sizes)
         _score_panel(axes[1, 0], sizes, degrees)
         _efficiency_panel(axes[1, 1], sizes)
-        save_figure(figure, path)
 
 
 def _laws(sizes: list[Size], key: str) -> list[Law]:

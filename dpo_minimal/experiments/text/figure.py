@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 
 from ...rivals.evaluate import Samples, mean_of
 from ...train import Record
-from ..figures import BLUE, GREEN, GREY, ORANGE, STYLE, save_figure
+from ..figures import BLUE, GREEN, GREY, ORANGE, panels
 
 
 def preference_figure(
@@ -23,10 +22,7 @@ def preference_figure(
             rewards are not log-ratios either.
         before, after: samples of the reference and of the trained policy for the same prompts, or None.
     """
-    with plt.rc_context(STYLE):
-        figure, ((loss, ratio), (accuracy, samples)) = plt.subplots(
-            2, 2, figsize=(16, 12), layout="constrained"
-        )
+    with panels(path, 2, 2, figsize=(16, 12)) as (_, ((loss, ratio), (accuracy, samples))):
         _curves(loss, records, "loss")
         _trace(ratio, records, "rewards/chosen", BLUE, "chosen")
         _trace(ratio, records, "rewards/rejected", ORANGE, "rejected")
@@ -45,16 +41,13 @@ def preference_figure(
             samples.axis("off")
         else:
             _samples_panel(samples, before, after)
-        save_figure(figure, path)
 
 
 def sft_figure(records: list[Record], path: Path) -> None:
     """One panel: nats a token."""
-    with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(10, 6), layout="constrained")
+    with panels(path, figsize=(10, 6)) as (_, axis):
         _curves(axis, records, "loss")
         _label_steps(axis, "Supervised fine-tuning", "loss (nats per token)")
-        save_figure(figure, path)
 
 
 def _series(records: list[Record], name: str) -> tuple[list[float], list[float]]:
