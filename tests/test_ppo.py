@@ -306,16 +306,13 @@ def test_it_approaches_the_closed_form():
     assert sum(r["ppo/explained_variance"] for r in records[-20:]) / 20 > 0.4
 
 
-def test_the_divergence_meets_its_target(iterations=80):
+def test_the_divergence_meets_its_target():
     """The coefficient grows until KL(pi || pi_ref), over all completions, is what was asked for. With the
     coefficient at its start it would be 1.6 nats."""
-    policy, reference, records = climb(
-        iterations, target_kl=0.5, kl_coefficient=0.2, prompts=64, micro_size=64
-    )
+    policy, reference, records = climb(50, target_kl=0.5, kl_coefficient=0.2, prompts=64, micro_size=64)
     assert records[-1]["kl/coefficient"] > 0.4
     _, _, kl = exact_kls(policy, reference, 0.2)
-    # 0.54, 0.54 and 0.64 for three seeds, 0.41 after 50 iterations of the first: 64 samples tell it to 0.1
-    # or so, and steering lags behind
+    # 0.41, 0.62 and 0.40 for three seeds: 64 samples tell it to 0.1 or so, and steering lags behind
     assert abs(kl - 0.5) < 0.2
 
 
@@ -401,7 +398,7 @@ MUTANTS = {
         ppo._gradient_step, "+ errors / tokens", "+ 0 * errors", test_the_value_function_learns,
     ),
     "the target is not looked at": (
-        train_ppo, "controller.update", "id", lambda: test_the_divergence_meets_its_target(50),
+        train_ppo, "controller.update", "id", test_the_divergence_meets_its_target,
     ),
     "the reference is asked in each epoch": (
         train_ppo, "for _ in range(settings.epochs):",
