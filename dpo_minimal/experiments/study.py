@@ -72,8 +72,8 @@ def run_jobs(jobs: Sequence[Job], name: str, workers: int) -> list[Any]:
         return list(bar(pool.map(operator.call, jobs)))
     except BrokenProcessPool:
         raise InputError(
-            "a process that trained a method died, maybe for want of memory; go on with --resume, and with "
-            "--workers 1."
+            "a process that trained a method ended, maybe because memory was short; continue with "
+            "--resume and --workers 1."
         ) from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

@@ -10,9 +10,9 @@ import copy
 import itertools
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -85,23 +85,27 @@ class Run:
 
 def train_on_pairs(world: World, method: PairMethod, rankings: Rankings, *, steps: int) -> Run:
     """Adam on the whole of the comparisons, its rate falling linearly to zero."""
-    policy = world.policy()
-    dtype = next(policy.parameters()).dtype
-    reference, batch = world.ref_logps.to(dtype), rankings.normalised_by_prompt()
-    batch = batch._replace(weight=batch.weight.to(dtype))
-    objective = method.objective(world)
+    policy, objective = world.policy(), method.objective(world)
+    reference = world.ref_logps.to(next(policy.parameters()).dtype)
     rate = method.rate if world.name == "table" else GPT_RATE
-    optimizer, schedule = adam(policy.parameters(), rate, steps)
-    stream = train(
-        lambda batch: (objective(policy(), reference, batch), {}), optimizer, itertools.repeat(batch, steps),
-        scheduler=schedule,
-    )  # fmt: skip
+    stream = descend(policy, rate, rankings, steps, lambda batch: objective(policy(), reference, batch))
     try:
         optimum, ends = method.optimum(world, rankings), "-"
     except InputError:  # mostly because some completion never lost, or never won
         optimum, ends = None, "none"
-    path, steps_at, seconds = follow(policy, stream, steps)
+    path, steps_at, seconds = follow(partial(float64_table, policy), stream, steps)
     return Run(world, method.family, method.setting, path, steps_at, optimum, seconds, ends)
+
+
+def descend(
+    model: nn.Module, rate: float, rankings: Rankings, steps: int, loss: Callable[[Rankings], Tensor]
+) -> Iterable:
+    """Gradient steps on the loss of all comparisons together, as they are drawn from; see `train`."""
+    batch = rankings.normalised_by_prompt()
+    batch = batch._replace(weight=batch.weight.to(next(model.parameters()).dtype))
+    optimizer, schedule = adam(model.parameters(), rate, steps)
+    data = itertools.repeat(batch, steps)
+    return train(lambda batch: (loss(batch), {}), optimizer, data, scheduler=schedule)
 
 
 def adam(parameters: Iterable[Tensor], rate: float, steps: int):
@@ -119,15 +123,15 @@ def measured_steps(steps: int) -> set[int]:
     return {round(steps * (k / MEASURED) ** 2) for k in range(1, MEASURED + 1)} | {steps}
 
 
-def follow(policy: nn.Module, stream: Iterable, steps: int) -> tuple[Tensor, list[int], float]:
-    """Run a training; the policy's tables (L, X, Y) along the way, after how many steps, and seconds."""
+def follow(table: Callable[[], Tensor], stream: Iterable, steps: int) -> tuple[Tensor, list[int], float]:
+    """Run a training; what it trains as tables (L, X, Y) along the way, after how many steps, and seconds."""
     measured = measured_steps(steps)
-    tables, steps_at, seconds = [float64_table(policy)], [0], 0.0
+    tables, steps_at, seconds = [table()], [0], 0.0
     started = time.perf_counter()
     for step, _ in enumerate(stream, 1):
         if step in measured:
             seconds += time.perf_counter() - started
-            tables.append(float64_table(policy))
+            tables.append(table())
             steps_at.append(step)
             started = time.perf_counter()
     return torch.stack(tables), steps_at, seconds
@@ -156,7 +160,7 @@ def train_by_ppo(
         iterations=effort.iterations, samples=effort.samples, epochs=effort.epochs, scheduler=schedule,
         generator=torch.Generator().manual_seed(seed),
     )  # fmt: skip
-    path, iterations_at, seconds = follow(policy, stream, effort.iterations)
+    path, iterations_at, seconds = follow(partial(float64_table, policy), stream, effort.iterations)
     setting = f"β {beta:g}" if target is None else f"target KL {target:g}"
     steps_at = [effort.epochs * iteration for iteration in iterations_at]
     optimum = optimal_logps(world.ref_logps, rewards, beta=controller.coefficient)
@@ -183,27 +187,14 @@ def gpt_reward_model(world: World, shown: Rankings, held_out: Rankings, *, steps
     torch.manual_seed(seed)
     model = RewardModel(copy.deepcopy(world.reference))
     tree, ends = whole_completions(world.completions)
-    optimizer, schedule = adam(model.parameters(), GPT_RATE, steps)
-    shown = shown.normalised_by_prompt()
-    shown = shown._replace(weight=shown.weight.to(torch.float32))
-    best, lowest = torch.zeros_like(world.rewards), math.inf
-    measured = measured_steps(steps)
 
-    def rewards_now() -> Tensor:
+    def rewards() -> Tensor:
         return model.head(tree_states(model.body, world.prompts, tree)[:, ends]).squeeze(-1)
 
-    stream = train(
-        lambda batch: (pairs_loss(rewards_now(), batch), {}), optimizer, itertools.repeat(shown, steps),
-        scheduler=schedule,
-    )  # fmt: skip
-    for step, _ in enumerate(stream, 1):
-        if step in measured:
-            with torch.no_grad():
-                rewards = rewards_now().double()
-            found = pairs_loss(rewards, held_out).item()
-            if found <= lowest:
-                best, lowest = rewards, found
-    return centred(world, best)
+    stream = descend(model, GPT_RATE, shown, steps, lambda batch: pairs_loss(rewards(), batch))
+    path, _, _ = follow(torch.no_grad()(lambda: rewards().double()), stream, steps)
+    losses = [pairs_loss(each, held_out).item() for each in path[1:]]
+    return centred(world, path[1 + losses.index(min(losses))])
 
 
 def centred(world: World, rewards: Tensor) -> Tensor:

@@ -216,9 +216,8 @@ def _stopped_dpo(world: World, parts: tuple[Rankings, Rankings], args: argparse.
 
 def _ppo(world: World, rewards: Tensor, args: argparse.Namespace, k: int) -> Tensor:
     effort = methods.effort(world, quick=args.quick)
-    return methods.train_by_ppo(world, rewards, "", beta=args.beta, effort=effort, seed=args.seed + k).path[
-        -1
-    ]
+    run = methods.train_by_ppo(world, rewards, "", beta=args.beta, effort=effort, seed=args.seed + k)
+    return run.path[-1]
 
 
 def gap_to_optimum(world: World, logps: Tensor, *, beta: float) -> float:

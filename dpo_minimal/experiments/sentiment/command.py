@@ -137,6 +137,6 @@ def _study(folder: Path, plan: Plan, options: argparse.Namespace) -> Study:
     return Study(
         plan={"methods": list(jobs.values())},
         runs=lambda found: results_of(dict(zip(jobs, found)) | {"reward-model": reward}, runs, plan),
-        table=lambda results: report(results, runs, plan, world, options.label_noise, drawn),
+        table=lambda results: report(results, plan, world, options.label_noise, drawn),
         files=lambda found: files(*found, world, what),
     )

@@ -40,19 +40,19 @@ def frontier_figure(results: Results, what: str, path: Path) -> None:
         )  # fmt: skip
         right = _right_edge(axis, results)
         _settings(axis, results, right)
-        # Near the reference the frontier is linear in sqrt(KL), and the scale has room for 0.
+        # Near the reference the frontier is linear in sqrt(KL), and the scale includes 0.
         axis.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
         rewards = [reward for group in results.groups for _, reward in group.path]
         rewards += [row["reward"] for row in results.best["true"].values()]
         axis.set(
             xlim=(0, right),
-            ylim=(min(rewards) - 0.2, max(rewards) + 0.3),  # a long interval may go on beyond
+            ylim=(min(rewards) - 0.2, max(rewards) + 0.3),  # a long interval may be cut
             xlabel=r"sequence-level KL$(\pi \,\|\, \pi_{\rm ref})$, nats (square-root scale)",
             ylabel="mean true reward on held-out prefixes",
         )
         ticks = [0.0]
         for tick in (0.2, 0.5, 1, 2, 3, 5, 7, 10, 15, 20, 30, 40, 60, 80, 100, 150, 200, 300):
-            if tick <= right and tick**0.5 - ticks[-1] ** 0.5 > 0.05 * right**0.5:  # room for its label
+            if tick <= right and tick**0.5 - ticks[-1] ** 0.5 > 0.05 * right**0.5:  # labels stay apart
                 ticks.append(tick)
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()

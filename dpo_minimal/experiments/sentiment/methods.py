@@ -41,10 +41,10 @@ from ...rivals.evaluate import draw
 from ...rivals.ppo import PPOSettings, train_ppo
 from ...rivals.reward_model import RewardModel, fit_reward_model, normalised_reward, score_completions
 from ...text.batches import Example, split_by_prompt, windows, with_mismatched
+from ...text.checkpoint import read_safetensors
 from ...text.objectives import make_window, preference_objective, reference_logps, sft_objective
 from ...text.runs import write_atomically
 from ...train import Objective, Window, make_optimizer, train, warm_up
-from ...validation import InputError
 from ...zoo import LOSSES
 from ..study import Job, kept
 from .world import K, Plan, World, load_world, read_rows
@@ -108,17 +108,12 @@ def all_runs(*, seeds: int, quick: bool) -> list[Run]:
     return [run._replace(seed=seed) for run in distinct for seed in range(seeds)]
 
 
-def budget_of(run: Run, plan: Plan) -> dict[str, int]:
-    """What a run may use: gradient steps, completions in each, completions with a true reward behind them."""
-    steps, completions, judged = plan.steps, 2 * plan.pairs, K * plan.prefixes
-    if run.kind == "none":
-        steps = completions = judged = 0
-    elif run.kind == "ppo":
-        settings = ppo_settings(run, plan)
-        steps, completions = settings.iterations * settings.epochs, settings.prompts
-        if not run.learned:  # else it knows no more true rewards than the pairs do, however often it is asked
-            judged = settings.iterations * settings.prompts
-    return {"steps": steps, "completions": completions, "judged": judged}
+def budget_of(plan: Plan) -> dict[str, int]:
+    """What a method may use: gradient steps, completions in each, completions with a true reward behind them.
+
+    PPO by the learned reward knows no more true rewards than the pairs do, however often it is asked.
+    """
+    return {"steps": plan.steps, "completions": 2 * plan.pairs, "judged": K * plan.prefixes}
 
 
 def jobs_of(folder: Path, runs: Iterable[Run], plan: Plan) -> dict[str, Job]:
@@ -227,13 +222,7 @@ def learn_reward(folder: Path, plan: Plan, seed: int) -> Arrays:
 def load_reward_model(folder: Path, world: World) -> RewardModel:
     """The reward model of this run."""
     model = RewardModel(copy.deepcopy(world.policy.model))
-    try:
-        model.load_state_dict(safetensors.torch.load_file(folder / REWARD_MODEL_FILE))
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        raise InputError(
-            f"{folder / REWARD_MODEL_FILE}: is damaged ({type(error).__name__}); delete it and "
-            "methods/reward-model.npz, and --resume makes both again."
-        ) from None
+    model.load_state_dict(read_safetensors(folder / REWARD_MODEL_FILE))
     return model.requires_grad_(False)
 
 

@@ -13,7 +13,7 @@ import torch
 from ...text.runs import write_json, write_records
 from ..study import Files, paragraph, table, write_csv, write_text
 from ..text.report import prompt_line, text_lines
-from .methods import REWARD_EPOCHS, SHOWN, Run, budget_of
+from .methods import REWARD_EPOCHS, SHOWN, budget_of
 from .results import NATS, Group, Results, Row, path_rows
 from .world import K, Plan, World
 
@@ -46,9 +46,9 @@ def table_text(rows: Sequence[Row]) -> str:
         "Reward, KL and win rate (against a sample of the SFT model, a tie one half): of samples at "
         "temperature 1 of held-out prefixes, with 95 % intervals over prompts and seeds (seeds vary the "
         f"training, not the SFT model or the pairs). In {NATS[0]:g} and {NATS[1]:g} nats: the most reward on "
-        "a training's way, from the SFT model in straight lines between looks, within that KL. Best of N: "
-        "chosen by the learned reward (GT: the true one); its KL is an upper bound. Unlikelihood at α 1 is "
-        "DPO without its weight. sec: of one training, without its looks."
+        "a training's path, from the SFT model in straight lines between measurements, within that KL. "
+        "Best of N: chosen by the learned reward (GT: the true one); its KL is an upper bound. Unlikelihood "
+        "at α 1 is DPO without its weight. sec: of one training, without its measurements."
     )
     return "\n".join([header, "-" * len(header), *lines, "", paragraph(note)])
 
@@ -59,9 +59,9 @@ def _plus_minus(row: Row, name: str) -> str:
     return f"{row[name]:z.2f} ± {(row[f'{name}_high'] - row[f'{name}_low']) / 2:.2f}"
 
 
-def budget_text(plan: Plan, runs: Sequence[Run]) -> str:
+def budget_text(plan: Plan) -> str:
     """What every method may use."""
-    steps, completions, judged = next(budget_of(run, plan).values() for run in runs if run.kind != "none")
+    steps, completions, judged = budget_of(plan).values()
     return paragraph(
         f"Every method: {steps} gradient steps on {completions} completions each, AdamW at "
         f"{plan.learning_rate:g} after {plan.warmup} steps of warm-up, gradients clipped at 1, and "
@@ -119,8 +119,8 @@ def comparison_text(results: Results, rows: Sequence[Row]) -> str:
         "model, one bit a pair; the learned reward knows the same, and orders "
         f"{results.accuracy:.0%} of {results.pairs:,} held-out pairs rightly. So what best of N by "
         "that reward has more than DPO at the same divergence is not for want of pairs, and what best of N "
-        "by the true reward has more still is. PPO-GT was told the rewards of as many completions, but its "
-        f"own, which move to where reward is: it ended at {end:.2f}, which "
+        "by the true reward has more still is. PPO-GT learnt from the rewards of as many completions, but "
+        f"its own, which move to where reward is: it ended at {end:.2f}, which "
         f"{(judged >= end).double().mean():.1%} of DPO's completions have. `frontier --pairs` measures "
         "exactly what is due to pairs, coverage, optimisation."
     )
@@ -147,12 +147,10 @@ def sample_text(world: World, shown: int, groups: Sequence[Group]) -> str:
     return "\n".join(lines[1:])
 
 
-def report(
-    results: Results, runs: Sequence[Run], plan: Plan, world: World, noise: str, drawn: Sequence[Row]
-) -> list[str]:
+def report(results: Results, plan: Plan, world: World, noise: str, drawn: Sequence[Row]) -> list[str]:
     """Everything that is printed; drawn: the rows of preferences.jsonl."""
     return [
-        table_text(results.rows), "", budget_text(plan, runs), "", labels_text(drawn, noise), "",
+        table_text(results.rows), "", budget_text(plan), "", labels_text(drawn, noise), "",
         comparison_text(results, drawn), "", character_text(results), "",
         sample_text(world, PRINTED, results.full),
     ]  # fmt: skip

@@ -145,9 +145,8 @@ def results_of(found: dict[str, Arrays], runs: Sequence[Run], plan: Plan) -> Res
     true, learned = (torch.from_numpy(draws[key]) for key in ("true", "learned"))
     best = {name: best_of(true, by, own[: len(true)]) for name, by in (("learned", learned), ("true", true))}
     groups = groups_of(found, runs)
-    budgets = {(run.method, run.setting): budget_of(run, plan) for run in runs}
     start = next(group for group in groups if group.method == "SFT").rewards[:, -1].mean(0)
-    rows = [_row(g, start, own, budgets[g.method, g.setting]) for g in groups]
+    rows = [_row(g, start, own, budget_of(plan)) for g in groups]
     for method, name in (("Best of N", "learned"), ("Best of N-GT", "true")):
         for n, row in best[name].items():
             if n > 1:
@@ -169,7 +168,8 @@ def _row(group: Group, start: Tensor, opponents: Tensor, budget: dict[str, int])
         within = (None,) * 3 if group.method == "SFT" else reward_within(group, start, nats)
         row |= _spread(f"reward_within_{nats:g}_nats", within)
     character = ("lengths", "ended", "repeated", "reference_token_logps")  # of the end's samples
-    row |= budget | {"seconds": group.seconds}
+    row |= dict.fromkeys(budget, 0) if group.method == "SFT" else budget
+    row["seconds"] = group.seconds
     return row | {name: group.last[name].mean().item() for name in character}
 
 

@@ -32,7 +32,7 @@ from ...text.batches import Example
 from ...text.checkpoint import WEIGHTS_FILE
 from ...text.objectives import reference_logps, sft_objective
 from ...text.reviews import demonstrations
-from ...text.runs import write_json, write_records
+from ...text.runs import read_json_object, write_json, write_records
 from ...text.tokenizer import Tokenizer, train_bpe
 from ...text.training_run import Data, Settings, run_training
 from ...validation import InputError
@@ -41,9 +41,7 @@ from ..text.setup import MODEL, Policy, load_policy, save_policy
 K = 4  # samples of a prefix
 SHORTEST, LONGEST = 2, 8  # tokens of a prefix
 NOISES = ("none", "bradley-terry")
-TEXTS_FILE, TRUTH_FILE, PROMPTS_FILE, SAMPLES_FILE = (
-    "texts.json", "truth.json", "prompts.json", "preferences.jsonl",
-)  # fmt: skip
+TRUTH_FILE, PROMPTS_FILE, SAMPLES_FILE = "truth.json", "prompts.json", "preferences.jsonl"
 
 
 class Plan(NamedTuple):
@@ -102,7 +100,7 @@ def make_world(folder: Path, plan: Plan, *, reviews: str | None, noise: str, see
         held_out, train = own[: plan.held_out], own[plan.held_out :]
         write_json(prompts, {"train": train, "held_out": held_out, "other": other})
     if not samples.exists():
-        truth, prefixes = judge.truth_of(_judge(folder), tokenizer), read_json(prompts)["train"]
+        truth, prefixes = judge.truth_of(_judge(folder), tokenizer), read_json_object(prompts)["train"]
         write_records(samples, sample_rows(policy, prefixes, truth, plan.max_new_tokens, noise, seed + 2))
 
 
@@ -111,7 +109,7 @@ def load_world(folder: Path) -> World:
     """What `make_world` left in a folder (absolute); the reference's log-probabilities are computed again."""
     policy = load_policy(str(folder / "sft"))
     policy.model.requires_grad_(False)
-    rows, found = read_rows(folder), read_json(folder / PROMPTS_FILE)
+    rows, found = read_rows(folder), read_json_object(folder / PROMPTS_FILE)
     whole = [Example(row["prompt"], row["completions"], "") for row in rows]
     examples, reference = pairs_of(rows, reference_logps(policy.model, whole, micro_size=16, dtype="float32"))
     truth = judge.truth_of(_judge(folder), policy.tokenizer)
@@ -124,17 +122,9 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def read_json(path: Path) -> Any:
-    """A file of this run. Raises InputError where it is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise InputError(f"{path}: is damaged; delete it, and --resume makes it again.") from None
-
-
 def _judge(folder: Path) -> judge.BagOfWords | None:
     path = folder / TRUTH_FILE
-    return judge.BagOfWords(**read_json(path)) if path.exists() else None
+    return judge.BagOfWords(**read_json_object(path)) if path.exists() else None
 
 
 # -------------------------------------------------------------------------------------- texts and SFT model
@@ -142,9 +132,9 @@ def _judge(folder: Path) -> judge.BagOfWords | None:
 
 def _texts(folder: Path, plan: Plan, reviews: str | None, seed: int) -> Texts:
     """The texts, kept so that a file that changes under a run does no harm; of a file also the judge."""
-    path = folder / TEXTS_FILE
+    path = folder / "texts.json"
     if path.exists():
-        return Texts(**read_json(path))
+        return Texts(**read_json_object(path))
     if reviews is None:
         texts = grammar_texts(plan, seed)
     else:
