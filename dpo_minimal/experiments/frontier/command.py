@@ -50,8 +50,8 @@ from ...preferences import (
 )
 from ...rivals.baselines import natural_gradient_step
 from ...text.runs import new_run_folder, versions, write_arrays, write_json, write_records
-from ...validation import InputError, check_count, check_flip_probability, check_positive
-from ..options import COMMON, RUN, Option, add_options, resolve
+from ...validation import check_flip_probability
+from ..options import COMMON, RUN, Option, add_options, must, resolve
 from ..study import Job, Study, carry_out, table
 from . import methods, pair_methods, pairs
 from .methods import Run
@@ -77,21 +77,13 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def _check_beta(flag: str, value: float) -> None:
-    check_positive(flag, value)
-    if not 1e-2 <= value <= 1e2:
-        raise InputError(f"{flag} must lie between 0.01 and 100, got {value}; the rewards are about one.")
-
-
-def _check_pairs(flag: str, value: int) -> None:
-    check_count(flag, value)
-    if value > MOST_PAIRS:
-        raise InputError(f"{flag} must be at most {MOST_PAIRS:,}, got {value:,}; beyond, use --population.")
-
-
 OPTIONS = {
     "preferences": {
-        "num_pairs": Option("comparisons to sample in each world", int, 20_000, check=_check_pairs),
+        "num_pairs": Option(
+            "comparisons to sample in each world", int, 20_000,
+            check=must(lambda n: 1 <= n <= MOST_PAIRS,
+                       f"be at least 1 and at most {MOST_PAIRS:,} (beyond, use --population)"),
+        ),
         "population": Option("exact preference probabilities instead of sampled pairs", bool),
         "flip_probability": Option(
             "label noise: the chance that a label is reversed, 0 to 1/2; cDPO and robust DPO expect it, "
@@ -100,7 +92,8 @@ OPTIONS = {
         ),
         "beta": Option(
             "of the ways to one optimum, of the methods without a range of their own, and of --pairs; where "
-            "PPO's coefficient starts", float, 0.5, check=_check_beta,
+            "PPO's coefficient starts", float, 0.5,
+            check=must(lambda b: 0.01 <= b <= 100, "lie between 0.01 and 100, as rewards are about one"),
         ),
         "pairs": Option(
             "instead of the frontier: the gap to pi* as the number of pairs grows from 100 to a million", bool

@@ -51,9 +51,7 @@ GRAMMAR = Plan(
     sft_learning_rate=3e-3, prefixes=640, held_out=192, other=192, max_new_tokens=44, steps=120, pairs=32,
     learning_rate=3e-4, warmup=10, best_of=96,
 )  # fmt: skip
-QUICK = GRAMMAR._replace(
-    demonstrations=6400, prefixes=240, steps=45, held_out=96, other=96, best_of=16,
-)  # fmt: skip
+QUICK = GRAMMAR._replace(demonstrations=6400, prefixes=240, steps=45, held_out=96, other=96, best_of=16)
 REVIEWS = GRAMMAR._replace(
     vocab_size=2048, context=72, n_layer=3, sft_epochs=5, sft_learning_rate=1.5e-3, max_new_tokens=56,
     prefixes=560, steps=105,

@@ -101,7 +101,7 @@ def make_world(folder: Path, plan: Plan, *, reviews: str | None, noise: str, see
         write_json(prompts, {"train": train, "held_out": held_out, "other": other})
     if not samples.exists():
         truth, prefixes = judge.truth_of(_judge(folder), tokenizer), read_json_object(prompts)["train"]
-        write_records(samples, sample_rows(policy, prefixes, truth, plan.max_new_tokens, noise, seed + 2))
+        write_records(samples, sample_rows(policy, prefixes, truth, plan, noise, seed + 2))
 
 
 @cache
@@ -272,22 +272,18 @@ def label_pairs(
 
 
 def sample_rows(
-    policy: Policy,
-    prefixes: Sequence[list[int]],
-    truth: judge.Truth,
-    max_new_tokens: int,
-    noise: str,
-    seed: int,
-) -> list[dict[str, Any]]:  # fmt: skip
+    policy: Policy, prefixes: Sequence[list[int]], truth: judge.Truth, plan: Plan, noise: str, seed: int
+) -> list[dict[str, Any]]:
     """Four samples of each prefix with their rewards and labelled pairs: rows of preferences.jsonl."""
     model, tokenizer = policy
     generator, labels = (torch.Generator().manual_seed(seed + k) for k in range(2))
     rows = []
-    together = max(1, rows_at_once(model, LONGEST + max_new_tokens) // K)
+    together = max(1, rows_at_once(model, LONGEST + plan.max_new_tokens) // K)
+    options = {"max_new_tokens": plan.max_new_tokens, "eos": tokenizer.eot}
     starts = range(0, len(prefixes), together)
     for start in tqdm(starts, desc="four samples a prefix", disable=None, leave=False):
         some = [prefix for prefix in prefixes[start : start + together] for _ in range(K)]
-        drawn = generate(model, some, max_new_tokens=max_new_tokens, eos=tokenizer.eot, generator=generator)
+        drawn = generate(model, some, generator=generator, **options)
         rewards = truth(some, drawn)
         for place in range(0, len(some), K):
             own, r = drawn[place : place + K], rewards[place : place + K]
