@@ -27,7 +27,7 @@ estimate the policy's divergence from the reference. Each micro-batch makes that
 for kto, and only for it, --gradient-accumulation-steps changes more than rounding.
 
 With --data the defaults are the paper's, where it gives one. The reviews need others: a model of 0.7 million
-weights, 86 steps from its reference, learns little from RMSprop at 1e-6.
+weights, 133 steps from its reference, learns little from RMSprop at 1e-6.
 
 A run folder holds model/ (Hugging Face's layout), metrics.jsonl, training.png, config.json, checkpoints/, the
 reference's log-probabilities, and without --data also sft/ and preferences.jsonl.
@@ -78,7 +78,7 @@ PREFERENCES_FILE, REFERENCE_FILE = "preferences.jsonl", "reference_logps.safeten
 
 
 GROUPS = {
-    "data": altered(DATA, rows={"reviews": 6000}, held_out={"reviews": 0.09}),
+    "data": altered(DATA, rows={"reviews": 9000}, held_out={"reviews": 0.06}),
     "model": {
         "model": COMMON["model"]._replace(
             help="policy and reference start as this run, folder, or released name (gpt2 to gpt2-xl); needed "
