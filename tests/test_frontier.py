@@ -422,7 +422,7 @@ def test_noise_reaches_the_labels_and_those_who_expect_it(brief, monkeypatch):
         found = {run.family: run for run in runs}
         assert found["robust DPO"].setting == found["cDPO"].setting == f"β {BETA:g}, ε {told:g}"
         args = argparse.Namespace(population=True, flip_probability=asked)
-        ranked = (data := frontier._comparisons(w, args, seed=0)).gather(w.rewards)
+        ranked = (data := pairs.comparisons(w, args, seed=0)).gather(w.rewards)
         clean = expected_pairs(w.rewards, reference_pairs(w.ref_logps))
         right = torch.where(ranked[:, 0] > ranked[:, 1], 1.0, 0.0).double()
         share = right @ clean.weight

@@ -40,14 +40,7 @@ import torch
 
 from ...certificates import certify, maximum_likelihood
 from ...closed_form import kl_divergence, optimal_logps
-from ...preferences import (
-    Rankings,
-    expected_pairs,
-    expected_rankings,
-    random_cycles,
-    reference_pairs,
-    sample_pairs,
-)
+from ...preferences import expected_pairs, expected_rankings, random_cycles
 from ...rivals.baselines import natural_gradient_step
 from ...text.runs import new_run_folder, versions, write_arrays, write_json, write_records
 from ...validation import check_flip_probability
@@ -137,16 +130,6 @@ def run(args: argparse.Namespace) -> Path:
     return folder
 
 
-def _comparisons(world: World, args: argparse.Namespace, *, seed: int) -> Rankings:
-    slate = reference_pairs(world.ref_logps)
-    if args.population:
-        return expected_pairs(world.rewards, slate, flip_probability=args.flip_probability)
-    return sample_pairs(
-        world.rewards, args.num_pairs, slate=slate, flip_probability=args.flip_probability,
-        generator=torch.Generator().manual_seed(seed + 1000),
-    )  # fmt: skip
-
-
 def ways_to_one_optimum(world: World, args: argparse.Namespace) -> list[str]:
     """Train towards one pi* in every way there is; the lines to print."""
     beta, effort = args.beta, methods.effort(world, quick=args.quick)
@@ -229,17 +212,17 @@ def plan(world: World, args: argparse.Namespace) -> list[Job]:
     """
     beta, effort = args.beta, methods.effort(world, quick=args.quick)
     noise = args.flip_probability or NOISE
-    shown, held_out = _comparisons(world, args, seed=args.seed), None
+    shown, held_out = pairs.comparisons(world, args, seed=args.seed), None
     if not args.population:
         shown, held_out = pairs.split(shown, np.random.default_rng(args.seed))
     learned = pairs.learned_rewards(world, shown, held_out)
     trained = pair_methods.others(beta, noise, ALPHAS)
-    jobs: list[Job] = [partial(_dpo, world, b, shown, held_out, effort.steps) for b in BETAS]
+    jobs: list[Job] = [partial(pairs.train_dpo, world, b, shown, held_out, effort.steps) for b in BETAS]
     jobs += [_one(methods.train_on_pairs, world, each, shown, steps=effort.steps) for each in trained]
     for k in range(1 if args.population else FT_SEEDS):
         method = pair_methods.preferred_ft()
         method = method if args.population else method._replace(setting=f"seed {k}")
-        data = _comparisons(world, args, seed=args.seed + k)
+        data = pairs.comparisons(world, args, seed=args.seed + k)
         jobs.append(_one(methods.train_on_pairs, world, method, data, steps=effort.steps))
     for family, rewards in (("best of N", world.rewards), ("best of N, learned reward", learned)):
         jobs += [_one(methods.best_of_n, world, rewards, family, n) for n in BEST_OF]
@@ -253,19 +236,6 @@ def plan(world: World, args: argparse.Namespace) -> list[Job]:
 def _one(function: Callable[..., Run], *arguments, **options) -> Job:
     """A job that returns one run."""
     return lambda: [function(*arguments, **options)]
-
-
-def _dpo(world: World, beta: float, shown: Rankings, held_out: Rankings | None, steps: int) -> list[Run]:
-    """DPO to the end, and the policy of its path that predicts held-out comparisons best."""
-    found = methods.train_on_pairs(world, pair_methods.pair_method("dpo", beta=beta), shown, steps=steps)
-    if held_out is None:
-        return [found]
-    end = pairs.best_on_path(found, held_out, beta=beta) + 1
-    cut = replace(
-        found, family="DPO, stopped early", path=found.path[:end], steps_at=found.steps_at[:end],
-        optimum=None, ends="-",
-    )  # fmt: skip
-    return [found, cut]
 
 
 def kl_of_best(world: World) -> float:

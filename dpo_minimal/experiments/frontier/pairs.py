@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from ...certificates import connected
 from ...closed_form import kl_divergence, optimal_logps
 from ...laws.sampling_laws import kl_law
-from ...preferences import Rankings, expected_pairs, reference_pairs, win_counts
+from ...preferences import Rankings, expected_pairs, reference_pairs, sample_pairs, win_counts
 from ..study import Job, table
 from . import methods, pair_methods
 from .worlds import World, gpt_world
@@ -42,6 +43,21 @@ NARROW = 8  # width of the GPT that cannot express pi*
 STEPS = 1200  # of the reward model: as many as DPO's on a table
 PRIOR_STEPS = 400  # with a prior no reward grows without limit, and Adam arrives sooner
 POPULATION = math.inf  # pairs, where preferences are exact
+
+
+def population(world: World, *, flip_probability: float = 0.0) -> Rankings:
+    """The exact preferences of all pairs that the reference draws."""
+    return expected_pairs(world.rewards, reference_pairs(world.ref_logps), flip_probability=flip_probability)
+
+
+def comparisons(world: World, args: argparse.Namespace, *, seed: int) -> Rankings:
+    """What the methods of the frontier learn from: exact preferences, or sampled ones."""
+    if args.population:
+        return population(world, flip_probability=args.flip_probability)
+    return sample_pairs(
+        world.rewards, args.num_pairs, slate=reference_pairs(world.ref_logps),
+        flip_probability=args.flip_probability, generator=torch.Generator().manual_seed(seed + 1000),
+    )  # fmt: skip
 
 
 def draw(population: Rankings, num_pairs: float, generator: np.random.Generator) -> Rankings:
@@ -162,7 +178,7 @@ def _on_table(size: float, args: argparse.Namespace, world: World) -> Iterator[t
     """All methods on the data sets of one size, whose reward models are fitted together."""
     generator = np.random.default_rng([args.seed, 0 if size == POPULATION else int(size)])
     count = 1 if size == POPULATION else REPLICATES
-    sets = [draw(_population(world), size, generator) for _ in range(count)]
+    sets = [draw(population(world), size, generator) for _ in range(count)]
     parts = [_parts(each, size, generator) for each in sets]
     shown, held = (torch.stack([win_counts(p[k], *world.rewards.shape) for p in parts]) for k in (0, 1))
     rewards = fit_rewards(shown, held, steps=STEPS)
@@ -180,15 +196,15 @@ def _on_gpt(
 ) -> Iterator[tuple[World, str, Tensor]]:
     """All methods on the k-th data set of one size, and DPO of the narrow GPT on one of its own."""
     generator = np.random.default_rng([args.seed, k, 0 if size == POPULATION else int(size)])
-    data = draw(_population(world), size, generator)
+    data = draw(population(world), size, generator)
     parts = _parts(data, size, generator)
-    yield world, "DPO", _stopped_dpo(world, parts, args)
+    steps = methods.effort(world, quick=args.quick).steps
+    yield world, "DPO", train_dpo(world, args.beta, *parts, steps)[-1].path[-1]
     if size != POPULATION:
         yield world, "prior", with_prior(world, [data], beta=args.beta)[0]
     yield world, "coverage", covered(world, data, beta=args.beta)
-    narrow_parts = _parts(draw(_population(narrow), size, generator), size, generator)
-    yield narrow, "DPO, narrow GPT", _stopped_dpo(narrow, narrow_parts, args)
-    steps = methods.effort(world, quick=args.quick).steps
+    narrow_parts = _parts(draw(population(narrow), size, generator), size, generator)
+    yield narrow, "DPO, narrow GPT", train_dpo(narrow, args.beta, *narrow_parts, steps)[-1].path[-1]
     rewards = methods.gpt_reward_model(world, *parts, steps=steps, seed=args.seed + k)
     yield world, "reward model + closed form", optimal_logps(world.ref_logps, rewards, beta=args.beta)
     yield world, "PPO", _ppo(world, rewards, args, k)
@@ -198,20 +214,9 @@ def _by_the_true_reward(size: float, args: argparse.Namespace, world: World) -> 
     yield world, "PPO-GT", _ppo(world, world.rewards, args, 0)
 
 
-def _population(world: World) -> Rankings:
-    return expected_pairs(world.rewards, reference_pairs(world.ref_logps))
-
-
 def _parts(data: Rankings, size: float, generator: np.random.Generator) -> tuple[Rankings, Rankings]:
     """Comparisons to learn from and to stop by; exact preferences serve as both."""
     return (data, data) if size == POPULATION else split(data, generator)
-
-
-def _stopped_dpo(world: World, parts: tuple[Rankings, Rankings], args: argparse.Namespace) -> Tensor:
-    steps = methods.effort(world, quick=args.quick).steps
-    method = pair_methods.pair_method("dpo", beta=args.beta)
-    found = methods.train_on_pairs(world, method, parts[0], steps=steps)
-    return found.path[best_on_path(found, parts[1], beta=args.beta)]
 
 
 def _ppo(world: World, rewards: Tensor, args: argparse.Namespace, k: int) -> Tensor:
@@ -223,6 +228,21 @@ def _ppo(world: World, rewards: Tensor, args: argparse.Namespace, k: int) -> Ten
 def gap_to_optimum(world: World, logps: Tensor, *, beta: float) -> float:
     """KL(pi || pi*), nats, the mean over prompts."""
     return kl_divergence(logps, optimal_logps(world.ref_logps, world.rewards, beta=beta)).mean().item()
+
+
+def train_dpo(
+    world: World, beta: float, shown: Rankings, held_out: Rankings | None, steps: int
+) -> list[methods.Run]:
+    """DPO to the end, and the policy of its path that predicts held-out comparisons best."""
+    found = methods.train_on_pairs(world, pair_methods.pair_method("dpo", beta=beta), shown, steps=steps)
+    if held_out is None:
+        return [found]
+    end = best_on_path(found, held_out, beta=beta) + 1
+    cut = replace(
+        found, family="DPO, stopped early", path=found.path[:end], steps_at=found.steps_at[:end],
+        optimum=None, ends="-",
+    )  # fmt: skip
+    return [found, cut]
 
 
 def best_on_path(found: methods.Run, held_out: Rankings, *, beta: float) -> int:
@@ -256,7 +276,7 @@ def spreads(points: list[Point]) -> dict[str, dict[float, Spread]]:
 def law_of(world: World, *, beta: float) -> float:
     """N times the mean gap of estimates from N pairs, for many pairs: tr(Sigma I^+) / (2 beta^2) [D11.5]."""
     optimal = optimal_logps(world.ref_logps, world.rewards, beta=beta)
-    mean, _ = kl_law(optimal, world.ref_logps, _population(world), beta=beta)
+    mean, _ = kl_law(optimal, world.ref_logps, population(world), beta=beta)
     return mean.sum().item()  # X prompts share N pairs, and the gap is a mean over prompts
 
 

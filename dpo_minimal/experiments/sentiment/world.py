@@ -65,13 +65,8 @@ class Plan(NamedTuple):
     best_of: int  # held-out prefixes of which 128 samples are drawn
 
 
-class Texts(NamedTuple):
-    """Texts to learn, and for SFT's own check; those of the training prompts' kind, and of another kind."""
-
-    learn: list[str]
-    held_out: list[str]
-    own: list[str]
-    other: list[str]
+# "learn", "held_out" (for SFT's own check); "own" (the training prompts' kind), "other" (another kind)
+Texts = dict[str, list[str]]
 
 
 class World(NamedTuple):
@@ -95,8 +90,8 @@ def make_world(folder: Path, plan: Plan, *, reviews: str | None, noise: str, see
     policy = _sft(folder / "sft", plan, texts, seed, resume)
     tokenizer, prompts, samples = policy.tokenizer, folder / PROMPTS_FILE, folder / SAMPLES_FILE
     if not prompts.exists():
-        own = take_prefixes([*map(tokenizer.encode, texts.own)], plan.prefixes + plan.held_out, seed=seed)
-        other = take_prefixes([*map(tokenizer.encode, texts.other)], plan.other, seed=seed + 1)
+        own = take_prefixes([*map(tokenizer.encode, texts["own"])], plan.prefixes + plan.held_out, seed=seed)
+        other = take_prefixes([*map(tokenizer.encode, texts["other"])], plan.other, seed=seed + 1)
         held_out, train = own[: plan.held_out], own[plan.held_out :]
         write_json(prompts, {"train": train, "held_out": held_out, "other": other})
     if not samples.exists():
@@ -134,7 +129,7 @@ def _texts(folder: Path, plan: Plan, reviews: str | None, seed: int) -> Texts:
     """The texts, kept so that a file that changes under a run does no harm; of a file also the judge."""
     path = folder / "texts.json"
     if path.exists():
-        return Texts(**read_json_object(path))
+        return read_json_object(path)
     if reviews is None:
         texts = grammar_texts(plan, seed)
     else:
@@ -144,7 +139,7 @@ def _texts(folder: Path, plan: Plan, reviews: str | None, seed: int) -> Texts:
             f"ground truth: a logistic regression on {len(learnt.weights):,} words, right on {share:.1%} of "
             "the held-out reviews.", flush=True,
         )  # fmt: skip
-    write_json(path, texts._asdict())
+    write_json(path, texts)
     return texts
 
 
@@ -160,7 +155,7 @@ def grammar_texts(plan: Plan, seed: int) -> Texts:
         [text for text, row in zip(whole, rows) if (row["prompt"][-1] in ".:") == opening]
         for opening in (False, True)
     )
-    return Texts(whole[300:], whole[:300], own, other)
+    return {"learn": whole[300:], "held_out": whole[:300], "own": own, "other": other}
 
 
 def file_texts(reviews: Sequence[judge.Review], seed: int) -> tuple[Texts, judge.BagOfWords, float]:
@@ -174,18 +169,19 @@ def file_texts(reviews: Sequence[judge.Review], seed: int) -> tuple[Texts, judge
     held_out, learn = order[:tenth], order[tenth:]
     learnt = judge.fit_bag_of_words(learn)
     other = [row["prompt"].lower() + row["completion"].lower() for row in demonstrations(2000, seed=seed)]
-    texts = [[review.text for review in some] for some in (learn, held_out[:300], order)]
-    return Texts(*texts, other), learnt, judge.accuracy(learnt, held_out)
+    parts = {"learn": learn, "held_out": held_out[:300], "own": order}
+    texts = {name: [review.text for review in some] for name, some in parts.items()}
+    return texts | {"other": other}, learnt, judge.accuracy(learnt, held_out)
 
 
 def _sft(folder: Path, plan: Plan, texts: Texts, seed: int, resume: bool) -> Policy:
     """The SFT model; every token but the first of a review is learnt."""
     if (folder / MODEL / WEIGHTS_FILE).exists():
         return load_policy(str(folder))
-    tokenizer = vocabulary(texts.learn, plan.vocab_size)
+    tokenizer = vocabulary(texts["learn"], plan.vocab_size)
     torch.manual_seed(seed)
     model = GPT(GPTConfig(tokenizer.vocab_size, plan.context, plan.n_layer, 4, plan.n_embd))
-    data = Data(*(_as_examples(some, tokenizer, plan.context) for some in (texts.learn, texts.held_out)))
+    data = Data(*(_as_examples(texts[k], tokenizer, plan.context) for k in ("learn", "held_out")))
     settings = Settings(
         learning_rate=plan.sft_learning_rate, optimizer="adamw", per_device_train_batch_size=32,
         gradient_accumulation_steps=1, num_train_epochs=plan.sft_epochs, max_steps=None, warmup_steps=20,
