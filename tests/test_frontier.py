@@ -375,7 +375,8 @@ def runs_of(w: World, monkeypatch, **options) -> list[methods.Run]:
     monkeypatch.setattr(frontier, "BEST_OF", (4,))
     given = dict(beta=BETA, quick=False, population=False, num_pairs=2000, flip_probability=0.0, seed=0)
     args = argparse.Namespace(**given | options)
-    return [run for job in frontier.plan(w, args) for run in job()]
+    study = frontier.frontier_study([w], args)
+    return study.runs([job() for job in study.plan[w.name]])
 
 
 def test_who_knows_the_true_reward(brief, monkeypatch):

@@ -43,8 +43,10 @@ class Study(NamedTuple):
     plan: dict[str, list[Job]]  # the jobs of each part
     table: Callable[[Any], list[str]]  # the runs of a part -> the lines to print when they are there
     files: Callable[[list[Any]], Files]  # the runs of all parts -> what writes each file
-    # What the jobs of a part returned, in their order -> its runs; here of jobs that return a list of them.
-    runs: Callable[[list[Any]], Any] = lambda found: [run for runs in found for run in runs]
+    # What the jobs of a part returned, in their order -> its runs; here of jobs that return one or a list.
+    runs: Callable[[list[Any]], Any] = lambda found: [
+        run for each in found for run in (each if isinstance(each, list) else [each])
+    ]
 
 
 def carry_out(study: Study, folder: Path, *, workers: int = 1) -> None:

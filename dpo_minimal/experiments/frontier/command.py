@@ -30,7 +30,6 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -206,7 +205,7 @@ def pairs_study(worlds: list[World], args: argparse.Namespace) -> Study:
 
 
 def plan(world: World, args: argparse.Namespace) -> list[Job]:
-    """What is to be run on a world: each job returns runs.
+    """What is to be run on a world: each job returns a run or several.
 
     A tenth of sampled comparisons is held out, for the reward model and for DPO that is stopped in time.
     """
@@ -218,24 +217,19 @@ def plan(world: World, args: argparse.Namespace) -> list[Job]:
     learned = pairs.learned_rewards(world, shown, held_out)
     trained = pair_methods.others(beta, noise, ALPHAS)
     jobs: list[Job] = [partial(pairs.train_dpo, world, b, shown, held_out, effort.steps) for b in BETAS]
-    jobs += [_one(methods.train_on_pairs, world, each, shown, steps=effort.steps) for each in trained]
+    jobs += [partial(methods.train_on_pairs, world, each, shown, steps=effort.steps) for each in trained]
     for k in range(1 if args.population else FT_SEEDS):
         method = pair_methods.preferred_ft()
         method = method if args.population else method._replace(setting=f"seed {k}")
         data = pairs.comparisons(world, args, seed=args.seed + k)
-        jobs.append(_one(methods.train_on_pairs, world, method, data, steps=effort.steps))
+        jobs.append(partial(methods.train_on_pairs, world, method, data, steps=effort.steps))
     for family, rewards in (("best of N", world.rewards), ("best of N, learned reward", learned)):
-        jobs += [_one(methods.best_of_n, world, rewards, family, n) for n in BEST_OF]
-    jobs += [_one(methods.closed_form, world, learned, "reward model + closed form", b) for b in BETAS]
-    by_ppo = partial(_one, methods.train_by_ppo, world, beta=beta, effort=effort, seed=args.seed)
+        jobs += [partial(methods.best_of_n, world, rewards, family, n) for n in BEST_OF]
+    jobs += [partial(methods.closed_form, world, learned, "reward model + closed form", b) for b in BETAS]
+    by_ppo = partial(methods.train_by_ppo, world, beta=beta, effort=effort, seed=args.seed)
     for family, rewards in (("PPO", learned), ("PPO-GT", world.rewards)):
-        jobs += [by_ppo(rewards, family, target=t) for t in TARGETS if t < kl_of_best(world)]
+        jobs += [partial(by_ppo, rewards, family, target=t) for t in TARGETS if t < kl_of_best(world)]
     return jobs
-
-
-def _one(function: Callable[..., Run], *arguments, **options) -> Job:
-    """A job that returns one run."""
-    return lambda: [function(*arguments, **options)]
 
 
 def kl_of_best(world: World) -> float:
