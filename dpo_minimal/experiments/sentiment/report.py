@@ -14,7 +14,7 @@ from ...text.runs import write_json, write_records
 from ..study import Files, paragraph, table, write_csv, write_text
 from ..text.report import prompt_line, text_lines
 from .methods import REWARD_EPOCHS, SHOWN, budget_of
-from .results import NATS, Group, Results, Row, path_rows
+from .results import CHARACTER, NATS, Group, Results, Row, path_rows
 from .world import K, Plan, World
 
 PRINTED = 2  # prompts whose samples are printed
@@ -24,7 +24,7 @@ COLUMNS = (
     ("KL, nats", ">13", ""), ("win rate, %", ">18", ""), (f"in {NATS[0]:g} nats", ">12", ""),
     (f"in {NATS[1]:g} nats", ">12", ""), ("steps", ">6", ""), ("sec", ">5", ".0f"),
 )  # fmt: skip
-CHARACTER = (
+CHARACTER_COLUMNS = (
     ("what it writes", "<26", ""), ("tokens", ">7", ".1f"), ("ended", ">7", ".0%"), ("repeated", ">9", ".1%"),
     ("log pi_ref a token", ">19", ".2f"),
 )  # fmt: skip
@@ -129,10 +129,9 @@ def comparison_text(results: Results, rows: Sequence[Row]) -> str:
 
 def character_text(results: Results) -> str:
     """Lengths, repetitions, likelihood under the reference: where a policy stops being a language model."""
-    names = ("lengths", "ended", "repeated", "reference_token_logps")
-    rows = [(g.label, *(row[name] for name in names)) for g, row in zip(results.groups, results.rows)]
+    rows = [(g.label, *(row[name] for name in CHARACTER)) for g, row in zip(results.groups, results.rows)]
     note = "repeated: share of runs of three tokens that the sample had before."
-    return "\n".join([*table(CHARACTER, rows), note])
+    return "\n".join([*table(CHARACTER_COLUMNS, rows), note])
 
 
 def sample_text(world: World, shown: int, groups: Sequence[Group]) -> str:

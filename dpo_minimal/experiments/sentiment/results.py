@@ -24,6 +24,7 @@ from .world import Plan
 
 Row = dict[str, Any]
 NATS = (2.5, 8.0)  # divergences at which methods are compared
+CHARACTER = ("lengths", "ended", "repeated", "reference_token_logps")  # of the samples at the end
 MOST_OF_N = (1, 4, 16, 64, 128)
 FRONTIER_END = 2.5  # nats, to which 128 draws tell the frontier: their largest KL is log 128 = 4.9
 
@@ -167,10 +168,9 @@ def _row(group: Group, start: Tensor, opponents: Tensor, budget: dict[str, int])
     for nats in NATS:
         within = (None,) * 3 if group.method == "SFT" else reward_within(group, start, nats)
         row |= _spread(f"reward_within_{nats:g}_nats", within)
-    character = ("lengths", "ended", "repeated", "reference_token_logps")  # of the end's samples
     row |= dict.fromkeys(budget, 0) if group.method == "SFT" else budget
     row["seconds"] = group.seconds
-    return row | {name: group.last[name].mean().item() for name in character}
+    return row | {name: group.last[name].mean().item() for name in CHARACTER}
 
 
 def _spread(name: str, interval: Iterable[float | None]) -> Row:
