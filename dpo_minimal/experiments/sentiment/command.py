@@ -120,8 +120,8 @@ def _new_folder(options: argparse.Namespace) -> Path:
     if options.reviews is not None:
         read_reviews(options.reviews)  # before anything is written
     folder = new_run_folder(options.output_dir, "sentiment")
-    kept = {name: value for name, value in vars(options).items() if name != "resume"}
-    write_json(folder / CONFIG_FILE, {"command": "sentiment", "options": kept, "threads": 1, **versions()})
+    given = {name: value for name, value in vars(options).items() if name != "resume"}
+    write_json(folder / CONFIG_FILE, {"command": "sentiment", "options": given, "threads": 1, **versions()})
     return folder
 
 

@@ -160,34 +160,30 @@ def train_run(run: Run, world: World, plan: Plan, folder: Path) -> Iterator[tupl
 
 
 def _learn_from_pairs(run: Run, world: World, plan: Plan, model: GPT) -> tuple[Objective, Iterator[Window]]:
-    """The objective of a run, and its windows of pairs."""
-    examples, reference = world.examples, world.reference
+    """The objective of a run, and its windows of pairs, epoch after epoch, as many as steps.
+
+    An epoch's rest that makes no whole window is passed over, so that every step has the same size.
+    """
+    examples, reference, size = world.examples, world.reference, plan.pairs
     if run.kind == "sft":
-        chosen = [Example(row.prompt, row.completions[:1], row.place) for row in examples]
         objective = sft_objective(model, dtype="float32")
+        examples = [Example(row.prompt, row.completions[:1], row.place) for row in examples]
         # Two chosen completions for each pair that the others see: as many completions a step.
-        return objective, _stream(chosen, None, 2 * plan.pairs, plan.steps, run.seed)
-    objective = preference_objective(model, run.loss_type, dtype="float32", **dict(run.options))
-    if "kl_estimate" in LOSSES[run.loss_type].reads:  # a further completion is scored, but teaches nothing
-        examples = with_mismatched(examples, max_length=plan.context)
-        reference = reference_logps(world.policy.model, examples, micro_size=16, dtype="float32")
-    return objective, _stream(examples, reference, plan.pairs, plan.steps, run.seed)
-
-
-def _stream(
-    examples: list[Example], reference: Tensor | None, size: int, steps: int, seed: int
-) -> Iterator[Window]:
-    """Windows of `size` rows, epoch after epoch, as many as steps; an epoch's rest that makes no whole window
-    is passed over, so that every step has the same size."""
+        reference, size = None, 2 * plan.pairs
+    else:
+        objective = preference_objective(model, run.loss_type, dtype="float32", **dict(run.options))
+        if "kl_estimate" in LOSSES[run.loss_type].reads:  # one more completion is scored, but teaches nothing
+            examples = with_mismatched(examples, max_length=plan.context)
+            reference = reference_logps(world.policy.model, examples, micro_size=16, dtype="float32")
     size = min(size, len(examples))
-    chosen = (
+    whole = (
         rows
         for epoch in itertools.count()
-        for rows in windows(examples, window_size=size, micro_size=min(16, size), seed=seed, epoch=epoch)
+        for rows in windows(examples, window_size=size, micro_size=min(16, size), seed=run.seed, epoch=epoch)
         if sum(map(len, rows)) == size
     )
-    for rows in itertools.islice(chosen, steps):
-        yield make_window(examples, rows, reference, dtype="float32", device="cpu")
+    of_rows = partial(make_window, examples, reference=reference, dtype="float32", device="cpu")
+    return objective, map(of_rows, itertools.islice(whole, plan.steps))
 
 
 def ppo_settings(run: Run, plan: Plan) -> PPOSettings:
