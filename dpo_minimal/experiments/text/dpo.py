@@ -139,9 +139,9 @@ def _default(loss: Loss, option: LossOption, data: str | None) -> float | None:
 
 def _loss_of(options: argparse.Namespace) -> dict[str, float]:
     """The options of the loss, checked; what nobody gave gets its default, here and in `options`."""
-    loss = LOSSES[options.loss_type]
+    loss = LOSSES.get(options.loss_type)  # None of a run that another version made; refused below
     given = {name: getattr(options, name, None) for name in _loss_options()}
-    for option in loss.options:
+    for option in loss.options if loss else ():
         if given[option.name] is None:
             given[option.name] = _default(loss, option, options.data)
     found = loss_options(options.loss_type, given)
