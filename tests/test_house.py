@@ -11,11 +11,11 @@ PACKAGE = ROOT / "dpo_minimal"
 # From left to right: a file imports its own annex, those to the left of it, and the book.
 ANNEXES = ("zoo", "laws", "text", "rivals", "bench", "experiments")
 # Raised only by a decision with its reason in the commit that does it.
-BUDGETS = {
+BUDGETS = {  # what is counted: lines, and words where it says so
     "book (root files)": 2900,
     "micro.py": 150,
-    "experiments": 5900,
-    "package": 13500,
+    "experiments": 6100,
+    "package": 14500,
     "README.md": 160,
     "README.md, words": 1800,
     "derivations.md": 1500,

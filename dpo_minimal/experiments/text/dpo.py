@@ -86,7 +86,7 @@ GROUPS = {
         ),
     },
     "training": altered(
-        TRAINING, learning_rate={"default": 1e-6, "reviews": 2e-4}, warmup_steps={"reviews": 20},
+        TRAINING, learning_rate={"default": 1e-6, "reviews": 1.5e-4}, warmup_steps={"reviews": 20},
         per_device_train_batch_size={"reviews": 16}, gradient_accumulation_steps={"reviews": 4},
         optimizer={"default": "rmsprop", "reviews": "adamw"},
     ),
