@@ -93,7 +93,7 @@ def _accuracy_panel(axis, records: list[Record]) -> None:
     relative = [weight / weights[0] for weight in weights]
     axis.plot(steps, _running_mean(relative), color=GREEN, label="gradient weight / its first value")
     axis.axhline(0.5, color=GREY, linestyle=":", label="guessing")
-    axis.legend()
+    axis.legend(loc="center", bbox_to_anchor=(0.5, 0.68), ncols=2)  # between the two groups of curves
     _label_steps(axis, "Order, and how much gradient is left", "share of rows; ratio")
 
 
