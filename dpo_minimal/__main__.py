@@ -92,6 +92,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def entry_point() -> None:
     """The console script `dpo-minimal`."""
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack letters that a text has
     sys.exit(main())
 
 

@@ -1,6 +1,7 @@
 """The command line: what it writes, what it prints, and what it refuses before it works."""
 
 import csv
+import io
 import json
 import math
 import os
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 import dpo_minimal
-from dpo_minimal.__main__ import main
+from dpo_minimal.__main__ import entry_point, main
 from dpo_minimal.bandit import random_bandit
 from dpo_minimal.experiments.bandit import command as bandit
 from dpo_minimal.experiments.bandit import convergence, figure
@@ -352,6 +353,17 @@ def test_program_reports_bad_input_with_exit_code_two(tmp_path, monkeypatch, cap
     assert ended.value.code == 2 and printed.out == ""
     assert printed.err == "dpo-minimal: error: --beta must be a positive finite number, got 0.0.\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_text_is_printed_where_the_terminal_lacks_its_letters(monkeypatch):
+    """A run that has trained for hours must not end at its samples: unknown letters are escaped."""
+    Path("caf\xe9.jsonl").write_text(json.dumps({"prompt": "Q", "chosen": " A", "rejected": " B"}))
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "argv", ["dpo-minimal", "audit", "--data", "caf\xe9.jsonl"])
+    with pytest.raises(SystemExit) as ended:
+        entry_point()
+    assert ended.value.code == 0 and rb"caf\xe9" in screen.buffer.getvalue()
 
 
 def test_interruption_ends_with_130(monkeypatch, capsys):
