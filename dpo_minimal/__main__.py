@@ -78,11 +78,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except OSError as error:
         place = "" if error.filename is None else f"{error.filename}: "
-        reason = error.strerror or str(error)
-        print(
-            f"dpo-minimal: error: {place}cannot be used ({reason}); free some space or repair it.",
-            file=sys.stderr,
-        )
+        problem = f"{place}cannot be used ({error.strerror or error})"
+        print(f"dpo-minimal: error: {problem}; free some space or repair it.", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interruption:
         print(f"\ndpo-minimal: {str(interruption) or 'interrupted.'}", file=sys.stderr)
