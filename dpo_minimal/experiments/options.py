@@ -132,6 +132,7 @@ def declared(groups: Groups) -> Group:
 
 
 def flag_of(name: str) -> str:
+    """The flag of an option: --max-steps of max_steps."""
     return "--" + name.replace("_", "-")
 
 
