@@ -4,13 +4,12 @@ They are derivations.md and the chapters that stand beside the code they are abo
 lists them): one numbering of tags, one opening block, one index for each document.
 """
 
-import zlib
+import random
 from functools import cache
 from types import CodeType
 from typing import NamedTuple
 
 import torch
-from hypothesis import strategies as st
 from strategies import normal
 
 from notebooks.syllabus import DOCUMENTS, HEADING, ROOT
@@ -113,21 +112,20 @@ def opening_names() -> dict:
     return names
 
 
-@st.composite
-def instances(draw) -> dict:
+def world(name: str, number: int) -> dict:
     """What the opening block makes, drawn: 1 to 3 prompts, 2 to 8 completions, beta in [0.05, 20].
 
     Extremes are drawn on purpose: uniform and nearly deterministic references, constant and tied rewards,
-    a policy that is the reference. Rewards stay below some 13, so that e^(r / beta) does not overflow.
+    a policy that is the reference. Rewards stay below some 13, so that e^(r / beta) does not overflow. The
+    same name and number give the same world.
     """
-    X, K = draw(st.integers(1, 3)), draw(st.integers(2, 8))
-    beta = draw(st.one_of(st.floats(0.05, 5.0), st.sampled_from([0.05, 1.0, 20.0])))
-    reference_scale = draw(st.sampled_from([1.0, 3.0, 1.0, 3.0, 6.0, 0.0]))
-    reward_scale = draw(st.sampled_from([1.0, 3.0, 1.0, 3.0, 1.0, 3.0, 0.1, 0.0]))
-    extreme = draw(st.sampled_from(["none", "none", "none", "none", "tied rewards", "policy is reference"]))
-    drawn = (X, K, beta, reference_scale, reward_scale, extreme, draw(st.integers(0, 2**32 - 1)))
-    # Hypothesis repeats single choices, the same seed among them, but never all of them together.
-    generator = torch.Generator().manual_seed(zlib.crc32(repr(drawn).encode()))
+    draw = random.Random(f"{name} {number}")
+    X, K = draw.randint(1, 3), draw.randint(2, 8)
+    beta = draw.choice([draw.uniform(0.05, 5.0), draw.choice([0.05, 1.0, 20.0])])
+    reference_scale = draw.choice([1.0, 3.0, 1.0, 3.0, 6.0, 0.0])
+    reward_scale = (1.0, 3.0, 1.0, 3.0, 1.0, 3.0, 0.1, 0.0)[number % 8]
+    extreme = draw.choice(["none", "none", "none", "none", "tied rewards", "policy is reference"])
+    generator = torch.Generator().manual_seed(draw.getrandbits(32))
     ref_logps = normal(X, K, generator=generator, scale=reference_scale).log_softmax(-1)
     rewards = normal(X, K, generator=generator, scale=reward_scale)
     logps = normal(X, K, generator=generator).log_softmax(-1)

@@ -127,7 +127,7 @@ def samples(strategy: st.SearchStrategy[Given], count: int = 30) -> list[Given]:
 
     def keep(given: Given) -> bool:
         drawn.append(given)
-        return len(drawn) >= 3 * count
+        return len(drawn) >= 2 * count
 
     with contextlib.suppress(NoSuchExample):  # a strategy with few values runs out of them
         find(strategy, keep, settings=_search(10 * count, Phase.generate), random=random.Random(1))
