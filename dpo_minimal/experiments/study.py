@@ -88,8 +88,8 @@ def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def kept(path: Path, job: Callable[..., dict[str, np.ndarray]], *arguments: Any) -> dict[str, np.ndarray]:
-    """The arrays that a job returns, kept in an .npz file; where that is there the job is not run again."""
+def kept(path: Path, job: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, np.ndarray]:
+    """What a job returns, as arrays in an .npz file; where that is there the job is not run again."""
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         write_arrays(path, job(*arguments))
@@ -111,15 +111,12 @@ def table(
         ['method       KL', 'DPO        1.50', 'PPO           -']
     """
 
-    def line(cells: Iterable[str]) -> str:
-        return indent + " ".join(f"{cell:{width}}" for cell, (_, width, _) in zip(cells, columns))
+    def cell(value: Any, width: str, form: str) -> str:
+        text = value if isinstance(value, str) else f"{value:{form}}"
+        return f"{text:{width}}"
 
-    lines = [line(title for title, _, _ in columns)]
-    for row in rows:
-        lines.append(
-            line(c if isinstance(c, str) else f"{c:{form}}" for c, (_, _, form) in zip(row, columns))
-        )
-    return lines
+    titles, widths, forms = zip(*columns)
+    return [indent + " ".join(map(cell, row, widths, forms)) for row in (titles, *rows)]
 
 
 def paragraph(text: str, width: int = 110) -> str:

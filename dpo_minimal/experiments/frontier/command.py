@@ -4,15 +4,11 @@ The best trade-off between reward and KL from the reference is a curve with a cl
 pi_ref exp(r / beta) / Z for all beta. Nobody crosses it. Two worlds are small enough that every completion is
 enumerated, so that KL, reward and the distance to the curve are exact: a table of logits, and a GPT-2.
 
-First, every way to one optimum, with exact preferences: DPO, DPO on rankings, a reward model with the closed
-form, PPO with the true reward, and (for the table) the natural gradient must all end at the same pi*.
-
-Then the frontier: DPO (to the end of its training, and stopped where held-out comparisons are predicted
-best, as the reward model is), IPO, cDPO, robust DPO, KTO, ORPO, SimPO, DPO without its weight, Unlikelihood,
-Preferred-FT, best of N, and PPO with the learned and with the true reward (PPO-GT). They learn from the same
-comparisons: pairs of completions drawn from the reference, labelled by Bradley-Terry. Of sampled ones
-a tenth is held out; only Preferred-FT learns from all, and from others for each of its seeds. The learned
-reward is a table, one number a completion, in both worlds; --pairs has a reward model that is a GPT.
+First, with exact preferences, every way to one optimum must end at the same pi*. Then all methods learn from
+the same comparisons: pairs of completions drawn from the reference, labelled by Bradley-Terry. Of sampled
+ones a tenth is held out, which stops the reward model, and DPO where the table says so; only Preferred-FT
+learns from all, and from others for each of its seeds. The learned reward is a table, one number a
+completion, in both worlds; --pairs has a reward model that is a GPT. PPO-GT knows the true reward.
 
   dpo-minimal frontier                           20,000 sampled pairs
   dpo-minimal frontier --population              exact preferences: only each method's own aim is left
@@ -30,12 +26,14 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ...certificates import certify, maximum_likelihood
 from ...closed_form import kl_divergence, optimal_logps
@@ -122,7 +120,6 @@ def run(args: argparse.Namespace) -> Path:
     worlds = [] if args.world == "gpt" else [table_world(args.seed)]
     worlds += [] if args.world == "table" else [gpt_world(args.seed, quick=args.quick)]
     if not args.pairs:
-        print("Every way to the same optimum first, then every method below the frontier.", flush=True)
         for world in worlds:
             print("", *ways_to_one_optimum(world, args), sep="\n", flush=True)
     carry_out(pairs_study(worlds, args) if args.pairs else frontier_study(worlds, args), folder)
@@ -192,7 +189,7 @@ def pairs_study(worlds: list[World], args: argparse.Namespace) -> Study:
     from .figure import pairs_figure
 
     laws = {world.name: pairs.law_of(world, beta=args.beta) for world in worlds}
-    arrays = {f"{name}_law": np.array(law) for name, law in laws.items()}
+    arrays = {f"{name}_law": law for name, law in laws.items()}
     return Study(
         plan={world.name: pairs.plan(world, args) for world in worlds},
         table=lambda points: pairs.summary(points, laws[points[0].world], args.beta),
@@ -219,8 +216,7 @@ def plan(world: World, args: argparse.Namespace) -> list[Job]:
     jobs: list[Job] = [partial(pairs.train_dpo, world, b, shown, held_out, effort.steps) for b in BETAS]
     jobs += [partial(methods.train_on_pairs, world, each, shown, steps=effort.steps) for each in trained]
     for k in range(1 if args.population else FT_SEEDS):
-        method = pair_methods.preferred_ft()
-        method = method if args.population else method._replace(setting=f"seed {k}")
+        method = pair_methods.preferred_ft()._replace(setting="" if args.population else f"seed {k}")
         data = pairs.comparisons(world, args, seed=args.seed + k)
         jobs.append(partial(methods.train_on_pairs, world, method, data, steps=effort.steps))
     for family, rewards in (("best of N", world.rewards), ("best of N, learned reward", learned)):
@@ -254,21 +250,19 @@ def results_table(runs: list[Run]) -> list[str]:
     ]
 
 
-def _arrays(found: list[list[Run]]) -> dict[str, np.ndarray]:
+def _arrays(found: list[list[Run]]) -> dict[str, Tensor]:
     arrays = {}
     for runs in found:
         world = runs[0].world
         arrays |= {f"{world.name}_ref_logps": world.ref_logps, f"{world.name}_rewards": world.rewards}
         arrays |= {f"{world.name}_{number:02d}_logps": run.path[-1] for number, run in enumerate(runs)}
-    return {name: tensor.numpy() for name, tensor in arrays.items()}
+    return arrays
 
 
-def _rows(found: list[list[Run]]) -> list[dict]:
+def _rows(found: list[list[Run]]) -> Iterator[dict]:
     """A row for each policy along the path of each run."""
     names = ("kl/policy_reference", "reward", "gap/reward", "gap/nats")
-    rows = []
     for number, run in ((number, run) for runs in found for number, run in enumerate(runs)):
         who = {"world": run.world.name, "number": number, "method": run.family, "setting": run.setting}
-        for k, step in enumerate(run.steps_at):
-            rows.append(who | {"step": step} | dict(zip(names, (values[k].item() for values in run.gap))))
-    return rows
+        for step, *values in zip(run.steps_at, *(each.tolist() for each in run.gap)):
+            yield who | {"step": step} | dict(zip(names, values))

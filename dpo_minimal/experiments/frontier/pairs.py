@@ -3,14 +3,13 @@
 The gap to pi* in nats, KL(pi || pi*): what a policy falls short of in the objective of Eq. 3, over beta, as
 the number N of comparisons grows. Four things can keep a policy away from pi*:
 
-  finite data   the labels of N comparisons leave rewards uncertain; theory gives tr(Sigma I^+) / (2 beta^2 N)
-                these laws are for many pairs; before, what is known beforehand helps: a prior on rewards
+  finite data   the labels of N comparisons leave rewards uncertain; for many, by tr(Sigma I^+) / (2 beta^2 N)
   coverage      completions that no comparison ever showed keep the reference's odds, whatever their reward
   optimisation  training has not arrived
   capacity      the policy's weights cannot express pi*
 
-DPO on a table meets only the first two, and is at every step the closed form of a reward model trained by the
-same steps. PPO with the true reward meets neither: it asks the reward for every completion it draws.
+DPO on a table meets only the first two; PPO with the true reward, which it asks for every completion that it
+draws, meets neither.
 """
 
 from __future__ import annotations

@@ -2,16 +2,12 @@
 
 A budget is a number of gradient steps on 64 completions each (32 pairs), one learning rate for all, and a
 number of completions with a true reward behind them: those of the pairs, four a prefix, or as many that PPO
-draws for itself. Nothing is tuned for one method. The learning rate was chosen once, out of 3e-4, 6e-4 and
-1e-3, by results of DPO and PPO-GT on the grammar: from 6e-4 on DPO left the language within these steps.
-AdamW's steps do not depend on the scale of a loss, which is what makes one rate a fair one; losses that pull
-in another way may still deserve another.
+draws for itself. The rate was chosen once, out of 3e-4, 6e-4 and 1e-3, by results of DPO and PPO-GT on the
+grammar: from 6e-4 on DPO left the language within these steps. AdamW's steps do not depend on the scale of a
+loss, which is what makes one rate a fair one; losses that pull in another way may still deserve another.
 
-    RUN/methods/dpo-beta-0.1-seed-0.npz    rewards and log-ratios of its samples along the way, at other
-                                           temperatures, on other prompts; what it writes
-    RUN/methods/reward-model.npz           how well the learned reward judges held-out pairs
-    RUN/methods/opponents.npz              rewards of samples of the SFT model, to win against
-    RUN/methods/best-of-n.npz              128 samples of each of some prompts, with both rewards
+Each job leaves arrays in RUN/methods, such as dpo-beta-0.1-seed-0.npz; `measure`, `learn_reward`,
+`draw_opponents` and `draw_best_of_n` say which.
 
 But: no averages over seeds (results.py).
 
@@ -28,9 +24,8 @@ import time
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -47,7 +42,7 @@ from ...text.runs import write_atomically
 from ...train import Objective, Window, make_optimizer, train, warm_up
 from ...zoo import LOSSES
 from ..study import Job, kept
-from .world import K, Plan, World, load_world, read_rows
+from .world import K, Plan, World, load_world
 
 BETAS, ALPHAS = (0.05, 0.1, 1.0, 5.0), (0.05, 0.1, 0.5, 1.0)
 TARGETS = (3.0, 6.0, 9.0, 12.0)  # nats, of PPO
@@ -61,7 +56,7 @@ DRAWS = 128  # of each prompt, for best of n
 SHOWN = 8  # prompts whose samples are kept as text
 _SAMPLES, _OPPONENT, _OTHER_OPPONENT, _DRAWS = range(4)  # streams of random numbers
 
-Arrays = dict[str, np.ndarray]
+Arrays = dict[str, Any]  # by name: arrays, or what `kept` makes arrays of
 
 
 class Run(NamedTuple):
@@ -143,9 +138,8 @@ def train_run(run: Run, world: World, plan: Plan, folder: Path) -> Iterator[tupl
     if run.kind == "ppo":
         reward, each = world.truth, PPO_EPOCHS
         if run.learned:
-            rows = read_rows(folder)
-            prompts, samples = [row["prompt"] for row in rows], [row["completions"] for row in rows]
-            reward = normalised_reward(load_reward_model(folder, world), prompts, samples)
+            samples = [row["completions"] for row in world.rows]
+            reward = normalised_reward(load_reward_model(folder, world), world.train_prompts, samples)
         records = train_ppo(
             model, world.policy.model, world.train_prompts, reward, ppo_settings(run, plan),
             eos=world.policy.tokenizer.eot,
@@ -211,8 +205,7 @@ def learn_reward(folder: Path, plan: Plan, seed: int) -> Arrays:
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     write_atomically(folder / REWARD_MODEL_FILE, lambda path: safetensors.torch.save_file(weights, path))
     accuracy = max(record.get("eval_rewards/accuracies", 0.0) for record in records)
-    facts = {"accuracy": accuracy, "pairs": len(held_out), "seconds": time.perf_counter() - started}
-    return {name: np.array(fact) for name, fact in facts.items()}
+    return {"accuracy": accuracy, "pairs": len(held_out), "seconds": time.perf_counter() - started}
 
 
 def load_reward_model(folder: Path, world: World) -> RewardModel:
@@ -279,15 +272,15 @@ def measure(folder: Path, run: Run, plan: Plan) -> Arrays:
             started = time.perf_counter()
     lengths = torch.tensor([len(y) for y in completions])
     arrays = {
-        "steps": np.array(steps),
-        "seconds": np.array(seconds),
-        "rewards": torch.stack(rewards).numpy(),  # (L, P)
-        "log_ratios": torch.stack(log_ratios).numpy(),
-        "lengths": lengths.numpy(),  # (P,) as what follows, of the end's samples
-        "ended": np.array([y[-1] == tokenizer.eot for y in completions]),
-        "repeated": np.array([repeated(y) for y in completions]),
-        "reference_token_logps": (ref_logps / lengths).numpy(),
-        "texts": np.array([tokenizer.decode(y) for y in completions[:SHOWN]]),
+        "steps": steps,
+        "seconds": seconds,
+        "rewards": torch.stack(rewards),  # (L, P)
+        "log_ratios": torch.stack(log_ratios),
+        "lengths": lengths,  # (P,) as what follows, of the end's samples
+        "ended": [y[-1] == tokenizer.eot for y in completions],
+        "repeated": [repeated(y) for y in completions],
+        "reference_token_logps": ref_logps / lengths,
+        "texts": [tokenizer.decode(y) for y in completions[:SHOWN]],
     }
     if run.full:  # (M, P) and (2, Q)
         for name, prompts, temperatures in (
@@ -298,8 +291,8 @@ def measure(folder: Path, run: Run, plan: Plan) -> Arrays:
             for t in temperatures:
                 parts = _SAMPLES, run.seed, 1 + round(100 * t), len(prompts)
                 completions, _, _ = sample(model, world, prompts, plan, *parts, temperature=t)
-                rewards.append(world.truth(prompts, completions).numpy())
-            arrays[name] = np.stack(rewards)
+                rewards.append(world.truth(prompts, completions))
+            arrays[name] = torch.stack(rewards)
     return arrays
 
 
@@ -308,7 +301,7 @@ def draw_opponents(folder: Path, plan: Plan) -> Arrays:
     world = load_world(folder)
     both = {"held_out": (world.held_out, _OPPONENT), "other": (world.other, _OTHER_OPPONENT)}
     return {
-        name: world.truth(prompts, sample(world.policy.model, world, prompts, plan, stream)[0]).numpy()
+        name: world.truth(prompts, sample(world.policy.model, world, prompts, plan, stream)[0])
         for name, (prompts, stream) in both.items()
     }
 
@@ -326,5 +319,5 @@ def draw_best_of_n(folder: Path, plan: Plan) -> Arrays:
             model, prompts, max_new_tokens=plan.max_new_tokens, eos=tokenizer.eot, generator=stream
         )
         rewards.append((world.truth(prompts, drawn), score_completions(learned, prompts, drawn)))
-    true, by_model = (torch.stack(rows).numpy() for rows in zip(*rewards))
-    return {"true": true, "learned": by_model, "seconds": np.array(time.perf_counter() - started)}
+    true, by_model = map(torch.stack, zip(*rewards))
+    return {"true": true, "learned": by_model, "seconds": time.perf_counter() - started}

@@ -23,7 +23,7 @@ from .methods import OTHER_TEMPERATURES, TEMPERATURES, Arrays, Run, budget_of
 from .world import Plan
 
 Row = dict[str, Any]
-NATS = (2.5, 8.0)  # divergences at which methods are compared
+WITHIN = {nats: f"reward_within_{nats:g}_nats" for nats in (2.5, 8.0)}  # divergences of the comparison
 CHARACTER = ("lengths", "ended", "repeated", "reference_token_logps")  # of the samples at the end
 MOST_OF_N = (1, 4, 16, 64, 128)
 FRONTIER_END = 2.5  # nats, to which 128 draws tell the frontier: their largest KL is log 128 = 4.9
@@ -165,9 +165,8 @@ def _row(group: Group, start: Tensor, opponents: Tensor, budget: dict[str, int])
     row |= _spread("reward", crossed_interval(group.rewards[:, -1]))
     row |= _spread("kl", crossed_interval(group.log_ratios[:, -1]))
     row |= _spread("win_rate", win_interval(group.rewards[:, -1], opponents))
-    for nats in NATS:
-        within = (None,) * 3 if group.method == "SFT" else reward_within(group, start, nats)
-        row |= _spread(f"reward_within_{nats:g}_nats", within)
+    for nats, name in WITHIN.items():
+        row |= _spread(name, (None,) * 3 if group.method == "SFT" else reward_within(group, start, nats))
     row |= dict.fromkeys(budget, 0) if group.method == "SFT" else budget
     row["seconds"] = group.seconds
     return row | {name: group.last[name].mean().item() for name in CHARACTER}

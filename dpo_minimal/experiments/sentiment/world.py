@@ -41,7 +41,8 @@ from ..text.setup import MODEL, Policy, load_policy, save_policy
 K = 4  # samples of a prefix
 SHORTEST, LONGEST = 2, 8  # tokens of a prefix
 NOISES = ("none", "bradley-terry")
-TRUTH_FILE, PROMPTS_FILE, SAMPLES_FILE = "truth.json", "prompts.json", "preferences.jsonl"
+TEXTS_FILE, TRUTH_FILE, PROMPTS_FILE = "texts.json", "truth.json", "prompts.json"
+SAMPLES_FILE = "preferences.jsonl"
 
 
 class Plan(NamedTuple):
@@ -74,6 +75,7 @@ class World(NamedTuple):
 
     policy: Policy  # the SFT model, which is every method's start and reference
     truth: judge.Truth  # the true reward
+    rows: list[dict[str, Any]]  # of preferences.jsonl
     examples: list[Example]  # training pairs
     reference: Tensor  # the reference's log-probabilities of them
     train_prompts: list[list[int]]
@@ -86,16 +88,19 @@ class World(NamedTuple):
 
 def make_world(folder: Path, plan: Plan, *, reviews: str | None, noise: str, seed: int, resume: bool) -> None:
     """All stages before the methods, each where its file is missing; prints what each gave."""
-    texts = _texts(folder, plan, reviews, seed)
-    policy = _sft(folder / "sft", plan, texts, seed, resume)
-    tokenizer, prompts, samples = policy.tokenizer, folder / PROMPTS_FILE, folder / SAMPLES_FILE
+    texts, prompts, samples = (folder / name for name in (TEXTS_FILE, PROMPTS_FILE, SAMPLES_FILE))
+    if not texts.exists():  # a copy, so that a file that changes under a run does no harm
+        write_json(texts, file_texts(folder, reviews, seed) if reviews else grammar_texts(plan, seed))
+    found = read_json_object(texts)
+    policy = _sft(folder / "sft", plan, found, seed, resume)
     if not prompts.exists():
-        own = take_prefixes([*map(tokenizer.encode, texts["own"])], plan.prefixes + plan.held_out, seed=seed)
-        other = take_prefixes([*map(tokenizer.encode, texts["other"])], plan.other, seed=seed + 1)
+        own, other = ([*map(policy.tokenizer.encode, found[kind])] for kind in ("own", "other"))
+        own = take_prefixes(own, plan.prefixes + plan.held_out, seed=seed)
         held_out, train = own[: plan.held_out], own[plan.held_out :]
+        other = take_prefixes(other, plan.other, seed=seed + 1)
         write_json(prompts, {"train": train, "held_out": held_out, "other": other})
     if not samples.exists():
-        truth, prefixes = judge.truth_of(_judge(folder), tokenizer), read_json_object(prompts)["train"]
+        truth, prefixes = _truth(folder, policy.tokenizer), read_json_object(prompts)["train"]
         write_records(samples, sample_rows(policy, prefixes, truth, plan, noise, seed + 2))
 
 
@@ -104,43 +109,20 @@ def load_world(folder: Path) -> World:
     """What `make_world` left in a folder (absolute); the reference's log-probabilities are computed again."""
     policy = load_policy(str(folder / "sft"))
     policy.model.requires_grad_(False)
-    rows, found = read_rows(folder), read_json_object(folder / PROMPTS_FILE)
+    rows = [json.loads(line) for line in (folder / SAMPLES_FILE).read_text(encoding="utf-8").splitlines()]
     whole = [Example(row["prompt"], row["completions"], "") for row in rows]
     examples, reference = pairs_of(rows, reference_logps(policy.model, whole, micro_size=16, dtype="float32"))
-    truth = judge.truth_of(_judge(folder), policy.tokenizer)
-    return World(policy, truth, examples, reference, found["train"], found["held_out"], found["other"])
+    found = read_json_object(folder / PROMPTS_FILE)
+    prompts = (found[name] for name in ("train", "held_out", "other"))
+    return World(policy, _truth(folder, policy.tokenizer), rows, examples, reference, *prompts)
 
 
-def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """The rows of preferences.jsonl."""
-    lines = (folder / SAMPLES_FILE).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def _judge(folder: Path) -> judge.BagOfWords | None:
+def _truth(folder: Path, tokenizer: Tokenizer) -> judge.Truth:
     path = folder / TRUTH_FILE
-    return judge.BagOfWords(**read_json_object(path)) if path.exists() else None
+    return judge.truth_of(judge.BagOfWords(**read_json_object(path)) if path.exists() else None, tokenizer)
 
 
 # -------------------------------------------------------------------------------------- texts and SFT model
-
-
-def _texts(folder: Path, plan: Plan, reviews: str | None, seed: int) -> Texts:
-    """The texts, kept so that a file that changes under a run does no harm; of a file also the judge."""
-    path = folder / "texts.json"
-    if path.exists():
-        return read_json_object(path)
-    if reviews is None:
-        texts = grammar_texts(plan, seed)
-    else:
-        texts, learnt, share = file_texts(judge.read_reviews(reviews), seed)
-        write_json(folder / TRUTH_FILE, learnt._asdict())
-        print(
-            f"ground truth: a logistic regression on {len(learnt.weights):,} words, right on {share:.1%} of "
-            "the held-out reviews.", flush=True,
-        )  # fmt: skip
-    write_json(path, texts)
-    return texts
 
 
 def grammar_texts(plan: Plan, seed: int) -> Texts:
@@ -151,27 +133,29 @@ def grammar_texts(plan: Plan, seed: int) -> Texts:
     """
     rows = demonstrations(plan.demonstrations + 300, seed=seed)
     whole = [row["prompt"] + row["completion"] for row in rows]
-    own, other = (
-        [text for text, row in zip(whole, rows) if (row["prompt"][-1] in ".:") == opening]
-        for opening in (False, True)
-    )
+    own = [text for text, row in zip(whole, rows) if row["prompt"][-1] not in ".:"]
+    other = [text for text, row in zip(whole, rows) if row["prompt"][-1] in ".:"]
     return {"learn": whole[300:], "held_out": whole[:300], "own": own, "other": other}
 
 
-def file_texts(reviews: Sequence[judge.Review], seed: int) -> tuple[Texts, judge.BagOfWords, float]:
-    """Texts of a file, the judge learnt from nine tenths of its labels, and its accuracy on the rest.
+def file_texts(folder: Path, reviews: str, seed: int) -> Texts:
+    """Texts of a file; the judge, learnt from nine tenths of its labels, is written into the folder.
 
     The other kind of prompts are those of the package's grammar in lower case: another author's.
     """
-    order = list(reviews)
+    order = judge.read_reviews(reviews)
     random.Random(seed).shuffle(order)
     tenth = len(order) // 10
     held_out, learn = order[:tenth], order[tenth:]
     learnt = judge.fit_bag_of_words(learn)
+    write_json(folder / TRUTH_FILE, learnt._asdict())
+    print(
+        f"ground truth: a logistic regression on {len(learnt.weights):,} words, right on "
+        f"{judge.accuracy(learnt, held_out):.1%} of the held-out reviews.", flush=True,
+    )  # fmt: skip
     other = [row["prompt"].lower() + row["completion"].lower() for row in demonstrations(2000, seed=seed)]
     parts = {"learn": learn, "held_out": held_out[:300], "own": order}
-    texts = {name: [review.text for review in some] for name, some in parts.items()}
-    return texts | {"other": other}, learnt, judge.accuracy(learnt, held_out)
+    return {name: [review.text for review in some] for name, some in parts.items()} | {"other": other}
 
 
 def _sft(folder: Path, plan: Plan, texts: Texts, seed: int, resume: bool) -> Policy:
