@@ -4,7 +4,7 @@
     plan    command.plan: jobs        pairs.plan              methods.all_runs, jobs_of
     runs    methods.Run               pairs.Point             methods.measure, results.Group
     rows    command._rows             the points themselves   results.results_of
-    table   command.results_table     pairs.summary           report.report
+    table   command.results_table     pairs.summary           command.results_table, ...
     figure  figure.frontier_figure    figure.pairs_figure     figure.frontier_figure, win_rate_figure
 
 A job is a function without arguments; what it returns is a run, or several.

@@ -69,14 +69,12 @@ def _best_lines(axis, results: Results) -> None:
         ("true", BY_TRUE, "best of N, true reward\n(KL: its upper bound)"),
         ("learned", BY_LEARNED, "best of N, learned reward"),
     ):
-        points = {n: (row["kl"], row["reward"]) for n, row in results.best[name].items()}
-        axis.plot(*zip(*points.values()), markersize=10, linewidth=2, zorder=4, label=label, **style)
-        for n, place in points.items():
-            if name == "true" and n > 1:
-                axis.annotate(
-                    f"{n}", place, xytext=(-5, 8), textcoords="offset points", ha="right", color=RED,
-                    fontsize=13,
-                )  # fmt: skip
+        points = [(row["kl"], row["reward"]) for row in results.best[name].values()]
+        axis.plot(*zip(*points), markersize=10, linewidth=2, zorder=4, label=label, **style)
+    beside = {"xytext": (-5, 8), "textcoords": "offset points", "ha": "right", "color": RED, "fontsize": 13}
+    for n, row in results.best["true"].items():
+        if n > 1:
+            axis.annotate(f"{n}", (row["kl"], row["reward"]), **beside)
 
 
 def _path(axis, results: Results, group: Group, named: set[str]) -> None:
@@ -104,9 +102,8 @@ def _right_edge(axis, results: Results) -> float:
         rf"{group.label} ends at {kl:.0f} nats, {group.path[-1][1]:.2f} $\rightarrow$"
         for kl, group in ends if kl > right
     ]  # fmt: skip
-    if beyond:
-        place = {"transform": axis.transAxes, "ha": "right", "va": "bottom"}
-        axis.text(0.99, 0.02, "\n".join(beyond), color=COLOURS["Unlikelihood"], **place)
+    place = {"transform": axis.transAxes, "ha": "right", "va": "bottom"}
+    axis.text(0.99, 0.02, "\n".join(beyond), color=COLOURS["Unlikelihood"], **place)
     return right
 
 
@@ -171,8 +168,7 @@ def _temperatures(axis, results: Results) -> None:
         rates = _rates(results.win_rates, method=group.method, setting=group.setting, prompts="held out")
         shift = 0.008 * (place - 2.5)  # so that the bars of six settings stay apart
         _win_rates(axis, [t + shift for t in TEMPERATURES], rates, **_style_of(group))
-    axis.set_xlabel("sampling temperature (opponent: 1)")
-    axis.set_xticks(TEMPERATURES)
+    axis.set(xlabel="sampling temperature (opponent: 1)", xticks=TEMPERATURES)
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, columnspacing=1.0)
 
 
@@ -197,11 +193,10 @@ def _best_of(axis, results: Results) -> None:
         best = results.best[name]
         places, rates = [n * shift for n in best], _rates(best.values())
         _win_rates(axis, places, rates, markersize=11, label=label, **style)
-    axis.set(xscale="log", xlabel="N")
+    lowest = min(low for rows in results.best.values() for _, low, _ in _rates(rows.values()))
+    axis.set(xlabel="N", xscale="log", ylim=(min(40, 100 * lowest), 103))
     axis.set_xticks(list(best), [str(n) for n in best])
     axis.minorticks_off()
-    lowest = min(low for rows in results.best.values() for _, low, _ in _rates(rows.values()))
-    axis.set_ylim(min(40, 100 * lowest), 103)
     axis.legend(loc="lower right")
 
 
@@ -213,13 +208,12 @@ def _other_prompts(axis, results: Results) -> None:
         (0.1, "o", "held out", 1, "temperature 1"), (0.3, "o", "other", 1, "1, other prompts"),
     ):  # fmt: skip
         rates = _rates(results.win_rates, prompts=prompts, temperature=temperature)
-        style = {"marker": marker, "linestyle": "none"}
+        hollow = "white" if prompts == "other" else None  # None: as the edge
+        style = {"marker": marker, "linestyle": "none", "markerfacecolor": hollow}
         for place, (group, rate) in enumerate(zip(groups, rates)):
             colour = COLOURS.get(group.method, GREY)
-            face = {"color": colour, "markerfacecolor": "white" if prompts == "other" else colour}
-            _win_rates(axis, [place + shift], [rate], markersize=12, **style, **face)
-        face = {"color": GREY, "markerfacecolor": "white" if prompts == "other" else GREY}
-        axis.plot([], [], markersize=11, label=label, **style, **face)
+            _win_rates(axis, [place + shift], [rate], markersize=12, color=colour, **style)
+        axis.plot([], [], markersize=11, color=GREY, label=label, **style)
     labels = [group.label.replace(" ", "\n", 1) for group in groups]
     axis.set_xticks(range(len(labels)), labels, fontsize=14)
     axis.grid(axis="x", visible=False)

@@ -35,7 +35,7 @@ from ...model import GPT
 from ...rivals.evaluate import draw
 from ...rivals.ppo import PPOSettings, train_ppo
 from ...rivals.reward_model import RewardModel, fit_reward_model, normalised_reward, score_completions
-from ...text.batches import Example, split_by_prompt, windows, with_mismatched
+from ...text.batches import split_by_prompt, windows, with_mismatched
 from ...text.checkpoint import read_safetensors
 from ...text.objectives import make_window, preference_objective, reference_logps, sft_objective
 from ...text.runs import write_atomically
@@ -161,7 +161,7 @@ def _learn_from_pairs(run: Run, world: World, plan: Plan, model: GPT) -> tuple[O
     examples, reference, size = world.examples, world.reference, plan.pairs
     if run.kind == "sft":
         objective = sft_objective(model, dtype="float32")
-        examples = [Example(row.prompt, row.completions[:1], row.place) for row in examples]
+        examples = [row._replace(completions=row.completions[:1]) for row in examples]
         # Two chosen completions for each pair that the others see: as many completions a step.
         reference, size = None, 2 * plan.pairs
     else:

@@ -1,6 +1,6 @@
 """What the trainings of the sentiment experiment left, averaged over prompts and seeds, as rows of tables.
 
-But: no printing (report.py), no figures (figure.py).
+But: no printing (command.py), no figures (figure.py).
 
 Shapes: S seeds, P held-out prompts, L measurements, m draws of a prompt.
 """
