@@ -17,7 +17,6 @@ import io
 import multiprocessing
 import operator
 import signal
-import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -117,11 +116,6 @@ def table(
 
     titles, widths, forms = zip(*columns)
     return [indent + " ".join(map(cell, row, widths, forms)) for row in (titles, *rows)]
-
-
-def paragraph(text: str, width: int = 110) -> str:
-    """A text in lines of so many characters."""
-    return textwrap.fill(text, width, break_on_hyphens=False)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -35,12 +35,12 @@ import torch
 
 from ...text.allocator import keep_freed_memory
 from ...text.judge import read_reviews
-from ...text.runs import new_run_folder, versions, write_json, write_records
+from ...text.runs import write_json, write_records
 from ...validation import check_count, check_seed
-from ..options import CONFIG_FILE, RUN, Option, add_options, resolve
+from ..options import RUN, Option, add_options, resolve
 from ..study import Files, Study, carry_out, kept, table, write_csv, write_text
 from ..text.report import prompt_line, text_lines
-from ..text.setup import resumable
+from ..text.setup import open_folder, resumable
 from .methods import REWARD_EPOCHS, SHOWN, all_runs, budget_of, jobs_of, learn_reward, path_of
 from .results import CHARACTER, WITHIN, Group, Results, Row, path_rows, results_of
 from .world import NOISES, Plan, World, load_world, make_world
@@ -107,28 +107,20 @@ def run(args: argparse.Namespace) -> Path:
     if workers is not None:
         check_count("--workers", workers)
     options = resolve(args, OPTIONS, command="sentiment")
-    folder = options.resume or _new_folder(options)
+    if options.resume is None:  # options that depend on others; a file is read before anything is written
+        options.quick = bool(options.quick)
+        options.seeds = options.seeds or (1 if options.quick else SEEDS)
+        plans = (GRAMMAR, QUICK) if options.reviews is None else (REVIEWS, QUICK_REVIEWS)
+        options.plan = plans[options.quick]._asdict()
+        if options.reviews is not None:
+            read_reviews(options.reviews)
     plan = Plan(**options.plan)
-    with resumable("sentiment", folder):
+    with resumable("sentiment", open_folder(options, "sentiment")) as folder:
         make_world(
             folder, plan, reviews=options.reviews, noise=options.label_noise, seed=options.seed,
             resume=options.resume is not None,
         )  # fmt: skip
         carry_out(_study(folder, plan, options), folder, workers=workers or min(2, os.cpu_count() or 1))
-    return folder
-
-
-def _new_folder(options: argparse.Namespace) -> Path:
-    """A new run's folder, with its config.json; the options that depend on others are filled in."""
-    options.quick = bool(options.quick)
-    options.seeds = options.seeds or (1 if options.quick else SEEDS)
-    plans = (GRAMMAR, QUICK) if options.reviews is None else (REVIEWS, QUICK_REVIEWS)
-    options.plan = plans[options.quick]._asdict()
-    if options.reviews is not None:
-        read_reviews(options.reviews)  # before anything is written
-    folder = new_run_folder(options.output_dir, "sentiment")
-    given = {name: value for name, value in vars(options).items() if name != "resume"}
-    write_json(folder / CONFIG_FILE, {"command": "sentiment", "options": given, "threads": 1, **versions()})
     return folder
 
 
@@ -191,20 +183,20 @@ def learnt_from(results: Results, plan: Plan, noise: str, drawn: Sequence[Row]) 
     """What every method may use, how the pairs came about, and what the learned and the true reward tell."""
     steps, completions, judged = budget_of(plan).values()
     pairs, left_out = sum(len(row["pairs"]) for row in drawn), sum(row["left_out"] for row in drawn)
-    labels = "always the better one is chosen, so the DPO loss has no finite optimum (D11.6)"
+    labels = "always the better one is chosen; the DPO loss has no finite optimum for any beta [D11.6]"
     if noise != "none":
         wrong = sum(row["rewards"][w] < row["rewards"][l] for row in drawn for w, l in row["pairs"])
-        labels = f"{wrong / pairs:.0%} of the Bradley-Terry labels choose the worse one"
+        labels = f"Bradley-Terry's; {wrong / pairs:.0%} choose the worse one"
     end = max(row["reward"] for row in results.rows if row["method"] == "PPO-GT")
     above = sum(reward >= end for row in drawn for reward in row["rewards"])
     return [
         f"Every method: {steps} gradient steps on {completions} completions each, AdamW at "
-        f"{plan.learning_rate:g} after {plan.warmup} steps of warm-up.",
-        f"Pairs: {pairs:,} of {judged:,} judged completions of {len(drawn):,} prefixes, {left_out} left out; "
-        f"{labels}.",
+        f"{plan.learning_rate:g} after {plan.warmup} steps of warm-up, clipped at 1.",
+        f"Pairs: {pairs:,} of {judged:,} judged completions of {len(drawn):,} prefixes, {left_out} left out.",
+        f"Labels: {labels}.",
         f"The learned reward, {REWARD_EPOCHS} epochs of the pairs, orders {results.accuracy:.0%} of "
         f"{results.pairs:,} held-out pairs rightly.",
-        f"PPO-GT saw as many true rewards, of its own samples, and ended at {end:.2f}, which "
+        f"PPO-GT: as many true rewards, of its own samples; it ended at {end:.2f}, which "
         f"{above / judged:.1%} of the pairs' completions have.",
     ]
 
