@@ -12,7 +12,6 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ...bandit import mean_on_table
-from ...losses import Loss
 from ...preferences import Rankings
 from ...validation import InputError
 from ...zoo import LOSSES
@@ -24,31 +23,13 @@ RATES = {"ipo": 0.02}  # of losses that need another one
 
 
 class PairMethod(NamedTuple):
-    """A loss of comparisons with its options."""
+    """A loss of comparisons."""
 
-    loss: Loss
-    options: dict[str, float]
     family: str  # "cDPO"
     setting: str  # "β 0.1, ε 0.1"
+    objective: Callable[[World], Objective]  # the mean loss of the comparisons, by their weights
+    optimum: Callable[[World, Rankings], Tensor | None]  # (X, Y) log pi; InputError where none exists
     rate: float  # Adam's for a table, in nats of log pi a step: larger where the optimum is further away
-
-    def objective(self, world: World) -> Objective:
-        """The mean loss of the comparisons, by their weights."""
-
-        def mean(logps: Tensor, ref_logps: Tensor, rankings: Rankings) -> Tensor:
-            lengths = world.lengths.to(logps.dtype)
-            return mean_on_table(self.loss, logps, ref_logps, rankings, lengths=lengths, **self.options)[0]
-
-        return mean
-
-    def optimum(self, world: World, rankings: Rankings) -> Tensor | None:
-        """(X, Y) log pi where training must end, None where that is not known; InputError: nowhere."""
-        if self.loss.optimum == "none":
-            raise InputError(f"the loss of {self.loss.title} falls for ever.")
-        if isinstance(self.loss.optimum, str):
-            return None
-        lengths = {"lengths": world.lengths} if "lengths" in self.loss.reads else {}
-        return self.loss.optimum(rankings, world.ref_logps, **lengths, **self.options)
 
 
 def pair_method(name: str, **options: float) -> PairMethod:
@@ -56,10 +37,26 @@ def pair_method(name: str, **options: float) -> PairMethod:
     loss = LOSSES[name]
     options = {option.name: options.get(option.name, option.default) for option in loss.options}
     setting = ", ".join(f"{o.symbol} {options[o.name]:g}" for o in loss.options if o.symbol)
+
+    def objective(world: World) -> Objective:
+        def mean(logps: Tensor, ref_logps: Tensor, rankings: Rankings) -> Tensor:
+            lengths = world.lengths.to(logps.dtype)
+            return mean_on_table(loss, logps, ref_logps, rankings, lengths=lengths, **options)[0]
+
+        return mean
+
+    def optimum(world: World, rankings: Rankings) -> Tensor | None:
+        if loss.optimum == "none":
+            raise InputError(f"the loss of {loss.title} falls for ever.")
+        if isinstance(loss.optimum, str):
+            return None
+        lengths = {"lengths": world.lengths} if "lengths" in loss.reads else {}
+        return loss.optimum(rankings, world.ref_logps, **lengths, **options)
+
     rate = RATES.get(name, TABLE_RATE)
     if "reference" in loss.reads and loss.optimum != "none":  # its optimum is 1 / beta as far
         rate /= options.get("beta", 1.0)
-    return PairMethod(loss, options, loss.title, setting, rate)
+    return PairMethod(loss.title, setting, objective, optimum, rate)
 
 
 def preferred_ft() -> PairMethod:
