@@ -19,10 +19,10 @@ import safetensors.torch
 import torch
 
 from dpo_minimal.__main__ import COMMANDS, main
-from dpo_minimal.experiments.text import dpo, figure
+from dpo_minimal.experiments.text import figure
 from dpo_minimal.experiments.text.setup import load_policy
 from dpo_minimal.model import GPT, GPTConfig
-from dpo_minimal.text import tokenizer
+from dpo_minimal.text import objectives, tokenizer
 from dpo_minimal.text.checkpoint import load_model, save_model, state_fingerprint
 from dpo_minimal.text.objectives import reference_logps
 from dpo_minimal.text.tokenizer import byte_tokenizer, save_tokenizer, train_bpe
@@ -286,10 +286,10 @@ def test_ctrl_c_before_the_first_step_says_how_to_go_on(world, capsys, monkeypat
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(dpo, "reference_logps", interrupt)
+    monkeypatch.setattr(objectives, "reference_logps", interrupt)
     assert main(dpo_flags(world)) == 130
     assert "interrupted; go on with `dpo-minimal dpo --resume run`." in capsys.readouterr().err
-    monkeypatch.setattr(dpo, "reference_logps", reference_logps)
+    monkeypatch.setattr(objectives, "reference_logps", reference_logps)
     assert main(["dpo", "--resume", "run"]) == 0
 
 
@@ -354,13 +354,13 @@ def test_a_resumed_run_is_the_run(trained, world, capsys, monkeypatch, no_figure
 
 def test_references_that_are_not_the_models_are_seen_before_a_step(world, capsys, monkeypatch):
     """A cache file with the right key and wrong numbers."""
-    monkeypatch.setattr(dpo, "load_reference_logps", lambda path, key: torch.full((120, 2), -30.0))
+    monkeypatch.setattr(objectives, "load_reference_logps", lambda path, key: torch.full((120, 2), -30.0))
     refused(capsys, dpo_flags(world), "reference log-probabilities belong to other weights")
     assert not Path("run/model").exists() and not Path("run/checkpoints").exists()
 
 
 def test_references_are_computed_once(trained, world, monkeypatch, no_figure):
-    monkeypatch.setattr(dpo, "reference_logps", lambda *_, **__: pytest.fail("computed again"))
+    monkeypatch.setattr(objectives, "reference_logps", lambda *_, **__: pytest.fail("computed again"))
     assert main(["dpo", "--resume", str(trained)]) == 0
 
 

@@ -44,35 +44,25 @@ FINDINGS = {
         "encoded apart, as they are when sampling",
     ),
 }
+Findings = dict[str, list[str]]  # for each of these names the places where it was found
 
 FEW = 3  # places shown of each finding
 
 
 class Audit(NamedTuple):
-    """Counts of a tokenized data set; `print(audit)` shows them, `as_dict` records them.
+    """Counts of a tokenized data set; `print(audit)` shows them, `as_dict` records them."""
 
-    Fields:
-        rows: how many are left.
-        noun: what they are, such as "preference pairs".
-        prompts: how many different ones they have.
-        lengths: of "prompt", "completion" (end-of-text included) and "row" (prompt and longest completion,
-            which max_length bounds), in tokens, before any cut, rows that do not fit included.
-        lead: of rows with several completions, the mean of the first's (best) tokens minus the last's.
-        best_longer: the share of these rows in which the first is longer.
-        good: of labelled completions, the share whose label is True.
-        findings: for each key of `FINDINGS` the places where it was found.
-        eot: the text of the end-of-text token.
-    """
-
-    rows: int
-    noun: str
-    prompts: int
+    rows: int  # that are left
+    noun: str  # what they are, such as "preference pairs"
+    prompts: int  # different ones
+    # Of "prompt", "completion" (end-of-text included) and "row" (prompt and longest completion, which
+    # max_length bounds), in tokens, before any cut, rows that do not fit included.
     lengths: dict[str, Lengths]
-    lead: float | None
-    best_longer: float | None
-    good: float | None
-    findings: dict[str, list[str]]
-    eot: str
+    lead: float | None  # of rows with several completions: mean tokens of the first (best) minus the last
+    best_longer: float | None  # the share of these rows in which the first is longer
+    good: float | None  # of labelled completions, the share whose label is True
+    findings: Findings  # the places where each was found
+    eot: str  # the text of the end-of-text token
 
     def __str__(self) -> str:
         """A few lines; of the findings only those that were made."""

@@ -1,9 +1,8 @@
 """Checked rows become token ids, a held-out part, and the optimizer steps of an epoch; the audit counts what
 was cut, left out or suspicious.
 
-Prompt and completion are encoded apart and joined as ids, so no token spans the boundary. Exactly one
-end-of-text ends each completion. What does not fit is cut from the left of the prompt, never from a
-completion. Lengths say where prompts and completions end; no token id is searched for.
+How prompts and completions are encoded, joined and cut is said in README.md, "Tokens". Lengths say where they
+end; no token id is searched for.
 
 But: no files (data.py), no tensors and no padding (policy.py), no model.
 
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..validation import InputError, check_count
-from .audit import FINDINGS, Audit, Lengths
+from .audit import FINDINGS, Audit, Findings, Lengths
 from .data import NOUNS, Dataset, completions_of
 from .tokenizer import Tokenizer
 
@@ -30,18 +29,14 @@ from .tokenizer import Tokenizer
 class Example(NamedTuple):
     """One row as token ids.
 
-    Fields:
-        prompt: at least one token.
-        completions: K lists, each with one end-of-text, its last token: [chosen, rejected] of a pair, best
-            first of a ranking, a single one of a demonstration or a labelled completion.
-        place: where the row comes from, for messages.
-        label: True (good) or False (bad) of a labelled completion, else None.
+    Its K completions are [chosen, rejected] of a pair, best first of a ranking, a single one of a
+    demonstration or a labelled completion.
     """
 
-    prompt: list[int]
-    completions: list[list[int]]
-    place: str
-    label: bool | None = None
+    prompt: list[int]  # at least one token
+    completions: list[list[int]]  # K, each with one end-of-text, its last token
+    place: str  # where the row comes from, for messages
+    label: bool | None = None  # True (good) or False (bad) of a labelled completion
 
 
 def tokenize(
@@ -68,7 +63,7 @@ def tokenize(
     check_limits(max_length, max_prompt_length)
     examples: list[Example] = []
     sizes: list[tuple[int, ...]] = []  # of the prompt and its completions, before any cut
-    findings: dict[str, list[str]] = {name: [] for name in FINDINGS} | {"skipped": list(dataset.skipped)}
+    findings: Findings = {name: [] for name in FINDINGS} | {"skipped": list(dataset.skipped)}
     eot_text = tokenizer.token_text(tokenizer.eot)
     for row, place in zip(dataset.rows, dataset.places, strict=True):
         texts, prompt_text, label = completions_of(row), row.prompt, getattr(row, "label", None)
@@ -136,7 +131,7 @@ def _found_in_text(
 _BOUNDARY = 64
 
 
-def _compare_rows(examples: list[Example], findings: dict[str, list[str]]) -> None:
+def _compare_rows(examples: list[Example], findings: Findings) -> None:
     """Find what rows have in common, as the model sees them: by their ids after every cut."""
     first_with_prompt: dict[Any, Example] = {}
     first_with_completions: dict[Any, Example] = {}
@@ -157,11 +152,7 @@ def _compare_rows(examples: list[Example], findings: dict[str, list[str]]) -> No
 
 
 def _audit(
-    dataset: Dataset,
-    examples: list[Example],
-    sizes: list[tuple[int, ...]],
-    findings: dict[str, list[str]],
-    eot_text: str,
+    dataset: Dataset, examples: list[Example], sizes: list[tuple[int, ...]], findings: Findings, eot: str
 ) -> Audit:
     counts = {
         "prompt": [size[0] for size in sizes],
@@ -179,7 +170,7 @@ def _audit(
         best_longer=sum(lead > 0 for lead in leads) / len(leads) if leads else None,
         good=sum(labels) / len(labels) if labels else None,
         findings=findings,
-        eot=eot_text,
+        eot=eot,
     )
 
 
@@ -291,6 +282,13 @@ def windows(
         ]
         for step in steps
     ]
+
+
+def in_passes(examples: Sequence[Example], micro_size: int) -> list[list[int]]:
+    """All rows once, as micro-batches of indices: one step of `windows`, for what is only evaluated."""
+    count = len(examples)
+    (step,) = windows(examples, window_size=count, micro_size=min(micro_size, count), seed=0, epoch=0)
+    return step
 
 
 # Windows of a pool. With prompts of 16-48 tokens, completions of 8-64 and windows of 32 in micro-batches of

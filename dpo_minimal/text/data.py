@@ -62,19 +62,12 @@ def completions_of(row: Any) -> tuple[str, ...]:
 
 
 class Dataset(NamedTuple):
-    """Checked rows and where they come from.
+    """Checked rows and where they come from."""
 
-    Fields:
-        rows: all of one of the four types above.
-        places: "FILE, row 3" (JSON) or "FILE, line 3" (JSON lines) of each row, for messages.
-        skipped: one sentence for each bad row that was left out.
-        field: which column the completions are from.
-    """
-
-    rows: list[Any]
-    places: list[str]
-    skipped: list[str]
-    field: str
+    rows: list[Any]  # all of one of the four types above
+    places: list[str]  # "FILE, row 3" (JSON) or "FILE, line 3" (JSON lines) of each row, for messages
+    skipped: list[str]  # one sentence for each bad row that was left out
+    field: str  # the column that the completions are from
 
 
 def load_preferences(path: str | Path) -> list[PreferencePair]:

@@ -29,7 +29,7 @@ from ..train import Objective, Window
 from ..validation import InputError
 from ..zoo import LOSSES
 from ..zoo.kto import kto_kl_estimate
-from .batches import Example, windows
+from .batches import Example, in_passes
 from .checkpoint import state_fingerprint
 from .runs import write_atomically
 from .tokenizer import Tokenizer
@@ -263,12 +263,9 @@ def reference_logps(
     Returns:
         (N, K) nats in float32 on the CPU; where an example has fewer than K completions, NaN.
     """
-
-    count = len(examples)
-    (passes,) = windows(examples, window_size=count, micro_size=min(micro_size, count), seed=0, epoch=0)
-    result = torch.full((count, max(len(example.completions) for example in examples)), math.nan)
+    result = torch.full((len(examples), max(len(example.completions) for example in examples)), math.nan)
     with torch.no_grad():
-        for rows in progress(passes):
+        for rows in progress(in_passes(examples, micro_size)):
             batch = layout([examples[index] for index in rows], dtype=dtype, device=device)
             logps = completion_logps_of(model, batch, dtype).float().cpu()
             result[torch.tensor(rows), : logps.shape[1]] = logps

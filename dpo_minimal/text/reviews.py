@@ -306,13 +306,12 @@ def comparisons(count: int, *, seed: int) -> list[dict[str, str]]:
             second = completion(pick, prompt)
         drawn.append((prompt, first, second))
     rewards = torch.tensor([(first[1], second[1]) for _, first, second in drawn], dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
-    uniform = torch.rand(count, dtype=torch.float64, generator=generator)
+    uniform = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     first_wins = uniform < bradley_terry(*rewards.unbind(-1))
     rows = []
-    for (prompt, (first, _), (second, _)), wins in zip(drawn, first_wins.tolist()):
+    for (prompt, first, second), wins in zip(drawn, first_wins):
         chosen, rejected = (first, second) if wins else (second, first)
-        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+        rows.append({"prompt": prompt, "chosen": chosen[0], "rejected": rejected[0]})
     return rows
 
 

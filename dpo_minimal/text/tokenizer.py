@@ -127,7 +127,7 @@ def byte_tokenizer() -> Tokenizer:
         >>> byte_tokenizer()
         Tokenizer(kind='bytes', vocab_size=257)
     """
-    return _tokenizer("bytes", [])
+    return _tokenizer("bytes", _BYTES)
 
 
 def gpt2_tokenizer() -> Tokenizer:
@@ -145,8 +145,8 @@ def gpt2_tokenizer() -> Tokenizer:
         ) from None
 
 
-def _tokenizer(kind: str, merged: list[bytes]) -> Tokenizer:
-    tokens = [*_BYTES, *merged]
+def _tokenizer(kind: str, tokens: list[bytes]) -> Tokenizer:
+    """Of a list of tokens, the 256 bytes first; end-of-text is added as the last."""
     encoding = tiktoken.Encoding(
         kind,
         pat_str=GPT2_PATTERN,
@@ -197,7 +197,7 @@ def train_bpe(text: str, vocab_size: int) -> Tokenizer:
     tokens = list(_BYTES)
     for left, right in merges:
         tokens.append(tokens[left] + tokens[right])
-    return _tokenizer("bpe", tokens[256:])
+    return _tokenizer("bpe", tokens)
 
 
 def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -286,7 +286,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     path = Path(folder) / TOKENIZER_FILE
     content = read_json_object(path)
     kind = content.get("kind")
-    if kind not in ("bytes", "bpe", "gpt2"):
+    if kind not in TOKENIZERS:
         raise InputError(f'{path}: field "kind" must be "bytes", "bpe" or "gpt2", got {kind!r}.')
     fields = {"kind", "fingerprint"} | (set() if kind == "gpt2" else {"pattern", "merged_tokens"})
     for field in sorted(fields ^ set(content)):
@@ -297,7 +297,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if kind == "gpt2":
         tokenizer = gpt2_tokenizer()
     else:
-        tokenizer = _tokenizer(kind, _merged_tokens(path, kind, content["merged_tokens"]))
+        tokenizer = _tokenizer(kind, _BYTES + _merged_tokens(path, kind, content["merged_tokens"]))
     if content["fingerprint"] != tokenizer.fingerprint:
         raise InputError(
             f'{path}: field "fingerprint" does not fit the vocabulary, so the file was altered; restore the '

@@ -3,12 +3,7 @@
 `train` yields a record a step; here each is shown and logged, and every so many steps the state is saved.
 Everything that a run does is a function of its settings and its data, so that a run which was interrupted,
 even killed, goes on from its last checkpoint to the same weights, bit for bit on a CPU with the same number
-of threads.
-
-    RUN/config.json       settings, versions, threads
-    RUN/metrics.jsonl     one record a logged step; eval_ records after the step that they name
-    RUN/checkpoints/      step-000100, ...: the newest two
-    RUN/model/            the result, in Hugging Face's layout
+of threads. README.md, "Runs", lists the files.
 
 But: what is trained on what (experiments/text/sft.py, dpo.py).
 """
@@ -37,7 +32,7 @@ from tqdm import tqdm
 from ..model import GPT
 from ..train import Objective, Record, Window, average, make_optimizer, train, warm_up
 from ..validation import InputError
-from .batches import Example, windows
+from .batches import Example, in_passes, windows
 from .objectives import make_window
 from .runs import record_line, write_records
 from .training_state import load_training_state, save_training_state
@@ -48,11 +43,7 @@ KEEP = 2  # checkpoints: the newest, and the one before it, to go back to by del
 
 
 class Settings(NamedTuple):
-    """How to train; the names are those of the flags.
-
-    Fields with a unit: *_steps are optimizer steps; eval_steps 0 evaluates before and after only, save_steps
-    0 saves at the end only.
-    """
+    """How to train; the names are those of the flags, and steps are optimizer steps."""
 
     learning_rate: float
     optimizer: str
@@ -63,8 +54,8 @@ class Settings(NamedTuple):
     warmup_steps: int
     max_grad_norm: float | None
     logging_steps: int
-    eval_steps: int
-    save_steps: int
+    eval_steps: int  # 0 evaluates before and after only
+    save_steps: int  # 0 saves at the end only
     seed: int
     dtype: str
     device: str
@@ -90,19 +81,13 @@ class Interrupted(KeyboardInterrupt):
 
 def planned_steps(settings: Settings, data: Data) -> int:
     """How many optimizer steps the run takes."""
-    epoch = len(_epoch(settings, data, 0))
-    steps = epoch * settings.num_train_epochs
+    steps = len(_epoch(settings, data, 0)) * settings.num_train_epochs
     return steps if settings.max_steps is None else min(steps, settings.max_steps)
 
 
 def _epoch(settings: Settings, data: Data, epoch: int) -> list[list[list[int]]]:
-    return windows(
-        data.train,
-        window_size=settings.window_size,
-        micro_size=settings.per_device_train_batch_size,
-        seed=settings.seed,
-        epoch=epoch,
-    )
+    micro, seed = settings.per_device_train_batch_size, settings.seed
+    return windows(data.train, window_size=settings.window_size, micro_size=micro, seed=seed, epoch=epoch)
 
 
 def _windows_from(settings: Settings, data: Data, first_step: int, last_step: int) -> Iterator[Window]:
@@ -117,9 +102,8 @@ def evaluate(objective: Objective, settings: Settings, data: Data) -> Record:
     """Loss and metrics on the held-out rows, named eval_...; nothing where none are held out."""
     if not data.held_out:
         return {}
-    held_out, reference, count = data.held_out, data.held_out_reference, len(data.held_out)
-    micro_size = min(settings.per_device_train_batch_size, count)
-    (rows,) = windows(held_out, window_size=count, micro_size=micro_size, seed=0, epoch=0)
+    held_out, reference = data.held_out, data.held_out_reference
+    rows = in_passes(held_out, settings.per_device_train_batch_size)
     window = make_window(held_out, rows, reference, dtype=settings.dtype, device=settings.device)
     return {f"eval_{name}": value for name, value in average(objective, window).items()}
 
@@ -169,7 +153,7 @@ def run_training(
         first_step=done + 1,
     )
     progress = _Progress(name, done, last_step, rows=min(settings.window_size, len(data.train)))
-    with _Interrupt() as interrupt, progress:
+    with _Interrupt() as interrupt, progress.bar:
         for record in stream:
             step = int(record["step"])
             progress.show(record)
@@ -297,12 +281,6 @@ class _Progress:
         self.recent: deque[Record] = deque(maxlen=RECENT)
         silent = not sys.stderr.isatty()
         self.bar = tqdm(total=last_step, initial=done, desc=name, unit="step", disable=silent)
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.bar.close()
 
     def resume(self) -> None:
         """Start the clock again: evaluating and saving between two steps is not counted."""

@@ -83,8 +83,8 @@ def run(args: argparse.Namespace) -> Audit:
         settings = {"data": source, "kind": args.kind, "field": dataset.field, "max_length": args.max_length,
                     "max_prompt_length": args.max_prompt_length, "tokenizer": tokenizer.kind,
                     "vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint}  # fmt: skip
-        example = {"example": _as_texts(examples[0], tokenizer)}
-        print(json.dumps(settings | audit.as_dict() | example, indent=2))
+        example = {"place": examples[0].place, **_as_texts(examples[0], tokenizer)}
+        print(json.dumps(settings | audit.as_dict() | {"example": example}, indent=2))
         return audit
     limit = "none" if args.max_length is None else f"{args.max_length} tokens"
     print(f"{source}, read as {args.kind}; completions from {dataset.field!r}")
@@ -143,8 +143,6 @@ def _shown(example: Example, tokenizer: Tokenizer) -> list[str]:
     """The row as lines of bracketed tokens, the middle of long parts left out."""
     lines = []
     for name, tokens in _as_texts(example, tokenizer).items():
-        if name == "place":
-            continue
         words = [f"[{token}]" for token in tokens]
         if len(words) > SHOWN:
             words[SHOWN // 2 : -SHOWN // 2] = [f" ... {len(words) - SHOWN} more ... "]
@@ -158,11 +156,11 @@ def _shown(example: Example, tokenizer: Tokenizer) -> list[str]:
     return lines
 
 
-def _as_texts(example: Example, tokenizer: Tokenizer) -> dict[str, str | list[str]]:
-    """A row with names for its completions, each token as text."""
+def _as_texts(example: Example, tokenizer: Tokenizer) -> dict[str, list[str]]:
+    """Prompt and completions by their names, each token as text."""
     many = len(example.completions)
     names = {1: ["completion"], 2: ["chosen", "rejected"]}.get(many, [f"rank {n + 1}" for n in range(many)])
     if example.label is not None:
         names = ["good" if example.label else "bad"]
     parts = zip(["prompt", *names], [example.prompt, *example.completions], strict=True)
-    return {"place": example.place} | {name: list(map(tokenizer.token_text, ids)) for name, ids in parts}
+    return {name: list(map(tokenizer.token_text, ids)) for name, ids in parts}

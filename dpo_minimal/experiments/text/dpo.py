@@ -20,14 +20,10 @@ held-out pairs, because people disagree. rewards/chosen and rewards/rejected may
 difference is trained (displacement). kl/policy_reference, measured on the policy's own samples, is what beta
 limits; where it grows while samples get worse, raise beta or stop earlier.
 
-The other losses (zoo/README.md) are trained in the same way on the same pairs. simpo, orpo and
-unlikelihood have no reference: it is kept all the same, to show how far they go from it. kto takes each
-chosen completion for a good one and each rejected for a bad one, and reads a third, of another prompt, to
-estimate the policy's divergence from the reference. Each micro-batch makes that estimate for itself, so that
-for kto, and only for it, --gradient-accumulation-steps changes more than rounding.
-
-With --data the defaults are the paper's, where it gives one. The reviews need others: a model of 0.7 million
-weights, 133 steps from its reference, learns little from RMSprop at 1e-6.
+The other losses (zoo/README.md) are trained in the same way on the same pairs. Those without a reference are
+measured against it all the same. kto takes each chosen completion for a good one and each rejected for a bad
+one; each micro-batch estimates the divergence for itself, so that for kto, and only for it,
+--gradient-accumulation-steps changes more than rounding.
 
 A run folder holds model/ (Hugging Face's layout), metrics.jsonl, training.png, config.json, checkpoints/, the
 reference's log-probabilities, and without --data also sft/ and preferences.jsonl.
@@ -47,18 +43,10 @@ from tqdm import tqdm
 from ...losses import Loss
 from ...losses import Option as LossOption
 from ...rivals.evaluate import Samples, mean_of
+from ...text import objectives
 from ...text.batches import Example, check_limits, with_mismatched
 from ...text.checkpoint import WEIGHTS_FILE, state_fingerprint
 from ...text.data import Dataset, load_dataset
-from ...text.objectives import (
-    cache_key,
-    check_start,
-    load_reference_logps,
-    loss_options,
-    preference_objective,
-    reference_logps,
-    save_reference_logps,
-)
 from ...text.reviews import sentiment
 from ...text.runs import write_records
 from ...text.training_run import Data
@@ -75,8 +63,6 @@ REVIEWS_BETA = 0.5  # of a loss with a reference, for the reviews: 0.1 would let
 RANKED = 4  # samples of a generated ranking
 SHOWN = 5
 PREFERENCES_FILE, REFERENCE_FILE = "preferences.jsonl", "reference_logps.safetensors"
-
-
 GROUPS = {
     "data": altered(DATA, rows={"reviews": 9000}, held_out={"reviews": 0.06}),
     "model": {
@@ -144,7 +130,7 @@ def _loss_of(options: argparse.Namespace) -> dict[str, float]:
     for option in loss.options if loss else ():
         if given[option.name] is None:
             given[option.name] = _default(loss, option, options.data)
-    found = loss_options(options.loss_type, given)
+    found = objectives.loss_options(options.loss_type, given)
     vars(options).update(given | found)
     return found
 
@@ -204,10 +190,11 @@ def _rows(options: argparse.Namespace, dataset: Dataset, policy: Policy) -> Rows
             some = some[:-1]
         kept.append(some)
     length = setup.context_of(options, policy.model.config.block_size)
-    train, held_out = with_mismatched(kept[0], max_length=length), kept[1]
-    if held_out:
-        held_out = with_mismatched(held_out, max_length=length, others=kept[0])
-    return rows._replace(train=train, held_out=held_out)
+    train, held_out = kept
+    return rows._replace(
+        train=with_mismatched(train, max_length=length),
+        held_out=with_mismatched(held_out, max_length=length, others=train),
+    )
 
 
 def _train(
@@ -230,10 +217,10 @@ def _train(
         drawn.append(draw(policy))
         return _sample_metrics(drawn[-1])
 
+    objective = objectives.preference_objective(model, options.loss_type, dtype=options.dtype, **loss)
     records = setup.train_in(
-        folder, options, policy, preference_objective(model, options.loss_type, dtype=options.dtype, **loss),
-        data, name=options.loss_type.upper(), check_first=partial(check_start, model, dtype=options.dtype),
-        look=measure_samples,
+        folder, options, policy, objective, data, name=options.loss_type.upper(), look=measure_samples,
+        check_first=partial(objectives.check_start, model, dtype=options.dtype),
     )  # fmt: skip
     if state_fingerprint(reference) != fingerprint:
         raise AssertionError("the reference has moved in training, which is a bug in here")
@@ -300,12 +287,12 @@ def _judged_reviews(options: argparse.Namespace, folder: Path, policy: Policy) -
 def _reference(options: argparse.Namespace, folder: Path, policy: Policy, examples: list[Example]) -> Tensor:
     """log pi_ref of all rows: from the run's cache where it belongs to them, else computed and kept."""
     path = folder / REFERENCE_FILE
-    key = cache_key(policy.model, policy.tokenizer, examples, options.dtype)
-    logps = load_reference_logps(path, key)
+    key = objectives.cache_key(policy.model, policy.tokenizer, examples, options.dtype)
+    logps = objectives.load_reference_logps(path, key)
     if logps is None:
-        logps = reference_logps(
+        logps = objectives.reference_logps(
             policy.model, examples, micro_size=options.per_device_train_batch_size, dtype=options.dtype,
             device=options.device, progress=partial(tqdm, desc="reference", disable=None, leave=False),
         )  # fmt: skip
-        save_reference_logps(path, logps, key)
+        objectives.save_reference_logps(path, logps, key)
     return logps

@@ -71,7 +71,6 @@ def as_pairs(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     """Rankings of two as rows {"prompt", "chosen", "rejected"}."""
     pairs = []
     for row in rows:
-        best = row["ranking"].index(1)
-        answers = {"chosen": row["responses"][best], "rejected": row["responses"][1 - best]}
-        pairs.append({"prompt": row["prompt"]} | answers)
+        (_, chosen), (_, rejected) = sorted(zip(row["ranking"], row["responses"]))
+        pairs.append({"prompt": row["prompt"], "chosen": chosen, "rejected": rejected})
     return pairs

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ...losses import PreferenceLoss, dpo_loss
 from ...model import GPT
 from ...policy import SequenceBatch, shared_prompt_batch, token_logps
-from ...text.batches import Example, windows
+from ...text.batches import Example, in_passes
 from ...text.tokenizer import Tokenizer
 from ...validation import InputError
 from .report import WIDTH, prompt_line
@@ -95,10 +95,8 @@ def completion_token_logps(model: GPT, examples: list[Example], device: str) -> 
 
     Nats, computed in float32, given in float64 so that what is added up keeps every digit; on the CPU.
     """
-    count = len(examples)
-    (passes,) = windows(examples, window_size=count, micro_size=min(TOGETHER, count), seed=0, epoch=0)
     result: list[list[Tensor]] = [[] for _ in examples]
-    for rows in tqdm(passes, desc="scoring", disable=None, leave=False):
+    for rows in tqdm(in_passes(examples, TOGETHER), desc="scoring", disable=None, leave=False):
         owners = [(row, completion) for row in rows for completion in examples[row].completions]
         ids, prompt_lengths, lengths = shared_prompt_batch(
             [examples[row].prompt for row, _ in owners], [[completion] for _, completion in owners]

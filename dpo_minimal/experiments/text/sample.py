@@ -36,8 +36,6 @@ from .setup import Policy, load_policy
 
 LONGEST = 128  # tokens of a sample where no number is given
 TOGETHER = 32  # samples; GPT-2's caches and logits of so many take some two gigabytes
-
-
 GROUPS = {
     "model": {"model": COMMON["model"]._replace(required=True)},
     "prompts": {
