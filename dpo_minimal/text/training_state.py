@@ -50,7 +50,12 @@ def save_training_state(
             raise InputError(
                 f"{folder}: not written, because {name!r} is {parameter.dtype}; a state is kept in float32."
             )
-    tensors = _optimizer_tensors(model, optimizer)
+    names = _parameter_names(model, optimizer)
+    tensors = {
+        f"{names[index]}.{key}": value.detach().cpu().contiguous()
+        for index, entries in optimizer.state_dict()["state"].items()
+        for key, value in entries.items()
+    }
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise InputError(f"{folder}: not written, because the optimizer's {name!r} is not finite.")
@@ -109,15 +114,6 @@ def _parameter_names(model: GPT, optimizer: torch.optim.Optimizer) -> list[str]:
     """The names of an optimizer's parameters, in its order."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _optimizer_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    names = _parameter_names(model, optimizer)
-    return {
-        f"{names[index]}.{key}": value.detach().cpu().contiguous()
-        for index, entries in optimizer.state_dict()["state"].items()
-        for key, value in entries.items()
-    }
 
 
 # ---------------------------------------------------------------------------------------- checks on loading
