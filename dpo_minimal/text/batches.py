@@ -264,6 +264,9 @@ def windows(
         prompt, completions, *_ = examples[index]
         return len(completions), len(prompt) + sum(map(len, completions))
 
+    def alike(micro: list[int]) -> list[list[int]]:  # one part for each number of completions
+        return [list(part) for _, part in itertools.groupby(micro, key=lambda index: size(index)[0])]
+
     generator = torch.Generator().manual_seed(int.from_bytes(_digest(seed, epoch)[:8]))
     order = torch.randperm(len(examples), generator=generator).tolist()
     micro_sizes = [min(micro_size, window_size - start) for start in range(0, window_size, micro_size)]
@@ -274,14 +277,7 @@ def windows(
         steps += _deal(pool, micro_sizes, generator)
     if rest := sorted(order[full:], key=size):
         steps.append([rest[start : start + micro_size] for start in range(0, len(rest), micro_size)])
-    return [
-        [
-            list(part)
-            for micro in step
-            for _, part in itertools.groupby(micro, key=lambda index: len(examples[index].completions))
-        ]
-        for step in steps
-    ]
+    return [[part for micro in step for part in alike(micro)] for step in steps]
 
 
 def in_passes(examples: Sequence[Example], micro_size: int) -> list[list[int]]:

@@ -45,11 +45,6 @@ _BYTES = [bytes([value]) for value in range(256)]
 class Tokenizer:
     """A vocabulary: text to ids and back.
 
-    Attributes:
-        kind: "bytes", "bpe" or "gpt2".
-        vocab_size: number of ids, end-of-text included.
-        eot: the id of end-of-text, the last one; `encode` never yields it.
-
     Example:
         >>> tokenizer = byte_tokenizer()
         >>> tokenizer.encode("Hé!")
@@ -59,9 +54,9 @@ class Tokenizer:
     """
 
     def __init__(self, kind: str, encoding: tiktoken.Encoding):
-        self.kind = kind
-        self.vocab_size = encoding.n_vocab
-        self.eot = encoding.eot_token
+        self.kind = kind  # one of `TOKENIZERS`
+        self.vocab_size = encoding.n_vocab  # number of ids, end-of-text included
+        self.eot = encoding.eot_token  # the id of end-of-text, the last one; `encode` never yields it
         self._encoding = encoding
 
     def __repr__(self) -> str:

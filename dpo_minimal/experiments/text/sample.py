@@ -131,18 +131,18 @@ def _prompts(args: argparse.Namespace, policy: Policy) -> list[_Prompt]:
         if len(named) < len(args.prompt):
             raise InputError("--prompt gives the same text twice; take --count for more samples of it.")
     elif args.data is not None:
-        dataset = load_dataset(args.data, args.kind)
-        first: dict[str, str] = {}
+        dataset, named = load_dataset(args.data, args.kind), {}
         for row, place in zip(dataset.rows, dataset.places, strict=True):
-            first.setdefault(row.prompt, place)
-        named = dict(list(first.items())[: args.rows])
+            named.setdefault(row.prompt, place)
     else:
-        openings = list(dict.fromkeys(review_prompts(10 * args.rows, seed=args.seed)))[: args.rows]
-        if len(openings) < args.rows:
+        openings = review_prompts(10 * args.rows, seed=args.seed)
+        named = {text: f"review prompt {text!r}" for text in openings}
+        if len(named) < args.rows:
             raise InputError(
                 f"--rows {args.rows}: the generated reviews have not so many openings; lower it."
             )
-        named = {text: f"review prompt {text!r}" for text in openings}
+    if args.prompt is None:
+        named = dict(list(named.items())[: args.rows])
     prompts = []
     for text, place in named.items():
         try:
