@@ -54,8 +54,7 @@ def tokenize(
         max_length: tokens of a prompt with its longest completion, end-of-text included; at least 2.
         max_prompt_length: most tokens of a prompt; None: only max_length limits it.
         skip_bad_rows: leave out and count a row that cannot fit, instead of stopping at it.
-    Returns:
-        (examples, audit), examples in the order of the file.
+    Returns: (examples, audit), examples in the order of the file.
     Raises:
         InputError: a completion of max_length tokens or more, or a text that cannot be encoded, naming its
             place; no row is left; an option out of range.
@@ -190,10 +189,8 @@ def split_by_prompt(
         examples: N rows.
         fraction: of the rows to hold out, in [0, 1); met as closely as whole prompts allow. 0 holds out none.
         seed: another seed, another split.
-    Returns:
-        (train, held_out), each in the order of the rows.
-    Raises:
-        InputError: a fraction out of range, or one that leaves a side empty.
+    Returns: (train, held_out), each in the order of the rows.
+    Raises InputError: a fraction out of range, or one that leaves a side empty.
     """
     if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 <= fraction < 1:
         raise InputError(f"the held-out fraction must lie in [0, 1), got {fraction!r}.")
@@ -249,8 +246,7 @@ def windows(
         Steps, each a list of micro-batches, each a list of indices into `examples`; every index once. The
         rows of a micro-batch have the same number of completions, so rankings of uneven length may make
         more and smaller ones.
-    Raises:
-        InputError: no examples, a size out of range.
+    Raises InputError: no examples, a size out of range.
     """
     check_count("the number of examples", len(examples))
     check_count("window_size", window_size)
@@ -311,10 +307,8 @@ def mismatched(examples: Sequence[Example]) -> list[Example]:
     in a circle, prompt by prompt, and each gets the row a fixed number of places further on: where no prompt
     has more than half of the rows, all are used equally often.
 
-    Args:
-        examples: N rows with at least two different prompts.
-    Raises:
-        InputError: all prompts are the same.
+    Args: N rows with at least two different prompts.
+    Raises InputError: all prompts are the same.
 
     Example:
         >>> rows = [Example([1], [[5, 0]], "row 1"), Example([2], [[6, 0]], "row 2")]
@@ -353,10 +347,8 @@ def with_mismatched(
         examples: N rows of [chosen, rejected].
         max_length: as in `tokenize`.
         others: further rows of which only the completions are used, where N are too few to have two prompts.
-    Returns:
-        N examples of [chosen, rejected, another prompt's].
-    Raises:
-        InputError: all prompts are the same, or a completion of max_length tokens or more.
+    Returns: N examples of [chosen, rejected, another prompt's].
+    Raises InputError: all prompts are the same, or a completion of max_length tokens or more.
     """
     result = []
     for number, (own, other) in enumerate(zip(examples, mismatched([*examples, *others]))):

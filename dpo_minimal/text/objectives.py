@@ -260,8 +260,7 @@ def reference_logps(
         examples: N >= 1 rows.
         micro_size: rows a pass, which are of similar length.
         progress: wraps the iteration over passes, e.g. in a progress bar.
-    Returns:
-        (N, K) nats in float32 on the CPU; where an example has fewer than K completions, NaN.
+    Returns: (N, K) nats in float32 on the CPU; where an example has fewer than K completions, NaN.
     """
     result = torch.full((len(examples), max(len(example.completions) for example in examples)), math.nan)
     with torch.no_grad():

@@ -44,8 +44,7 @@ def new_run_folder(output_dir: str | None, command: str) -> Path:
     Args:
         output_dir: the folder asked for, which must not exist or be empty; None takes the next free
             `runs/COMMAND-NNN`.
-    Raises:
-        InputError: the folder holds something already, is a file, or cannot be written.
+    Raises InputError: the folder holds something already, is a file, or cannot be written.
     """
     refuse_used_folder(output_dir)
     folder = Path("runs" if output_dir is None else output_dir)

@@ -71,8 +71,7 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Text to ids, never end-of-text: batches.py appends it where a completion ends.
 
-        Raises:
-            InputError: a lone surrogate, for which UTF-8 has no bytes; more than 100,000 spaces in a row.
+        Raises InputError: a lone surrogate, for which UTF-8 has no bytes; more than 100,000 spaces in a row.
         """
         try:
             text.encode("utf-8")  # tiktoken would put U+FFFD in place of a surrogate and say nothing
@@ -90,16 +89,14 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Ids to text. End-of-text ids are dropped; bytes that are not UTF-8 become U+FFFD.
 
-        Raises:
-            InputError: an id outside the vocabulary.
+        Raises InputError: an id outside the vocabulary.
         """
         return self._bytes(token for token in ids if token != self.eot).decode("utf-8", errors="replace")
 
     def token_text(self, token: int) -> str:
         r"""One token, as a table can show it on one line: a part of a character as \xe2, a line end as \n.
 
-        Raises:
-            InputError: an id outside the vocabulary.
+        Raises InputError: an id outside the vocabulary.
         """
         text = self._bytes([token]).decode("utf-8", errors="backslashreplace")
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -128,8 +125,7 @@ def byte_tokenizer() -> Tokenizer:
 def gpt2_tokenizer() -> Tokenizer:
     """GPT-2's own vocabulary, which tiktoken fetches once and then keeps in a folder.
 
-    Raises:
-        InputError: there is neither a network nor a folder that holds tiktoken's two files.
+    Raises InputError: there is neither a network nor a folder that holds tiktoken's two files.
     """
     try:
         return Tokenizer("gpt2", tiktoken.get_encoding("gpt2"))
@@ -172,10 +168,8 @@ def train_bpe(text: str, vocab_size: int) -> Tokenizer:
     Args:
         text: what to learn from; several documents are joined by line ends.
         vocab_size: ids in all: 256 bytes, the merges, and end-of-text; at least 257.
-    Returns:
-        A tokenizer of kind "bpe".
-    Raises:
-        InputError: the text has too few pairs that repeat, and how many ids it can give.
+    Returns: a tokenizer of kind "bpe".
+    Raises InputError: the text has too few pairs that repeat, and how many ids it can give.
 
     Example:
         >>> tokenizer = train_bpe("low lower lowest low", 260)

@@ -114,8 +114,7 @@ def _tokenizer(args: argparse.Namespace, dataset: Dataset) -> Tokenizer:
 def histogram(counts: list[int]) -> list[str]:
     """Lines with a bar for each range of counts, their number, and the share of all up to there.
 
-    Args:
-        counts: at least one.
+    Args: counts, at least one.
 
     Example:
         >>> for line in histogram([8, 9, 9, 9, 11]):

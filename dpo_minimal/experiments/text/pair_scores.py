@@ -72,8 +72,7 @@ def score_pairs(
         policy, reference: moved to the device.
         examples: N >= 1, each with [chosen, rejected].
         beta: > 0.
-    Raises:
-        InputError: a log-probability is not finite, naming the pair.
+    Raises InputError: a log-probability is not finite, naming the pair.
     """
     tokens, sums = [], []
     for flag, model in (("--model", policy), ("--reference", reference)):
