@@ -20,29 +20,14 @@ class Lengths(NamedTuple):
 FINDINGS = {
     "skipped": ("warning", "bad and left out; correct them in the file"),
     "too_long": ("warning", "too long for max_length and left out, as no completion is ever cut; raise it"),
-    "truncated": (
-        "warning",
-        "prompt cut on the left to fit (cut on the right, as some tools do, the answer would lose its end); "
-        "raise max_length or max_prompt_length",
-    ),
+    "truncated": ("warning", "prompt cut on the left to fit; raise max_length or max_prompt_length"),
     "empty_prompt": ("note", "no prompt; end-of-text takes its place"),
-    "literal_end_of_text": (
-        "warning",
-        "{eot} spelled out in the text, where it is plain text; delete it, each completion gets the token",
-    ),
+    "literal_end_of_text": ("warning", "{eot} spelled out in the text, where it is plain text; delete it"),
     "identical": ("warning", "two completions with the same tokens, which teach nothing; drop the row"),
     "duplicated": ("warning", "repeats an earlier row, which so counts more than once; keep one of each"),
-    "contradictory": (
-        "warning",
-        "the completions of an earlier row, judged otherwise; fine where people disagree, a mistake where "
-        "one judge labelled all",
-    ),
+    "contradictory": ("warning", "an earlier row's completions, judged otherwise; fine if people disagree"),
     "repeated_prompt": ("note", "prompt of an earlier row; a split keeps them on one side"),
-    "merged": (
-        "note",
-        "other tokens if prompt and completion were encoded together, as some tools do; here they are "
-        "encoded apart, as they are when sampling",
-    ),
+    "merged": ("note", "other tokens if prompt and completion were encoded together, as some tools do"),
 }
 Findings = dict[str, list[str]]  # for each of these names the places where it was found
 

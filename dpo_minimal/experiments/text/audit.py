@@ -37,8 +37,7 @@ BARS, BAR_WIDTH, LINE, SHOWN = 10, 40, 100, 48
 GROUPS = {
     "data": {
         "data": Option(
-            f"JSON or JSONL, gzipped or not (default: {REVIEWS} film reviews that the package generates)",
-            str, metavar="FILE",
+            f"JSON or JSONL, gzipped or not (default: {REVIEWS} generated film reviews)", str, metavar="FILE",
         ),
         "kind": Option(
             "what the rows are: pairs of chosen and rejected, rankings with the best first, completions with "

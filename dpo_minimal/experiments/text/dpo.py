@@ -81,9 +81,7 @@ GROUPS = {
             "samples drawn at each evaluation, at most one a held-out row; 0 draws none", int, 16, 512,
             check=at_least(0),
         ),
-        "max_new_tokens": Option(
-            "tokens of a sample at most (default: half of the model's context, but at most 128)"
-        ),
+        "max_new_tokens": Option("tokens of a sample at most (default: half of the context, at most 128)"),
     },
     "run": altered(RUN, eval_steps={"reviews": 30}),
 }  # fmt: skip

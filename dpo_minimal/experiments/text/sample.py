@@ -48,9 +48,7 @@ GROUPS = {
     },
     "samples": {
         "count": Option("samples of each prompt", int, 1),
-        "max_new_tokens": Option(
-            f"tokens of a sample at most (default {LONGEST}, less where the model's context is shorter)"
-        ),
+        "max_new_tokens": Option(f"most tokens of a sample (default {LONGEST}, or what the context leaves)"),
         "temperature": Option(
             "1 is the policy itself, above is more even; 0 takes the likeliest token each time",
             float, 1.0, check=check_not_negative, metavar="T",

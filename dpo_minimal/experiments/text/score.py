@@ -60,20 +60,17 @@ GROUPS = {
             metavar="MODEL",
         ),
         "beta": Option(
-            f"factor of the rewards (default: that of the run, else {BETA}, the paper's)", float,
-            check=check_positive,
+            f"factor of the rewards (default: the run's, else {BETA})", float, check=check_positive
         ),
     },
     "pairs": {
         "data": Option(
-            f"preference pairs as dpo and audit read them (default: {REVIEWS} generated film reviews)", str,
-            metavar="FILE",
+            f"pairs as dpo reads them (default: {REVIEWS} generated film reviews)", str, metavar="FILE",
         ),
         "skip_bad_rows": COMMON["skip_bad_rows"],
         **{name: Option("of a pair of your own, exactly as it is", str, metavar="TEXT") for name in PAIR},
         "max_length": Option(
-            "tokens of a prompt with its longest completion (default: what both models can read)",
-            check=at_least(2),
+            "tokens of prompt and longest completion (default: what both models read)", check=at_least(2),
         ),
     },
     "run": {
