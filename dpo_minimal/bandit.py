@@ -147,7 +147,8 @@ def mean_on_table(loss, logps: Tensor, ref_logps: Tensor, rankings: Rankings, **
         (scalar loss, scalar mean gradient weight), the mean taken with the same weights, detached.
     """
     out = loss_on_table(loss, logps, ref_logps, rankings, **options)
-    return rankings.weight @ out.losses, rankings.weight @ out.gradient_weights
+    weight = rankings.weight.to(out.losses.dtype)
+    return weight @ out.losses, weight @ out.gradient_weights
 
 
 def dpo_objective(logps: Tensor, ref_logps: Tensor, rankings: Rankings, *, beta: float):

@@ -41,7 +41,7 @@ class Curvature(NamedTuple):
 
 
 def curvature(scores: Tensor, rankings: Rankings) -> Curvature:
-    """Gradient and Hessian of the mean negative log-likelihood at any scores, in closed form [D5.2, D8.4].
+    """Gradient and Hessian of the mean negative log-likelihood, closed form and float64 [D5.2, D8.4].
 
     Args:
         scores: (X, Y) implicit or explicit rewards, nats; only compared completions are read.
@@ -51,10 +51,10 @@ def curvature(scores: Tensor, rankings: Rankings) -> Curvature:
     """
     X, Y = scores.shape
     E, K = rankings.order.shape
-    ranked = rankings.gather(scores.detach()).to(rankings.weight.dtype)  # (E, K)
+    ranked, weight = rankings.gather(scores.detach()).double(), rankings.weight.double()  # (E, K), (E,)
     check_finite(scores=ranked)
-    total = ranked.new_zeros(X).index_add(0, rankings.prompt, rankings.weight)
-    weight = (rankings.weight / total[rankings.prompt]).unsqueeze(-1)  # (E, 1)
+    total = ranked.new_zeros(X).index_add(0, rankings.prompt, weight)
+    weight = (weight / total[rankings.prompt]).unsqueeze(-1)  # (E, 1)
 
     gradient = ranked.new_zeros(X, Y)
     hessian = ranked.new_zeros(X, Y, Y)

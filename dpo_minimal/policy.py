@@ -264,14 +264,12 @@ def enumerate_completions(vocab_size: int, max_length: int, eos: int) -> Complet
     if not 0 <= eos < vocab_size:
         raise InputError(f"eos must lie in [0, {vocab_size}), got {eos}.")
     words = torch.tensor([token for token in range(vocab_size) if token != eos])
-    ids, lengths = [], []
-    prefixes = torch.empty(1, 0, dtype=torch.long)  # all strings of t tokens without end-of-text
-    for t in range(max_length + 1):
-        ids.append(F.pad(prefixes, (0, max_length - t), value=eos))
-        lengths.append(torch.full((len(prefixes),), min(t + 1, max_length)))
-        prefixes = torch.cat(
-            [prefixes.repeat_interleave(len(words), 0), words.repeat(len(prefixes)).unsqueeze(-1)], -1
-        )
+    prefixes = [torch.empty(1, 0, dtype=torch.long)]  # entry t: all strings of t tokens without end-of-text
+    for _ in range(max_length):
+        last = words.repeat(len(prefixes[-1])).unsqueeze(-1)
+        prefixes.append(torch.cat([prefixes[-1].repeat_interleave(len(words), 0), last], -1))
+    ids = [F.pad(strings, (0, max_length - t), value=eos) for t, strings in enumerate(prefixes)]
+    lengths = [torch.full((len(strings),), min(t + 1, max_length)) for t, strings in enumerate(prefixes)]
     return Completions(torch.cat(ids), torch.cat(lengths))
 
 

@@ -32,7 +32,7 @@ class Rankings(NamedTuple):
     Fields:
         prompt: (E,) prompt number.
         order: (E, K) completion numbers, best first; for K = 2 the chosen, then the rejected one.
-        weight: (E,) count or probability of the ranking, > 0.
+        weight: (E,) count or probability of the ranking, > 0; any dtype.
     """
 
     prompt: Tensor
@@ -45,13 +45,14 @@ class Rankings(NamedTuple):
 
     def normalised(self) -> Rankings:
         """The same rankings with weights that sum to one."""
-        return self._replace(weight=self.weight / self.weight.sum())
+        return self._replace(weight=self.weight.double() / self.weight.sum())
 
     def normalised_by_prompt(self) -> Rankings:
         """Weights that sum to one, and to the same for each prompt. Where prompts share no parameters this
         moves no optimum, and prompts with little data are trained as fast as the others."""
-        total = self.weight.new_zeros(int(self.prompt.max()) + 1).index_add(0, self.prompt, self.weight)
-        return self._replace(weight=self.weight / total[self.prompt]).normalised()
+        weight = self.weight.double()
+        total = weight.new_zeros(int(self.prompt.max()) + 1).index_add(0, self.prompt, weight)
+        return self._replace(weight=weight / total[self.prompt]).normalised()
 
     def to(self, device: torch.device | str) -> Rankings:
         """The same rankings on another device."""
@@ -280,11 +281,12 @@ def tally(prompt: Tensor, order: Tensor, weight: Tensor | None = None) -> Rankin
 
 
 def win_counts(rankings: Rankings, num_prompts: int, num_completions: int) -> Tensor:
-    """(X, Y, Y): entry [x, i, j] is the total weight with which i was ranked above j on prompt x
+    """(X, Y, Y) float64: entry [x, i, j] is the total weight with which i was ranked above j on prompt x
     [D11.8]."""
-    counts = rankings.weight.new_zeros(num_prompts, num_completions, num_completions)
+    weight = rankings.weight.double()
+    counts = weight.new_zeros(num_prompts, num_completions, num_completions)
     K = rankings.order.shape[-1]
     above, below = torch.triu_indices(K, K, offset=1)
     i, j = rankings.order[:, above], rankings.order[:, below]  # (E, K(K-1)/2)
     index = rankings.prompt.unsqueeze(-1).expand_as(i), i, j
-    return counts.index_put(index, rankings.weight.unsqueeze(-1).expand(i.shape), accumulate=True)
+    return counts.index_put(index, weight.unsqueeze(-1).expand(i.shape), accumulate=True)

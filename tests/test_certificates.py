@@ -349,6 +349,35 @@ def test_at_the_optimum_the_bound_covers_rounding(world):
 # ------------------------------------------------------------------------------------ when it must refuse
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_weights_of_any_dtype_are_reckoned_in_float64(dtype):
+    """Counts are exact in every dtype, so estimate, curvature and bound are those of float64 counts. In the
+    weights' own dtype 7 : 3 was out of reach in float32, an integer could not be divided, and the bound lay
+    below the distance, because it allows for float64's rounding only."""
+    prompt, order = (
+        torch.zeros(6, dtype=torch.long),
+        torch.tensor([[0, 1], [1, 0], [1, 2], [2, 1], [0, 2], [2, 0]]),
+    )
+    counts = torch.tensor([7, 3, 6, 2, 5, 5])
+    data, same = (Rankings(prompt, order, counts.to(d)) for d in (dtype, torch.float64))
+    exists = torch.ones(1, 3, dtype=torch.bool)
+    rewards = maximum_likelihood(data, exists)
+    assert torch.equal(rewards, maximum_likelihood(same, exists))
+    ref_logps = torch.zeros(1, 3).double().log_softmax(-1)
+    logps = tilt(ref_logps, rewards, 0.5)
+    assert certify(logps, ref_logps, data, beta=0.5).logp_bound < 1e-12
+    for weighted in (data, data.normalised(), data.normalised_by_prompt()):
+        for table in (logps, logps.float()):  # and a policy of another dtype than the weights has a loss
+            loss, weight = dpo_objective(table, ref_logps.to(table.dtype), weighted, beta=0.5)
+            expected = dpo_objective(
+                logps, ref_logps, weighted._replace(weight=weighted.weight.double()), beta=0.5
+            )
+            torch.testing.assert_close(
+                torch.stack([loss, weight]).double(), torch.stack(expected), rtol=1e-6, atol=0
+            )
+    assert data.normalised().weight.sum() == pytest.approx(1, abs=1e-15)
+
+
 def test_no_bound_where_comparisons_do_not_connect():
     """[D11.2] inf for a graph in two parts, for a completion never compared, for a prompt without data;
     the prompt beside them that is connected gets its bound."""

@@ -135,11 +135,13 @@ def test_a_copy_in_an_empty_folder_runs(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("instructions", ["default", "avx2", ""])
 def test_it_keeps_its_promise(tmp_path, instructions):
-    """With and without vector instructions the bound is below a third of the promise, and within the time."""
+    """With and without vector instructions the bound is below a third of the promise, and within the time.
+    With the processor's own the module runs, else the file alone."""
     environment = {"ATEN_CPU_CAPABILITY": instructions} if instructions else {}
     assert f"{PROMISE:.0e}".replace("e-0", "e-") in micro.__doc__
     shutil.copy(FILE, tmp_path)
-    for command, folder in ((["-m", "dpo_minimal.micro"], FILE.parent.parent), (["micro.py"], tmp_path)):
-        _, error, bound, seconds = run(*command, folder=folder, **environment)
-        assert error <= bound <= PROMISE / 3
-        assert seconds <= SECONDS
+    alone, module = (["micro.py"], tmp_path), (["-m", "dpo_minimal.micro"], FILE.parent.parent)
+    command, folder = alone if instructions else module
+    _, error, bound, seconds = run(*command, folder=folder, **environment)
+    assert error <= bound <= PROMISE / 3
+    assert seconds <= SECONDS

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
 from dpo_minimal.bandit import random_bandit
 from dpo_minimal.closed_form import next_token_logps
@@ -109,6 +110,23 @@ def test_enumeration_lists_each_completion_once(vocab, length, data):
     assert [len(completion) for completion in listed] == sorted(len(completion) for completion in listed)
     for ids, n in zip(completions.ids.tolist(), completions.lengths.tolist()):
         assert ids[n:] == [eos] * (length - n)  # filled up with end-of-text, as promised
+
+
+def test_enumeration_makes_nothing_larger_than_its_result():
+    """A level of prefixes too many would be V times as large: 80 GB for GPT-2's vocabulary and length 1."""
+    largest = 0
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function, types, arguments=(), options=None):
+            nonlocal largest
+            result = function(*arguments, **(options or {}))
+            if isinstance(result, torch.Tensor):
+                largest = max(largest, result.numel())
+            return result
+
+    with Watch():
+        completions = enumerate_completions(30, 2, 0)
+    assert largest == completions.ids.numel()
 
 
 @given(st.integers(2, 4), st.integers(1, 4), st.data())
