@@ -90,10 +90,10 @@ def laplacian_inverse(hessian: Tensor, compared: Tensor) -> Tensor:
     scale = torch.where(scale > 0, scale, 1)[:, None, None]
     constant = member.unsqueeze(-1) * member.unsqueeze(-2) / count[:, None, None]
     outside = torch.diag_embed(1 - member)
-    inverse, failed = torch.linalg.inv_ex(hessian / scale + constant + outside)
-    inverse = (inverse - constant - outside) / scale
-    inverse = (inverse + inverse.transpose(-1, -2)) / 2
-    return torch.where((failed != 0)[:, None, None], math.nan, inverse)
+    # Cholesky: torch's batched LU raises or is wrong for large tables on two threads (pytorch issue 142815).
+    factor, failed = torch.linalg.cholesky_ex(hessian / scale + constant + outside)
+    factor = factor.masked_fill((failed != 0)[:, None, None], math.nan)
+    return (torch.cholesky_inverse(factor) - constant - outside) / scale
 
 
 class Certificate(NamedTuple):

@@ -155,6 +155,22 @@ def test_laplacian_inverse_is_the_pseudo_inverse(generator, Y):
     assert (inverse.masked_select(~present.unsqueeze(-1)).abs() <= 1e-14).all()  # exactly what was put there
 
 
+def test_large_tables_are_inverted_on_two_threads():
+    """torch's batched LU raised here, or was silently wrong: it calls a library in parallel that is not made
+    for it (pytorch issue 142815)."""
+    weights = torch.rand(3, 200, 200, dtype=torch.float64, generator=generator_of(0))
+    weights = weights + weights.mT
+    laplacian = torch.diag_embed(weights.sum(-1)) - weights
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        inverse = laplacian_inverse(laplacian, torch.ones(3, 200, dtype=torch.bool))
+    finally:
+        torch.set_num_threads(threads)
+    # Its entries are some 1 / 200, known to Y eps of the largest.
+    torch.testing.assert_close(inverse, torch.linalg.pinv(laplacian), rtol=0, atol=1e-14)
+
+
 @pytest.mark.parametrize("tiny", [1e-6, 1e-10, 1e-13])
 def test_laplacian_inverse_does_not_cut_off_flat_directions(tiny):
     """[D11.2] a path with edges of weight 1 and `tiny` has resistances 1 and 1 / tiny across them; with
