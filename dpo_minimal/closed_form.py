@@ -262,10 +262,10 @@ def frontier_gap(logps: Tensor, ref_logps: Tensor, rewards: Tensor) -> FrontierG
     """
     _check_world(ref_logps, rewards)
     if logps.shape[-2:] != rewards.shape or rewards.dim() != 2:
-        raise InputError(
-            f"logps must end in {tuple(rewards.shape)}, rewards (X, Y); got {tuple(logps.shape)}."
-        )
+        raise InputError(f"logps must end in (X, Y), {tuple(rewards.shape)}; got {tuple(logps.shape)}.")
     logps, ref_logps, rewards = logps.double(), ref_logps.double(), rewards.double()
+    absent = ref_logps == -math.inf  # as in `best_of_n_logps`
+    rewards = torch.where(absent, rewards.masked_fill(absent, -math.inf).amax(-1, keepdim=True), rewards)
     kl = kl_divergence(logps, ref_logps.expand_as(logps)).mean(-1)
     reward = (logps.exp() * rewards).sum(-1).mean(-1)
     at_kl = _frontier_where(ref_logps, rewards, lambda found_kl, _: found_kl <= kl, kl)

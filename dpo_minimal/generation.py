@@ -112,6 +112,8 @@ def _draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     float64, so that the sum's rounding (1e-16) never reaches a token that is to have no probability.
     """
     cumulated = probabilities.double().cumsum(-1)
+    if not torch.isfinite(cumulated[:, -1]).all():
+        raise InputError("the model's logits are not finite: its weights are damaged; use earlier ones.")
     token = torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True)
     return token.clamp_(max=probabilities.shape[-1] - 1)
 
@@ -138,15 +140,15 @@ def sampling_probabilities(
     logits = widen(logits)
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
-    probabilities = (logits / temperature).softmax(-1)
-    if top_k is None and top_p is None:
+    probabilities = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)  # 1e-40 too
+    if top_k is None and top_p in (None, 1):
         return probabilities
     ordered, index = probabilities.sort(dim=-1, descending=True, stable=True)
     if top_k is not None:
         ordered = F.pad(ordered[..., :top_k], (0, max(0, ordered.shape[-1] - top_k)))
-    if top_p is not None:
-        before = ordered.cumsum(-1) - ordered  # what the likelier tokens have together
-        ordered = ordered.masked_fill(before >= top_p * ordered.sum(-1, keepdim=True), 0)
+    if top_p not in (None, 1):  # in float64: a large vocabulary's tail is less than float32's rounding
+        before = ordered.cumsum(-1, dtype=torch.float64) - ordered  # what the likelier tokens have together
+        ordered = ordered.masked_fill(before >= top_p * (before + ordered)[..., -1:], 0)
     ordered = ordered / ordered.sum(-1, keepdim=True)
     return torch.zeros_like(ordered).scatter(-1, index, ordered)
 

@@ -363,14 +363,11 @@ class Loss:
         whole = {name: tables[name]() for name in self.reads}
         split = {name: table.unbind(-1) for name, table in whole.items() if name != "kl_estimate"}
         if self.rows == "preferences" and any(len(columns) != 2 for columns in split.values()):
-            raise InputError(
-                f"{self.name} takes pairs, but the rankings are longer; use Plackett-Luce's loss."
-            )
-        sources = {name: READS[name] for name, read in self.parameters.items() if read}
-        columns = {
-            name: whole[table] if column is None else split[table][column]
-            for name, (table, column) in sources.items()
-        }
+            raise InputError(f"{self.name} takes pairs, but the rankings are longer; use Plackett-Luce.")
+        columns = {}
+        for name in filter(READS.get, self.parameters):
+            table, column = READS[name]
+            columns[name] = whole[table] if column is None else split[table][column]
         return self.function(**columns, **options)
 
 

@@ -195,7 +195,7 @@ class GPT(nn.Module):
 
         Args:
             ids: (B, T) token ids.
-            positions: (T,) or (B, T) position of each token; by default 0, 1, ..., T - 1.
+            positions: (T,) or (B, T) position of each token; by default those after what the caches hold.
             mask: (T, T) or (B, 1, T, T) boolean, True where row may read column; by default causal. With
                 the positions it lets one call hold a whole tree of continuations (policy.py).
             caches: what earlier calls read (`empty_caches`), extended by this call; the mask then has a
@@ -205,15 +205,17 @@ class GPT(nn.Module):
         """
         if ids.dim() != 2 or ids.numel() == 0:
             raise InputError(f"GPT: ids must have shape (B, T) and not be empty, got {tuple(ids.shape)}.")
-        T = ids.shape[1]
-        longest = T if positions is None else int(positions.max()) + 1
+        T, start = ids.shape[1], 0 if caches is None else caches[0].filled
+        longest = start + T if positions is None else int(positions.max()) + 1
         if longest > self.config.block_size:
             raise InputError(
                 f"GPT: a sequence of {longest} tokens exceeds the context of {self.config.block_size}; "
                 "shorten it or raise block_size."
             )
         if positions is None:
-            positions = torch.arange(T, device=ids.device)
+            positions = torch.arange(start, start + T, device=ids.device)
+        if mask is None and start > 0:
+            mask = torch.ones(T, start + T, dtype=torch.bool, device=ids.device).tril(start)
         x = self.wte(ids) + self.wpe(positions)  # (B, T, C) + (T, C) or (B, T, C)
         for layer, block in enumerate(self.h):
             x = block(x, mask, None if caches is None else caches[layer])

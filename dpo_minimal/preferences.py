@@ -29,10 +29,8 @@ from .validation import (
 class Rankings(NamedTuple):
     """E weighted rankings of K completions; a comparison is a ranking with K = 2 [D2.2].
 
-    Fields:
-        prompt: (E,) prompt number.
-        order: (E, K) completion numbers, best first; for K = 2 the chosen, then the rejected one.
-        weight: (E,) count or probability of the ranking, > 0; any dtype.
+    Fields: prompt (E,) number; order (E, K) completion numbers, best first, for K = 2 the chosen, then the
+    rejected one; weight (E,) count or probability of the ranking, > 0, of any dtype.
     """
 
     prompt: Tensor
@@ -145,8 +143,9 @@ def reference_pairs(ref_logps: Tensor) -> Slate:
     if ref_logps.dim() != 2:
         raise InputError(f"ref_logps must have shape (X, Y), got {tuple(ref_logps.shape)}.")
     pairs = all_sets(ref_logps > -torch.inf)
-    chance = ref_logps.double().exp()
-    weight = chance[pairs.prompt.unsqueeze(-1), pairs.items].prod(-1)
+    logs = ref_logps.double()[pairs.prompt.unsqueeze(-1), pairs.items].sum(-1)  # their exponentials may be 0
+    most = logs.new_full((len(ref_logps),), -torch.inf).scatter_reduce(0, pairs.prompt, logs, "amax")
+    weight = (logs - most[pairs.prompt]).exp()
     total = weight.new_zeros(len(ref_logps)).index_add(0, pairs.prompt, weight)
     return pairs._replace(weight=weight / (len(ref_logps) * total[pairs.prompt]))
 

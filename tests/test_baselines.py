@@ -358,6 +358,17 @@ def test_ten_thousand_policies_lie_below():
         assert (reward <= ceiling + 1e-12).all()
 
 
+def test_the_gap_counts_only_completions_that_exist():
+    """A prompt has no third completion, whose entry among the rewards, 0, is neither best nor worst of it:
+    the policy that always says the best lies on the frontier, whatever stands there."""
+    ref = doubles([[0.3, 0.7, 0.0], [0.2, 0.3, 0.5]]).log()
+    best = doubles([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]).log()
+    for entry in (0.0, -1e14, 1e14):
+        rewards = doubles([[-1.0, -3.0, entry], [0.0, 1.0, 2.0]])
+        gap = frontier_gap(best, ref, rewards)
+        assert abs(gap.reward_gap) <= 1e-12 and abs(gap.kl_gap) <= 1e-12, entry  # bisection, to rounding
+
+
 def test_reference_pairs_are_two_different_draws():
     """[D13.2] Probability proportional to the product, each prompt as likely as any other."""
     ref, _, _ = world(X=3, Y=4)
@@ -377,6 +388,10 @@ def test_reference_pairs_are_two_different_draws():
     for wrong, named in ((ref[0], "shape"), (ref + 1, "sum to one"), (torch.zeros(2, 1), "only 1")):
         with pytest.raises(InputError, match=named):
             reference_pairs(wrong)
+    rare = doubles([[0.0, -800.0, -801.0]]).log_softmax(-1)  # the chance of the last two together is e^-1601
+    assert reference_pairs(rare[:, [0, 1, 2]]).weight.sum() == pytest.approx(1, abs=1e-15)
+    even = reference_pairs(doubles([[0.0, -800.0, -800.0]]).log_softmax(-1))  # as is that of the others
+    assert even.weight.tolist() == [0.5, 0.5, 0.0]
 
 
 # ------------------------------------------------------------------------------------------------- mutants
@@ -455,8 +470,8 @@ MUTANTS = {
     ),
     "pairs all alike": (
         reference_pairs,
-        ".prod(-1)",
-        ".prod(-1) * 0 + 1",
+        "(logs - most[pairs.prompt])",
+        "(0 * logs)",
         test_reference_pairs_are_two_different_draws,
     ),
 }

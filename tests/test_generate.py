@@ -100,6 +100,32 @@ def test_probabilities_are_those_of_the_definition(vocab, data):
         )
 
 
+def test_small_probabilities_and_temperatures_are_kept():
+    """float32, as models are: a tail of 2^20 tokens with 1e-9 each has 0.1 % together, of which a running sum
+    in float32 sees nothing, so that top_p cut it away. A temperature near 0 must not make NaN of a difference
+    of 0 divided by it."""
+    logits = torch.full((2**20,), -20.7)
+    logits[0] = 0
+    everything = sampling_probabilities(logits)
+    torch.testing.assert_close(sampling_probabilities(logits, top_p=1.0), everything, rtol=0, atol=0)
+    kept = (sampling_probabilities(logits, top_p=0.9995) > 0).sum().item()
+    first, each, total = (x.item() for x in (*everything[:2].double(), everything.double().sum()))
+    # So many of the tail reach 0.9995 of all; one more or less by the rounding of the division.
+    assert kept == pytest.approx(1 + (0.9995 * total - first) / each, abs=2)
+    for temperature in (1e-6, 1e-40):
+        cold = sampling_probabilities(torch.tensor([0.3, 0.5, 0.2]), temperature=temperature)
+        assert cold.tolist() == [0, 1, 0]
+
+
+def test_damaged_weights_do_not_give_samples():
+    """NaN is above no number, so that the last token of the vocabulary was drawn for ever."""
+    gpt = GPT(SMALL)
+    with torch.no_grad():
+        gpt.wte.weight[0, 0] = math.nan
+    with pytest.raises(InputError, match="logits are not finite"):
+        generate(gpt, [[0, 1]], max_new_tokens=2)
+
+
 def test_cut_distributions_are_sampled_token_by_token():
     """top_k = 2 at temperature 0.7: frequencies of the first two tokens against products of conditionals."""
     prompt, logps = [3, 0], {}
@@ -223,7 +249,7 @@ MUTANTS = {
         test_rows_that_go_on_alone_are_what_they_were,
     ),
     "temperature multiplies": (
-        generation.sampling_probabilities, "logits / temperature", "logits * temperature",
+        generation.sampling_probabilities, ") / temperature", ") * temperature",
         test_probabilities_are_those_of_the_definition,
     ),
     "the token that crosses top_p is dropped": (

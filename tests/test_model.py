@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from dpo_minimal.model import GPT, GPTConfig
+from dpo_minimal.validation import InputError
 
 SMALL = GPTConfig(vocab_size=11, block_size=9, n_layer=3, n_head=2, n_embd=8)
 
@@ -310,3 +311,15 @@ def test_more_tokens_than_the_context_are_fine_where_positions_repeat():
     )
     # every token sees only itself, at position 0: all rows hold the same numbers (float32, up to 1e-6)
     torch.testing.assert_close(hidden, hidden[:, :1].expand_as(hidden), rtol=0, atol=1e-5)
+
+
+def test_a_cache_goes_on_where_it_ended():
+    """Called again without positions or mask, the model goes on behind what the caches hold, causally. It
+    read the second piece as if it were the first, and each token could see those after it."""
+    gpt, ids = loud_gpt(), random_ids(2, 9)
+    whole, caches = gpt.hidden(ids), gpt.empty_caches(2, 9)
+    pieces = [gpt.hidden(piece, caches=caches) for piece in ids.split([4, 3, 2], dim=1)]
+    # float64 roundings, amplified by these weights; another position or neighbour moves it by about 1.
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=0, atol=1e-11)
+    with pytest.raises(InputError, match="a sequence of 10 tokens exceeds the context of 9"):
+        gpt.hidden(ids[:, :1], caches=caches)
