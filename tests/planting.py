@@ -13,7 +13,11 @@ CAUGHT = (AssertionError, ExceptionGroup, pytest.fail.Exception, InputError)
 
 
 def plant(monkeypatch, function, right: str, wrong: str) -> None:
-    """Alter a piece of a function in place until the test ends, so that every importer sees the mistake."""
+    """Alter a piece of a function in place until the test ends, so that every importer sees the mistake.
+
+    Of a decorated function, what the decorator wraps is altered.
+    """
+    function = inspect.unwrap(function)
     source = textwrap.dedent(inspect.getsource(function))
     assert source.count(right) >= 1, f"{function.__qualname__} no longer contains {right!r}"
     namespace = dict(function.__globals__)
@@ -21,4 +25,4 @@ def plant(monkeypatch, function, right: str, wrong: str) -> None:
         compile("from __future__ import annotations\n" + source.replace(right, wrong), "mutant", "exec"),
         namespace,
     )
-    monkeypatch.setattr(function, "__code__", namespace[function.__name__].__code__)
+    monkeypatch.setattr(function, "__code__", inspect.unwrap(namespace[function.__name__]).__code__)

@@ -403,14 +403,12 @@ def test_every_record_is_found_and_named():
 MUTANTS = {
     "DPO's weight of the winner's side": (dpo_loss, "torch.sigmoid(-margin)", "torch.sigmoid(margin)", "dpo"),
     "cDPO's weight without its smoothing": (
-        noise.cdpo_loss, "chosen_weights=beta * (torch.sigmoid(-margin) - label_smoothing)",
-        "chosen_weights=beta * torch.sigmoid(-margin)", "cdpo",
+        noise.cdpo_loss, "beta * (torch.sigmoid(-u) - label_smoothing)", "beta * torch.sigmoid(-u)", "cdpo",
     ),
     "robust DPO's with the other sign": (
-        noise.robust_dpo_loss, "(torch.sigmoid(-margin) + linear)", "(torch.sigmoid(-margin) - linear)",
-        "robust",
+        noise.robust_dpo_loss, "(torch.sigmoid(-u) + linear)", "(torch.sigmoid(-u) - linear)", "robust",
     ),
-    "IPO's without the two": (ipo_loss, "1 / beta - 2 * logratio", "1 / beta - logratio", "ipo"),
+    "IPO's without the two": (ipo_loss, "1 / beta - 2 * h", "1 / beta - h", "ipo"),
     "averaged IPO's chosen length for both": (
         ipo.averaged_ipo_loss, "pull / rejected_lengths", "pull / chosen_lengths", "averaged_ipo",
     ),
@@ -439,8 +437,7 @@ MUTANTS = {
         "unlikelihood",
     ),
     "unweighted DPO's without beta": (
-        unlikelihood.unweighted_dpo_loss, "torch.full_like(logratio_margin, beta)",
-        "torch.ones_like(logratio_margin)", "unweighted_dpo",
+        unlikelihood.unweighted_dpo_loss, "torch.full_like(h, beta)", "torch.ones_like(h)", "unweighted_dpo",
     ),
     "KTO's of a sum": (kto.kto_pair_loss, "out.gradient_weights / 2", "out.gradient_weights", "kto"),
     "KTO's rejected pull upwards": (kto.kto_pair_loss, "chosen, -rejected", "chosen, rejected", "kto"),

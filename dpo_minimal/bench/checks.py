@@ -23,14 +23,11 @@ from .exercises import SINGLE, Exercise, Given, samples, smallest
 
 
 class Verdict(NamedTuple):
-    """What a check found.
-
-    Fields: status; message, several lines for the student; mistake, the name of a known one or None.
-    """
+    """What a check found."""
 
     status: Literal["right", "wrong", "not solved yet"]
-    message: str
-    mistake: str | None = None
+    message: str  # several lines for the student
+    mistake: str | None = None  # the name of a known one
 
 
 def judge(exercise: Exercise, function: Callable[..., Any]) -> Verdict:

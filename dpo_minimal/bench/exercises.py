@@ -23,36 +23,27 @@ SINGLE = 1e-5  # a hundred roundings of float32
 
 
 class Exercise(NamedTuple):
-    """A function to be written, and what decides whether it is right.
+    """A function to be written, and what decides whether it is right."""
 
-    Fields:
-        number: "3.1" is the first of notebook 3.
-        function: the name that the answer has.
-        inputs: a strategy of dictionaries: the arguments of one call, in the order of the parameters.
-        expected: from the same arguments to what must come out: by brute force, an identity or autograd,
-            never by the formula that is asked for written a second time.
-        source: what `expected` does, in a few words that complete "expected, by ...".
-        mistakes: from a mistake's name, as the message gives it, to the function that somebody with that
-            mistake writes.
-        within: largest error allowed, relative to one plus the size of what is expected. The default is a
-            few million roundings of float64: far above a right answer's error, far below any mistake's.
-        complaint: for questions with many right answers: from (answer, **arguments) to what is wrong with
-            it, or None. It replaces the comparison with `expected`, which then is one right answer.
-        strain: an input at which a right formula overflows if it leaves the logarithms; the message for a
-            right answer then says so.
-        central: one of the course's main results, for which five mistakes at least are known.
-    """
-
-    number: str
-    function: str
-    inputs: st.SearchStrategy[Given]
+    number: str  # "3.1" is the first of notebook 3
+    function: str  # the name that the answer has
+    inputs: st.SearchStrategy[Given]  # the arguments of one call, in the order of the parameters
+    # From the same arguments to what must come out: by brute force, an identity or autograd, never by the
+    # formula that is asked for written a second time.
     expected: Callable[..., Any]
-    source: str
+    source: str  # what `expected` does, in a few words that complete "expected, by ..."
+    # From a mistake's name, as the message gives it, to the function that somebody with that mistake writes.
     mistakes: dict[str, Callable[..., Any]]
+    # Largest error allowed, relative to one plus the size of what is expected. The default is a few million
+    # roundings of float64: far above a right answer's error, far below any mistake's.
     within: float = 1e-9
+    # For questions with many right answers: from (answer, **arguments) to what is wrong with it, or None. It
+    # replaces the comparison with `expected`, which then is one right answer.
     complaint: Callable[..., str | None] | None = None
+    # An input at which a right formula overflows if it leaves the logarithms; the message for a right answer
+    # then says so.
     strain: Given | None = None
-    central: bool = False
+    central: bool = False  # one of the course's main results, for which five mistakes at least are known
 
     @property
     def points(self) -> int:

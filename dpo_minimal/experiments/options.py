@@ -15,14 +15,7 @@ from typing import Any, NamedTuple
 from ..text.objectives import DTYPES
 from ..text.runs import read_json_object
 from ..train import OPTIMIZERS
-from ..validation import (
-    InputError,
-    check_count,
-    check_device,
-    check_not_negative,
-    check_positive,
-    check_seed,
-)
+from ..validation import InputError, check_count, check_device, check_not_negative, check_positive, check_seed
 
 CONFIG_FILE = "config.json"
 HELD_OUT, MOST_HELD_OUT = 0.05, 500  # more rows would make evaluations longer than their precision is worth

@@ -20,24 +20,17 @@ from ..validation import InputError, check_count, check_positive
 class FiniteDataLaw(NamedTuple):
     """How far the estimate may be from the truth at a stated false-alarm rate, for many rankings [D11.4].
 
-    Fields:
-        score: the score statistic sum_x N_x g' H^+ g at the truth; its mean is exactly `degrees`.
-        degrees: its degrees of freedom.
-        score_limit: its upper quantile at the false-alarm rate.
-        logp_deviation: (X, Y) standard deviation of log pi_hat(y|x) around log pi*(y|x).
-        logp_limit: (X, Y) that deviation times the normal quantile at which all entries together exceed
-            with at most the false-alarm rate.
-        plenty: the least number of rankings of a prompt over its largest resistance rho^2. The limits are
-            those of the normal law, which the estimate follows for many rankings; below some 8 they are
-            rough, and only the score statistic, whose mean is exact, should be judged.
+    The limits are those of the normal law, which the estimate follows for many rankings; where `plenty` is
+    below some 8 they are rough, and only the score statistic, whose mean is exact, should be judged.
     """
 
-    score: float
-    degrees: int
-    score_limit: float
-    logp_deviation: Tensor
+    score: float  # the score statistic sum_x N_x g' H^+ g at the truth; its mean is exactly `degrees`
+    degrees: int  # its degrees of freedom
+    score_limit: float  # its upper quantile at the false-alarm rate
+    logp_deviation: Tensor  # (X, Y) standard deviation of log pi_hat(y|x) around log pi*(y|x)
+    # (X, Y) it times the normal quantile that all entries together exceed with at most the false-alarm rate
     logp_limit: Tensor
-    plenty: float
+    plenty: float  # the least number of rankings of a prompt over its largest resistance rho^2
 
 
 def finite_data_law(
@@ -47,15 +40,10 @@ def finite_data_law(
     [D11.3, D11.4].
 
     Args:
-        optimal: (X, Y) log pi*, the truth the data were drawn from.
-        ref_logps: (X, Y).
+        optimal: (X, Y) log pi*, the truth the data were drawn from; ref_logps (X, Y); beta > 0.
         rankings: the data, weights as counts.
-        beta: > 0.
         false_alarm: probability with which correct code may exceed the limits.
-    Returns:
-        FiniteDataLaw.
-    Raises:
-        InputError: beta <= 0; a prompt's comparisons fall apart, so that rewards cannot be told.
+    Raises: InputError: beta <= 0; a prompt's comparisons fall apart, so that rewards cannot be told.
     """
     check_positive("beta", beta)
     state = _curvature(beta * (optimal - ref_logps), rankings)
@@ -173,10 +161,7 @@ def no_estimate_bound(chances: Tensor, num_pairs: int) -> float:
 
 
 def normal_quantile(probability: float) -> float:
-    """The standard normal quantile [D11.4].
-
-    Raises: InputError: probability outside (0, 1).
-    """
+    """The standard normal quantile [D11.4]. Raises InputError: probability outside (0, 1)."""
     _check_open(probability)
     return torch.special.ndtri(torch.tensor(probability, dtype=torch.float64)).item()
 

@@ -24,13 +24,7 @@ from torch import Tensor, nn
 from ..closed_form import kl_divergence, soft_value
 from ..preferences import Rankings
 from ..train import Record
-from ..validation import (
-    InputError,
-    check_count,
-    check_finite,
-    check_log_distribution,
-    check_positive,
-)
+from ..validation import InputError, check_count, check_finite, check_log_distribution, check_positive
 from ..zoo.unlikelihood import unlikelihood_logps
 
 # ------------------------------------------------------------------------- the gradient of the objective

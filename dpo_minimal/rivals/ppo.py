@@ -34,49 +34,30 @@ Reward = Callable[[Sequence[list[int]], Sequence[list[int]]], Tensor]
 
 
 class PPOSettings(NamedTuple):
-    """How to train [D7.7].
+    """How to train [D7.7]."""
 
-    Fields:
-        iterations: rounds of sampling; prompts: completions of each, one of a prompt drawn at random.
-        epochs: gradient steps on each round's samples, each on all of them.
-        micro_size: completions that go through a model together; it changes speed and rounding only.
-        learning_rate, value_learning_rate: AdamW's, without weight decay.
-        clip: of pi / pi_old around 1.
-        kl_coefficient: beta, or where it starts if there is a target.
-        target_kl: nats a completion, to which beta is steered; None keeps beta.
-        max_new_tokens: where a sample is cut; a cut sample gets its reward at its last token like any other.
-        max_grad_norm: of policy and value each; None clips nothing.
-        seed: of prompts and samples.
-    """
-
-    iterations: int
-    prompts: int
-    epochs: int
-    micro_size: int
-    learning_rate: float
+    iterations: int  # rounds of sampling
+    prompts: int  # completions of each round, one of a prompt drawn at random
+    epochs: int  # gradient steps on each round's samples, each on all of them
+    micro_size: int  # completions that go through a model together; it changes speed and rounding only
+    learning_rate: float  # AdamW's, without weight decay; so is the next
     value_learning_rate: float
-    clip: float
-    kl_coefficient: float
-    target_kl: float | None
-    max_new_tokens: int
-    max_grad_norm: float | None
-    seed: int
+    clip: float  # of pi / pi_old around 1
+    kl_coefficient: float  # beta, or where it starts if there is a target
+    target_kl: float | None  # nats a completion, to which beta is steered; None keeps beta
+    max_new_tokens: int  # where a sample is cut; it gets its reward at its last token like any other
+    max_grad_norm: float | None  # of policy and value each; None clips nothing
+    seed: int  # of prompts and samples
 
 
 class Rollout(NamedTuple):
-    """Some completions of an iteration and what is known of their N tokens, without gradient [D7.7].
+    """Some completions of an iteration and what is known of their N tokens, without gradient [D7.7]."""
 
-    Fields:
-        batch: K = 1 completion a row.
-        old_logps: (N,) under the policy that drew them; log_ratios: (N,) old_logps - reference's.
-        returns: (N,) penalised reward from this token on; advantages: (N,) returns - values.
-    """
-
-    batch: SharedPromptBatch
-    old_logps: Tensor
-    log_ratios: Tensor
-    returns: Tensor
-    advantages: Tensor
+    batch: SharedPromptBatch  # K = 1 completion a row
+    old_logps: Tensor  # (N,) under the policy that drew them
+    log_ratios: Tensor  # (N,) old_logps - reference's
+    returns: Tensor  # (N,) penalised reward from this token on
+    advantages: Tensor  # (N,) returns - values
 
 
 def train_ppo(

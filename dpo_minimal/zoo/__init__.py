@@ -25,24 +25,17 @@ _READ = {
     "lengths": "token counts",
     "kl_estimate": "a divergence, which text estimates from mismatched completions of the whole batch",
 }
+_HEADER = """\
+| `--loss-type` | loss | reads | options: range, default | at π = π_ref | optimum | source |
+| --- | --- | --- | --- | --- | --- | --- |"""
 
 
 def table_of_losses() -> str:
     """All records as a Markdown table, one row a loss, as it stands in this folder's README."""
-    header = (
-        "`--loss-type`",
-        "loss",
-        "reads",
-        "options: range, default",
-        "at π = π_ref",
-        "optimum",
-        "source",
-    )
-    rows = [header, ("---",) * len(header), *map(_row, LOSSES.values())]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return "\n".join([_HEADER, *map(_row, LOSSES.values())])
 
 
-def _row(loss: Loss) -> tuple[str, ...]:
+def _row(loss: Loss) -> str:
     options = [
         f"`{o.name}` {o.range}, {'none' if o.default is None else f'{o.default:g}'}" for o in loss.options
     ]
@@ -55,4 +48,5 @@ def _row(loss: Loss) -> tuple[str, ...]:
     )
     optimum = "known" if callable(loss.optimum) else loss.optimum
     proved = f"{optimum}, [{loss.proof}]" if loss.proof else optimum
-    return f"`{loss.name}`", loss.title, reads, "; ".join(options) or "–", start, proved, loss.source or "–"
+    cells = f"`{loss.name}`", loss.title, reads, "; ".join(options) or "–", start, proved, loss.source or "–"
+    return f"| {' | '.join(cells)} |"

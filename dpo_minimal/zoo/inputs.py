@@ -1,17 +1,55 @@
-"""What losses without a reference, and losses that average over tokens, do with their inputs."""
+"""What losses do with their inputs before and after their own formula."""
 
 from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from ..losses import PreferenceLoss, _logratios, _preference_loss, dpo_loss
 from ..validation import InputError, check_finite, widen
+
+
+def of_margin(formula: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., PreferenceLoss]:
+    """Make a loss of pairs, with the parameters of `dpo_loss`, from (h, *, beta, ...) -> (loss, weight).
+
+    h = log pi(y_w)/pi_ref(y_w) - log pi(y_l)/pi_ref(y_l), DPO's margin without its beta, is (B,), checked and
+    widened; loss and weight, the pull of either completion, are (B,). Implicit rewards are DPO's.
+    """
+
+    @functools.wraps(formula)
+    def loss(
+        policy_chosen_logps: Tensor,
+        policy_rejected_logps: Tensor,
+        reference_chosen_logps: Tensor,
+        reference_rejected_logps: Tensor,
+        *,
+        beta: float,
+        **options: float,
+    ) -> PreferenceLoss:
+        h, chosen_logratio, rejected_logratio = _logratios(
+            policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, beta
+        )
+        losses, weights = formula(h, beta=beta, **options)
+        return _preference_loss(
+            policy_chosen_logps.dtype,
+            losses=losses,
+            chosen_rewards=beta * chosen_logratio,
+            rejected_rewards=beta * rejected_logratio,
+            chosen_weights=weights,
+        )
+
+    logps, options = (list(inspect.signature(each).parameters.values()) for each in (dpo_loss, formula))
+    loss.__signature__ = inspect.Signature([*logps[:4], *options[1:]], return_annotation="PreferenceLoss")
+    return loss
 
 
 def policy_logps(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
     """Checked and widened."""
-    named = dict(policy_chosen_logps=chosen, policy_rejected_logps=rejected)
-    check_finite(**named)
+    check_finite(policy_chosen_logps=chosen, policy_rejected_logps=rejected)
     return widen(chosen), widen(rejected)
 
 

@@ -12,17 +12,11 @@ from ..certificates import Names, laplacian_inverse, require_estimate
 from ..losses import BETA, Loss, PreferenceLoss, _logratios, _preference_loss
 from ..preferences import Rankings, win_counts
 from ..validation import check_positive
-from .inputs import token_counts
+from .inputs import of_margin, token_counts
 
 
-def ipo_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    reference_chosen_logps: Tensor,
-    reference_rejected_logps: Tensor,
-    *,
-    beta: float,
-) -> PreferenceLoss:
+@of_margin
+def ipo_loss(h: Tensor, *, beta: float) -> tuple[Tensor, Tensor]:
     """Identity Preference Optimization: (h - 1/(2 beta))^2 with h the difference of log-ratios [D12.1].
 
     A least-squares target instead of a logistic one, so it has a finite optimum on any data whose
@@ -34,16 +28,7 @@ def ipo_loss(
     Source: Azar et al. (2023), "A General Theoretical Paradigm to Understand Learning from Human
         Preferences".
     """
-    logratio_margin, chosen_logratio, rejected_logratio = _logratios(
-        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, beta
-    )
-    return _preference_loss(
-        policy_chosen_logps.dtype,
-        losses=(logratio_margin - 1 / (2 * beta)) ** 2,
-        chosen_rewards=beta * chosen_logratio,
-        rejected_rewards=beta * rejected_logratio,
-        chosen_weights=1 / beta - 2 * logratio_margin,
-    )
+    return (h - 1 / (2 * beta)) ** 2, 1 / beta - 2 * h
 
 
 def averaged_ipo_loss(

@@ -15,18 +15,11 @@ from ..validation import InputError, check_finite, check_positive, widen
 
 
 class LabelLoss(NamedTuple):
-    """What a loss of single completions returns, each of shape (B,) [D12.4].
+    """What a loss of single completions returns, each of shape (B,), all but the losses detached [D12.4]."""
 
-    Fields:
-        losses: to be averaged and minimised.
-        rewards: implicit rewards beta log(pi / pi_ref), detached.
-        gradient_weights: coefficient of -grad log pi(y), detached: positive for a desirable completion,
-            negative for an undesirable one.
-    """
-
-    losses: Tensor
-    rewards: Tensor
-    gradient_weights: Tensor
+    losses: Tensor  # to be averaged and minimised
+    rewards: Tensor  # implicit rewards beta log(pi / pi_ref)
+    gradient_weights: Tensor  # coefficient of -grad log pi(y): > 0 if desirable, < 0 if not
 
 
 def kto_loss(
@@ -51,22 +44,16 @@ def kto_loss(
         kl_estimate: z0 >= 0, nats: one number, from `kto_kl_estimate`, or (B,) one a row, each the exact
             divergence of its prompt's table; no gradient flows through it.
         beta, desirable_weight, undesirable_weight: > 0.
-    Returns:
-        LabelLoss of (B,) tensors; losses lie in [0, lambda].
-    Raises:
-        InputError: shapes differ, an entry is not finite, kl_estimate negative, an option <= 0.
-    Source:
-        Ethayarajh et al. (2024), "KTO: Model Alignment as Prospect Theoretic Optimization".
+    Returns: LabelLoss of (B,) tensors; losses lie in [0, lambda].
+    Raises: InputError: shapes differ, an entry is not finite, kl_estimate negative, an option <= 0.
+    Source: Ethayarajh et al. (2024), "KTO: Model Alignment as Prospect Theoretic Optimization".
     """
     check_positive("beta", beta)
     check_positive("desirable_weight", desirable_weight)
     check_positive("undesirable_weight", undesirable_weight)
     check_finite(policy_logps=policy_logps, reference_logps=reference_logps)
-    if (
-        not isinstance(is_desirable, Tensor)
-        or is_desirable.shape != policy_logps.shape
-        or is_desirable.dtype != torch.bool
-    ):
+    boolean = isinstance(is_desirable, Tensor) and is_desirable.dtype == torch.bool
+    if not boolean or is_desirable.shape != policy_logps.shape:
         raise InputError(f"is_desirable must be a boolean tensor of shape {tuple(policy_logps.shape)}.")
     logratio = widen(policy_logps) - widen(reference_logps)
     if isinstance(kl_estimate, bool) or not isinstance(kl_estimate, (Tensor, Real)):

@@ -10,20 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..losses import BETA, DPO, Loss, Option, PreferenceLoss, _logratios, _preference_loss, dpo_optimum
+from ..losses import BETA, DPO, Loss, Option, dpo_optimum
 from ..preferences import Rankings, tally
 from ..validation import InputError, check_flip_probability
+from .inputs import of_margin
 
 
-def cdpo_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    reference_chosen_logps: Tensor,
-    reference_rejected_logps: Tensor,
-    *,
-    beta: float,
-    label_smoothing: float,
-) -> PreferenceLoss:
+@of_margin
+def cdpo_loss(h: Tensor, *, beta: float, label_smoothing: float) -> tuple[Tensor, Tensor]:
     """Conservative DPO: (1 - eps) l(u) + eps l(-u) = l(u) + eps u, with l = -log sigmoid [D12.2].
 
     What DPO would minimise had a share eps of the labels been flipped. Its optimum on a tree of comparisons
@@ -36,18 +30,10 @@ def cdpo_loss(
     Source: Mitchell (2023), "A note on DPO with noisy preferences".
     """
     check_flip_probability(label_smoothing, "label_smoothing")
-    logratio_margin, chosen_logratio, rejected_logratio = _logratios(
-        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, beta
-    )
-    margin = beta * logratio_margin
-    return _preference_loss(
-        policy_chosen_logps.dtype,
-        # Both terms are positive; l(u) + eps u would subtract two large numbers where u is far below 0.
-        losses=-(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin),
-        chosen_rewards=beta * chosen_logratio,
-        rejected_rewards=beta * rejected_logratio,
-        chosen_weights=beta * (torch.sigmoid(-margin) - label_smoothing),
-    )
+    u = beta * h
+    # Both terms are positive; l(u) + eps u would subtract two large numbers where u is far below 0.
+    losses = -(1 - label_smoothing) * F.logsigmoid(u) - label_smoothing * F.logsigmoid(-u)
+    return losses, beta * (torch.sigmoid(-u) - label_smoothing)
 
 
 def cdpo_optimum(rankings: Rankings, ref_logps: Tensor, *, beta: float, label_smoothing: float) -> Tensor:
@@ -65,15 +51,8 @@ CDPO = Loss(
 )  # fmt: skip
 
 
-def robust_dpo_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    reference_chosen_logps: Tensor,
-    reference_rejected_logps: Tensor,
-    *,
-    beta: float,
-    flip_probability: float,
-) -> PreferenceLoss:
+@of_margin
+def robust_dpo_loss(h: Tensor, *, beta: float, flip_probability: float) -> tuple[Tensor, Tensor]:
     """Robust DPO: ((1 - eps) l(u) - eps l(-u)) / (1 - 2 eps) = l(u) - eps u / (1 - 2 eps) [D12.3].
 
     Averaged over labels that are flipped with probability eps it is DPO's loss of the clean ones, so that
@@ -85,18 +64,9 @@ def robust_dpo_loss(
     Source: Chowdhury et al. (2024), "Provably Robust DPO".
     """
     check_flip_probability(flip_probability)
-    logratio_margin, chosen_logratio, rejected_logratio = _logratios(
-        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, beta
-    )
-    margin = beta * logratio_margin
+    u = beta * h
     linear = flip_probability / (1 - 2 * flip_probability)
-    return _preference_loss(
-        policy_chosen_logps.dtype,
-        losses=-F.logsigmoid(margin) - linear * margin,
-        chosen_rewards=beta * chosen_logratio,
-        rejected_rewards=beta * rejected_logratio,
-        chosen_weights=beta * (torch.sigmoid(-margin) + linear),
-    )
+    return -F.logsigmoid(u) - linear * u, beta * (torch.sigmoid(-u) + linear)
 
 
 def robust_dpo_optimum(

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from ..losses import BETA, Loss, Option, PreferenceLoss, _logratios, _preference_loss
+from ..losses import BETA, Loss, Option, PreferenceLoss, _preference_loss
 from ..preferences import Rankings, win_counts
 from ..validation import InputError, check_not_negative, check_share
-from .inputs import policy_logps
+from .inputs import of_margin, policy_logps
 
 
 def unlikelihood_loss(
@@ -80,14 +80,8 @@ UNLIKELIHOOD = Loss(
 )  # fmt: skip
 
 
-def unweighted_dpo_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    reference_chosen_logps: Tensor,
-    reference_rejected_logps: Tensor,
-    *,
-    beta: float,
-) -> PreferenceLoss:
+@of_margin
+def unweighted_dpo_loss(h: Tensor, *, beta: float) -> tuple[Tensor, Tensor]:
     """DPO's gradient without its weight sigmoid(-u): the loss is -u, falling for ever [D12.7].
 
     What the paper warns of in Sec. 4 and shows in Table 3. Every pair pulls with the constant weight beta,
@@ -96,16 +90,7 @@ def unweighted_dpo_loss(
 
     Args, Returns, Raises: as `dpo_loss`.
     """
-    logratio_margin, chosen_logratio, rejected_logratio = _logratios(
-        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, beta
-    )
-    return _preference_loss(
-        policy_chosen_logps.dtype,
-        losses=-beta * logratio_margin,
-        chosen_rewards=beta * chosen_logratio,
-        rejected_rewards=beta * rejected_logratio,
-        chosen_weights=torch.full_like(logratio_margin, beta),
-    )
+    return -beta * h, torch.full_like(h, beta)
 
 
 UNWEIGHTED_DPO = Loss(

@@ -22,27 +22,19 @@ from ...train import Record, train
 
 @dataclass(frozen=True)
 class Outcome:
-    """One trained policy beside its closed-form target; tables (X, Y) in float64 on the CPU.
+    """One trained policy beside its closed-form target; tables (X, Y) in float64 on the CPU."""
 
-    Fields:
-        name: key of its arrays in result.npz.
-        target: what `target_logps` is, for people: "pi*" or "MLE".
-        logp_bound: (X,) certified bound on max |log pi - log target|; inf where none holds.
-        records: one for each measured step, step 0 included.
-        seconds: training and measuring.
-    """
-
-    name: str
-    target: str
+    name: str  # key of its arrays in result.npz
+    target: str  # what `target_logps` is, for people: "pi*" or "MLE"
     beta: float
     ref_logps: Tensor
     rewards: Tensor
     logps: Tensor
     target_logps: Tensor
-    logp_bound: Tensor
+    logp_bound: Tensor  # (X,) certified bound on max |log pi - log target|; inf where none holds
     rankings: Rankings
-    seconds: float
-    records: list[Record] = field(repr=False)
+    seconds: float  # training and measuring
+    records: list[Record] = field(repr=False)  # one for each measured step, step 0 included
 
 
 def fit(
