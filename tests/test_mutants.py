@@ -38,7 +38,7 @@ from dpo_minimal import (
     unweighted_dpo_loss,
     validation,
 )
-from dpo_minimal.experiments.bandit import convergence
+from dpo_minimal.experiments.bandit import fit
 from dpo_minimal.laws import finite_data, sampling_laws
 from dpo_minimal.zoo import inputs
 from dpo_minimal.zoo.ipo import ipo_estimate
@@ -253,7 +253,7 @@ MUTANTS = [
     ),
     Mutant(
         "weight decay",
-        convergence._fit_table,
+        fit.fit_table,
         "nesterov=True",
         "nesterov=True, weight_decay=1e-4",
         test_bandit.test_the_population_experiment_reaches_the_closed_form,

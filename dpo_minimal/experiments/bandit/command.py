@@ -19,70 +19,88 @@ from ...closed_form import kl_divergence, optimal_logps
 from ...laws.sampling_laws import finite_data_law
 from ...preferences import Rankings, all_sets, sample_pairs
 from ...text.runs import new_run_folder, refuse_used_folder, versions, write_arrays, write_json, write_records
-from ...validation import InputError, check_count, check_device, check_positive, check_range, check_seed
+from ...validation import InputError, check_positive, check_range, check_seed
+from ..options import COMMON, Option, add_options, at_least, resolve
 from ..study import table
 from . import convergence, ranking
 from .convergence import Settings
 from .fit import Outcome, expected_reward, max_distance
 from .tables import load_table
 
+OPTIONS = {
+    "world": {
+        "prompts": Option("prompts of the tabular world", int, 8, metavar="X"),
+        "completions": Option("completions of each", int, 16, check=at_least(2), metavar="Y"),
+        "table": Option(
+            "run the tabular experiments on your own world: columns prompt, completion, reward and, if not "
+            "uniform, reference (a probability or a count)", str, metavar="FILE.csv",
+        ),
+        "comparisons": Option(
+            "train on your own comparisons instead: columns prompt, winner, loser and, optionally, count; "
+            "writes ranking.csv with rewards, standard errors and the trained policy",
+            str, metavar="FILE.csv",
+        ),
+    },
+    "training": {
+        # a figure can show the pi* of this default
+        "beta": Option("strength of the KL penalty, 1e-4 to 1e4", float, 0.5, check=check_positive),
+        "pairs": Option("pairs to sample", int, 20_000),
+        "steps": Option(
+            "at most, of each experiment (default: 2000, but tables stop early once certified; with "
+            "--comparisons 20000, or 5000 by ipo)"
+        ),
+        "loss": Option(
+            "with --comparisons: ipo has a finite optimum even where a completion never lost (default dpo)",
+            str, choices=("dpo", "ipo"),
+        ),
+        "prior": Option(
+            "with --comparisons: add this many imaginary wins each way between any two completions (the "
+            "standard errors count them as data)", float, check=check_positive, metavar="WINS",
+        ),
+    },
+    "run": {
+        "seed": Option("the same seed gives the same numbers, on a CPU", int, 0, check=check_seed),
+        "output_dir": Option("new folder (default: the next free runs/bandit-NNN)", str, metavar="DIR"),
+        "device": COMMON["device"],
+        "quick": Option(
+            "85 instead of 341 completions a prompt for the GPT, and 1000 steps instead of 2000", bool
+        ),
+    },
+}  # fmt: skip
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    world = parser.add_argument_group("world")
-    world.add_argument("--prompts", type=int, metavar="X", help="prompts of the tabular world (default 8)")
-    world.add_argument("--completions", type=int, metavar="Y", help="completions of each (default 16)")
-    world.add_argument(
-        "--table", metavar="FILE.csv",
-        help="run the tabular experiments on your own world: columns prompt, completion, reward and, "
-        "if not uniform, reference (a probability or a count)",
+    add_options(parser, OPTIONS)
+
+
+def _resolved(args: argparse.Namespace) -> argparse.Namespace:
+    compares, has_table = args.comparisons is not None, args.table is not None
+    options = resolve(
+        args, OPTIONS,
+        (f"{ranking.UNUSED} quick", compares, "{} is not used with --comparisons; leave it out."),
+        ("loss prior", not compares, "{} is used only with --comparisons; leave it out."),
+        ("prompts completions", has_table, "{} is given by the file of --table; leave it out."),
+        ("quick", args.steps is not None, "{} and --steps both set the number of steps; give one of them."),
+        ("quick", has_table, "{} shortens only the GPT's training, which --table leaves out; leave it out."),
     )  # fmt: skip
-    world.add_argument(
-        "--comparisons", metavar="FILE.csv",
-        help="train on your own comparisons instead: columns prompt, winner, loser and, optionally, count; "
-        "writes ranking.csv with rewards, standard errors and the trained policy",
-    )  # fmt: skip
-    training = parser.add_argument_group("training")
-    training.add_argument(
-        "--beta", type=float, default=0.5,
-        help="strength of the KL penalty, 1e-4 to 1e4 (default %(default)s: a figure can show that pi*)",
-    )  # fmt: skip
-    training.add_argument("--pairs", type=int, metavar="N", help="pairs to sample (default 20000)")
-    training.add_argument(
-        "--steps", type=int,
-        help="at most, of each experiment (default: 2000, but tables stop early once certified; with "
-        "--comparisons 20000, or 5000 by ipo)",
-    )  # fmt: skip
-    training.add_argument(
-        "--loss", choices=("dpo", "ipo"),
-        help="with --comparisons: ipo has a finite optimum even where a completion never lost (default dpo)",
-    )  # fmt: skip
-    training.add_argument(
-        "--prior", type=float, metavar="WINS",
-        help="with --comparisons: add this many imaginary wins each way between any two completions "
-        "(the standard errors count them as data)",
-    )  # fmt: skip
-    run = parser.add_argument_group("run")
-    run.add_argument("--seed", type=int, help="the same seed gives the same numbers, on a CPU (default 0)")
-    run.add_argument("--output-dir", metavar="DIR", help="new folder to write to (default runs/bandit-NNN)")
-    run.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-    run.add_argument(
-        "--quick", action="store_true",
-        help="85 instead of 341 completions a prompt for the GPT, and 1000 steps instead of 2000",
-    )  # fmt: skip
+    options.quick = bool(options.quick)
+    if not compares:
+        check_range("--beta", options.beta, 1e-4, 1e4, "float64 has too few digits beyond")
+    return options
 
 
 def run(args: argparse.Namespace) -> Path:
     """Check everything, then run the experiments and write the run folder, which is returned."""
     torch.set_num_threads(1)  # tables and models this small are faster on one core, and the same everywhere
+    options = _resolved(args)
     if args.comparisons is not None:
-        return ranking.run(args)
-    for option in ("loss", "prior"):
-        if getattr(args, option) is not None:
-            raise InputError(f"--{option} is used only with --comparisons; leave it out.")
-    settings = _settings(args)
+        return ranking.run(options)
+    gpt_steps = options.steps or (1000 if options.quick else 2000)
+    others = options.seed, options.device, options.quick
+    settings = Settings(options.beta, options.pairs, options.steps or 2000, gpt_steps, *others)
     refuse_used_folder(args.output_dir)
-    world = _world(args, settings)
+    world = _world(options, settings)
     generator = convergence.seeded_generator(settings, "pairs")
     data = sample_pairs(world.rewards, settings.pairs, slate=all_sets(world.exists), generator=generator)
     estimate, missing = None, None
@@ -129,34 +147,11 @@ def run(args: argparse.Namespace) -> Path:
     return folder
 
 
-def _settings(args: argparse.Namespace) -> Settings:
-    check_positive("--beta", args.beta)
-    check_range("--beta", args.beta, 1e-4, 1e4, "float64 has too few digits beyond")
-    check_device(args.device)
-    pairs, seed = 20_000 if args.pairs is None else args.pairs, args.seed or 0
-    check_count("--pairs", pairs)
-    if args.steps is not None:
-        check_count("--steps", args.steps)
-    check_seed("--seed", seed)
-    if args.quick and args.steps is not None:
-        raise InputError("--quick and --steps both set the number of steps; give one of them.")
-    if args.quick and args.table is not None:
-        raise InputError("--quick shortens only the GPT's training, which --table leaves out; leave it out.")
-    gpt_steps = args.steps or (1000 if args.quick else 2000)
-    return Settings(args.beta, pairs, args.steps or 2000, gpt_steps, seed, args.device, args.quick)
-
-
-def _world(args: argparse.Namespace, settings: Settings) -> Bandit:
-    if args.table is not None:
-        for option in ("prompts", "completions"):
-            if getattr(args, option) is not None:
-                raise InputError(f"--{option} is given by the file of --table; leave it out.")
-        return load_table(args.table)
-    prompts = 8 if args.prompts is None else args.prompts
-    completions = 16 if args.completions is None else args.completions
-    check_count("--prompts", prompts)
-    check_count("--completions", completions, minimum=2)
-    return random_bandit(prompts, completions, generator=convergence.seeded_generator(settings, "world"))
+def _world(options: argparse.Namespace, settings: Settings) -> Bandit:
+    if options.table is not None:
+        return load_table(options.table)
+    generator = convergence.seeded_generator(settings, "world")
+    return random_bandit(options.prompts, options.completions, generator=generator)
 
 
 # --------------------------------------------------------------------------------------------- reporting

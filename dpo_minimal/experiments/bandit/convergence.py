@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...bandit import Bandit, TabularPolicy, dpo_objective, plackett_luce_objective, safe_learning_rate
+from ...bandit import Bandit, dpo_objective, plackett_luce_objective
 from ...closed_form import optimal_logps
 from ...model import GPT, GPTConfig
 from ...policy import Completions, EnumeratedPolicy, enumerate_completions
 from ...preferences import Rankings, all_sets, expected_pairs, expected_rankings, random_cycles
-from .fit import Outcome, fit, float64_table
+from .fit import Outcome, fit, fit_table, float64_table
 
 # The table's training stops here: far below what anybody needs, far above float64's rounding.
 TABULAR_BOUND = 1e-11  # or 1e-12 / beta where that is more: the rounding of scores grows like 1 / beta
@@ -98,17 +98,9 @@ def _fit_table(
     name: str, world: Bandit, rankings: Rankings, target_logps: Tensor, target: str, settings: Settings,
     objective=dpo_objective,
 ) -> Outcome:  # fmt: skip
-    ref_logps, rewards, target_logps = (
-        table.to(settings.device) for table in (world.ref_logps, world.rewards, target_logps)
-    )
-    rankings = rankings.normalised_by_prompt().to(settings.device)
-    policy = TabularPolicy(ref_logps)
-    learning_rate = safe_learning_rate(rankings, beta=settings.beta)
-    optimizer = torch.optim.SGD(policy.parameters(), lr=learning_rate, momentum=0.9, nesterov=True)
-    return fit(
-        name, policy, optimizer, rankings,
-        objective=objective, ref_logps=ref_logps, rewards=rewards, target_logps=target_logps, target=target,
-        beta=settings.beta, steps=settings.table_steps, measure_every=5,
+    return fit_table(
+        name, world, rankings, target_logps, target, objective=objective, beta=settings.beta,
+        device=settings.device, steps=settings.table_steps, measure_every=5,
         stop_at_bound=max(TABULAR_BOUND, 1e-12 / settings.beta),
     )  # fmt: skip
 

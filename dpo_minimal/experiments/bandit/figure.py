@@ -111,7 +111,7 @@ def _frontier_panel(axis, outcomes: list[Outcome]) -> None:
     axis.legend(loc="lower right", markerscale=0.8)
 
 
-def ranking_figure(world: Bandit, rewards: Tensor, errors: Tensor, path: Path, *, most: int = 6) -> None:
+def ranking_figure(world: Bandit, errors: Tensor, path: Path, *, most: int = 6) -> None:
     """Rewards with 95 % intervals, best first, for the first `most` prompts (said in the title)."""
     shown = min(most, len(world.prompts))
     heights = [len(names) for names in world.completions[:shown]]
@@ -119,9 +119,9 @@ def ranking_figure(world: Bandit, rewards: Tensor, errors: Tensor, path: Path, *
     options = {"squeeze": False, "height_ratios": heights, "sharex": True}
     with panels(path, shown, 1, figsize=size, **options) as (figure, axes):
         for x, axis in enumerate(axes[:, 0]):
-            order = rewards[x, : heights[x]].argsort(descending=True)
+            order = world.rewards[x, : heights[x]].argsort(descending=True)
             axis.errorbar(
-                rewards[x, order], range(heights[x]), xerr=1.96 * errors[x, order], fmt="o",
+                world.rewards[x, order], range(heights[x]), xerr=1.96 * errors[x, order], fmt="o",
                 color=COLOURS["tabular"], markersize=9, capsize=4,
             )  # fmt: skip
             axis.set_yticks(range(heights[x]), [world.completions[x][y] for y in order.tolist()])

@@ -9,11 +9,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ...bandit import Bandit, TabularPolicy, dpo_objective, safe_learning_rate
 from ...certificates import certify
 from ...closed_form import kl_divergence
 from ...preferences import Rankings
@@ -98,20 +100,51 @@ def fit(
     return Outcome(name, target, beta, *tables, rankings.to("cpu"), seconds, records)
 
 
+def fit_table(
+    name: str, world: Bandit, rankings: Rankings, target_logps: Tensor, target: str,
+    *, beta: float, device: str, objective: Callable = dpo_objective, certified: bool = True, **options: Any,
+) -> Outcome:  # fmt: skip
+    """`fit` of a table of logits, from the world's reference, by gradient descent with momentum.
+
+    Args: as `fit`, whose `options` are its other arguments; the rankings in any weights; tables on the CPU.
+    """
+    tables = world.ref_logps, world.rewards, target_logps
+    ref_logps, rewards, target_logps = (table.to(device) for table in tables)
+    rankings = rankings.normalised_by_prompt().to(device)
+    policy = TabularPolicy(ref_logps)
+    learning_rate = safe_learning_rate(rankings, beta=beta if certified else None)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=learning_rate, momentum=0.9, nesterov=True)
+    return fit(
+        name, policy, optimizer, rankings, objective=objective, ref_logps=ref_logps, rewards=rewards,
+        target_logps=target_logps, target=target, beta=beta, certified=certified, **options,
+    )  # fmt: skip
+
+
 def _measured(
     policy: nn.Module, rankings: Rankings, objective: Callable, ref_logps: Tensor, rewards: Tensor,
     target_logps: Tensor, beta: float, certified: bool,
 ) -> tuple[Tensor, Tensor, Record]:  # fmt: skip
-    """Its table (X, Y), the bound of each prompt (X,), inf where none holds, and what is recorded."""
+    """Its table (X, Y), the bound of each prompt (X,), inf where none holds, and what is recorded: the worst
+    prompt's distance to the target, means over prompts for the frontier."""
     logps = float64_table(policy)
     with torch.no_grad():
         loss, weight = objective(logps, ref_logps, rankings, beta=beta)
     bound = torch.full_like(logps[:, 0], math.inf)
     if certified:
         bound = certify(logps, ref_logps, rankings, beta=beta).logp_bound
-    record = {"loss": loss.item(), "dpo/gradient_weight": weight.item()}
-    record |= {"distance/bound": bound.max().item()}
-    return logps, bound, record | distances(logps, ref_logps, rewards, target_logps)
+    return (
+        logps,
+        bound,
+        {
+            "loss": loss.item(),
+            "dpo/gradient_weight": weight.item(),
+            "distance/bound": bound.max().item(),
+            "distance/max_logp": max_distance(logps, target_logps),
+            "kl/policy_target": kl_divergence(logps, target_logps).max().item(),
+            "kl/policy_reference": kl_divergence(logps, ref_logps).mean().item(),
+            "reward": expected_reward(logps, rewards).item(),
+        },
+    )
 
 
 def float64_table(policy: nn.Module) -> Tensor:
@@ -120,16 +153,6 @@ def float64_table(policy: nn.Module) -> Tensor:
         if next(policy.parameters()).dtype == torch.float64:
             return policy()
         return copy.deepcopy(policy).double()()
-
-
-def distances(logps: Tensor, ref_logps: Tensor, rewards: Tensor, target_logps: Tensor) -> Record:
-    """Where a policy (X, Y) stands: the worst prompt's distance to the target, means for the frontier."""
-    return {
-        "distance/max_logp": max_distance(logps, target_logps),
-        "kl/policy_target": kl_divergence(logps, target_logps).max().item(),
-        "kl/policy_reference": kl_divergence(logps, ref_logps).mean().item(),
-        "reward": expected_reward(logps, rewards).item(),
-    }
 
 
 def max_distance(logps: Tensor, target_logps: Tensor) -> float:
