@@ -18,7 +18,7 @@ from ...closed_form import optimal_logps
 from ...model import GPT, GPTConfig
 from ...policy import Completions, EnumeratedPolicy, enumerate_completions
 from ...preferences import Rankings, all_sets, expected_pairs, expected_rankings, random_cycles
-from .fit import Outcome, fit, fit_table, float64_table
+from .fit import Outcome, Task, fit, fit_table, float64_table
 
 # The table's training stops here: far below what anybody needs, far above float64's rounding.
 TABULAR_BOUND = 1e-11  # or 1e-12 / beta where that is more: the rounding of scores grows like 1 / beta
@@ -98,10 +98,10 @@ def _fit_table(
     name: str, world: Bandit, rankings: Rankings, target_logps: Tensor, target: str, settings: Settings,
     objective=dpo_objective,
 ) -> Outcome:  # fmt: skip
+    tables = world.ref_logps, world.rewards, target_logps
     return fit_table(
-        name, world, rankings, target_logps, target, objective=objective, beta=settings.beta,
-        device=settings.device, steps=settings.table_steps, measure_every=5,
-        stop_at_bound=max(TABULAR_BOUND, 1e-12 / settings.beta),
+        Task(name, target, settings.beta, *tables, rankings, objective), settings.device,
+        steps=settings.table_steps, measure_every=5, stop_at_bound=max(TABULAR_BOUND, 1e-12 / settings.beta),
     )  # fmt: skip
 
 
@@ -145,8 +145,6 @@ def gpt_population(settings: Settings) -> Outcome:
     )
     steps = settings.gpt_steps
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: gpt_schedule(step, steps))
-    return fit(
-        "gpt", policy, optimizer, rankings, objective=dpo_objective, ref_logps=ref_logps, rewards=rewards,
-        target_logps=optimal_logps(ref_logps, rewards, beta=settings.beta), target="pi*", beta=settings.beta,
-        steps=steps, measure_every=max(1, steps // 30), scheduler=schedule,
-    )  # fmt: skip
+    tables = ref_logps, rewards, optimal_logps(ref_logps, rewards, beta=settings.beta)
+    task = Task("gpt", "pi*", settings.beta, *tables, rankings, dpo_objective)
+    return fit(task, policy, optimizer, steps=steps, measure_every=max(1, steps // 30), scheduler=schedule)

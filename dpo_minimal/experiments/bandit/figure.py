@@ -24,10 +24,8 @@ LABELS = {
 def bandit_figure(outcomes: list[Outcome], path: Path) -> None:
     """Four panels: policy against pi*, distance and certificate by step, gradient weights, the frontier."""
     with panels(path, 2, 2, figsize=(16, 12)) as (_, axes):
-        _policy_panel(axes[0, 0], outcomes)
-        _distance_panel(axes[0, 1], outcomes)
-        _weight_panel(axes[1, 0], outcomes)
-        _frontier_panel(axes[1, 1], outcomes)
+        for panel, axis in zip((_policy_panel, _distance_panel, _weight_panel, _frontier_panel), axes.flat):
+            panel(axis, outcomes)
 
 
 def _policy_panel(axis, outcomes: list[Outcome]) -> None:

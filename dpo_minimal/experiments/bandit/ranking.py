@@ -24,7 +24,7 @@ from ...text.runs import (
     write_records,
 )
 from ...zoo.ipo import ipo_estimate, ipo_objective
-from .fit import fit_table, max_distance
+from .fit import Task, fit_table, max_distance
 from .tables import load_comparisons
 
 UNUSED = "table prompts completions pairs seed"  # options of the command that are of no use here
@@ -54,14 +54,15 @@ def run(args: argparse.Namespace) -> Path:
         f"for {len(world.prompts)} prompts; training a table by {loss.upper()} with beta = {args.beta:g}.",
         flush=True,
     )
+    objective = dpo_objective if loss == "dpo" else ipo_objective
+    task = Task("ranking", "estimate", args.beta, world.ref_logps, rewards, target, weighted, objective)
+    certified = loss == "dpo"
     outcome = fit_table(
-        "ranking", world, weighted, target, "estimate", beta=args.beta, device=args.device,
-        objective=dpo_objective if loss == "dpo" else ipo_objective, certified=loss == "dpo",
-        steps=steps, measure_every=20, stop_at_bound=BOUND,
-    )  # fmt: skip
+        task, args.device, certified=certified, steps=steps, measure_every=20, stop_at_bound=BOUND
+    )
     distance = max_distance(outcome.logps, target)
     print(f"Trained policy against the closed form of the estimate: max |dlogp| {distance:.1e} nats", end="")
-    print(f", certified below {outcome.logp_bound.max():.1e}." if loss == "dpo" else ".")
+    print(f", certified below {outcome.logp_bound.max():.1e}." if certified else ".")
     if distance > 1e-6:
         print("That is not converged: raise --steps or, where a completion wins almost always, set --prior.")
 
