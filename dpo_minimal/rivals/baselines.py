@@ -182,9 +182,8 @@ def ppo(
 ) -> Iterator[Record]:
     """PPO on a policy whose call returns its table; a completion is a single action [D7.7].
 
-    Advantages are penalised rewards minus a baseline. They are not divided by their deviation, as
-    implementations often do: at the optimum that deviation is zero, and dividing by it would turn rounding
-    into a random walk. With one epoch nothing is clipped: that is REINFORCE with a baseline.
+    Advantages are penalised rewards minus a baseline, not divided by their deviation: that is zero at the
+    optimum. With one epoch nothing is clipped: that is REINFORCE with a baseline.
 
     Args:
         policy: () -> (X, Y) log-probabilities; the optimizer has its parameters.
@@ -202,15 +201,16 @@ def ppo(
         check_count(name, count)
     if baseline not in ("learned", "soft"):
         raise InputError(f"baseline must be learned or soft, got {baseline!r}.")
-    value = None
     for step in range(1, iterations + 1):
         beta = controller.coefficient
         with torch.no_grad():
             old = policy()
-            drawn, old_logps, penalised = _drawn(old, ref_logps, rewards, samples, beta, generator)
+            drawn = torch.multinomial(old.double().exp(), samples, replacement=True, generator=generator)
+            old_logps, *others = (table.gather(-1, drawn) for table in (old, ref_logps, rewards))
+            penalised = penalised_rewards(old_logps, *others, beta=beta)
             if baseline == "soft":
                 value = soft_value(ref_logps, rewards, beta=beta)
-            elif value is None:
+            elif step == 1:
                 value = penalised.mean(-1)
             advantages = penalised - value.unsqueeze(-1)
             # After its use, because a value that has seen its own sample is biased.
@@ -228,15 +228,6 @@ def ppo(
 
 
 VALUE_RATE = 0.3  # of the running mean: forgets the policy of ten rounds ago
-
-
-def _drawn(
-    logps: Tensor, ref_logps: Tensor, rewards: Tensor, count: int, beta: float, generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(X, n) completions drawn from a table, their log-probabilities and their penalised rewards."""
-    drawn = torch.multinomial(logps.double().exp(), count, replacement=True, generator=generator)
-    logps, ref_logps, rewards = (table.gather(-1, drawn) for table in (logps, ref_logps, rewards))
-    return drawn, logps, penalised_rewards(logps, ref_logps, rewards, beta=beta)
 
 
 # --------------------------------------------------------------------------- fine-tuning on chosen ones

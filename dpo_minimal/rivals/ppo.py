@@ -71,11 +71,10 @@ def train_ppo(
 ) -> Iterator[Record]:
     """Maximise E[r] - beta KL(pi || pi_ref) (Eq. 3) from samples [D7.7].
 
-    Advantages are not divided by their deviation, as implementations often do. As the policy comes near the
-    optimum of Eq. 3, and the value near its soft value, advantages vanish for every completion; divided, they
-    would be noise of fixed size, and the policy would not converge. On film reviews, still far from there
-    after 60 iterations, dividing made no difference. The loss is a sum over tokens and a mean over
-    completions: at ratio 1 its gradient is that of the objective, whatever the lengths.
+    Advantages are not divided by their deviation, as implementations often do: at the optimum all of them
+    vanish. On film reviews, still far from there after 60 iterations, dividing made no difference. The loss
+    is a sum over tokens and a mean over completions: at ratio 1 its gradient is that of the objective,
+    whatever the lengths.
 
     Args:
         policy: altered in place; usually starts as a copy of the reference.
@@ -91,9 +90,8 @@ def train_ppo(
         length (tokens), ppo/value_loss and ppo/explained_variance (share of the variance of returns) of the
         value before the steps. Of the last step: ppo/clip_fraction (share of tokens whose ratio had left the
         clip range), grad_norm of the policy before clipping.
-    Raises:
-        InputError: an option out of range, policy and reference one object, rewards of another shape or not
-            finite, a gradient that is not finite.
+    Raises: InputError: an option out of range, policy and reference one object, rewards of another shape or
+        not finite, a gradient that is not finite.
     Source: Schulman et al. (2017); Ziegler et al. (2019), "Fine-Tuning Language Models from Human
         Preferences".
     """

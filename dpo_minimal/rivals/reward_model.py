@@ -110,8 +110,7 @@ def fit_reward_model(
         (model, records): the weights with the highest held-out accuracy, the earlier where two are equal;
         a record a step as from `train`, some with eval_loss, eval_rewards/accuracies, ... of the weights
         after the step.
-    Raises:
-        InputError: no rows on a side, an option out of range.
+    Raises: InputError: no rows on a side, an option out of range.
     """
     for name, rows in (("training", train_rows), ("held-out", held_out)):
         if not rows:
@@ -178,8 +177,7 @@ def normalised_reward(
     The paper's convention, E_{y|x} r(x, y) = 0 for each x. A loss on pairs leaves such a shift of each prompt
     undetermined; it moves no optimum, but makes rewards of different prompts comparable.
 
-    Args:
-        prompts: X, those that will be asked for; samples: of each, n completions that the reference drew.
+    Args: prompts: X, those that will be asked for; samples: of each, n completions that the reference drew.
     Raises: InputError: here, counts that do not fit; later, a prompt that is not among these.
     Source: Rafailov et al. (2023), section 3.
     """

@@ -32,9 +32,7 @@ class Task:
     rewards: Tensor
     target_logps: Tensor
     rankings: Rankings
-    objective: (
-        Callable  # one of bandit.py's, (logps, ref_logps, rankings, beta=) -> (loss, mean gradient weight)
-    )
+    objective: Callable  # of bandit.py: (logps, ref_logps, rankings, beta=) -> (loss, mean gradient weight)
 
     def to(self, device: str) -> Task:
         """The same task with its tables and rankings on a device."""
@@ -53,10 +51,16 @@ class Outcome(Task):
 
 
 def fit(
-    task: Task, policy: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int, measure_every: int,
-    stop_at_bound: float = 0.0, certified: bool = True,
+    task: Task,
+    policy: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    steps: int,
+    measure_every: int,
+    stop_at_bound: float = 0.0,
+    certified: bool = True,
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
-) -> Outcome:  # fmt: skip
+) -> Outcome:
     """Train `policy` on the task's rankings for at most `steps` full-batch steps.
 
     Args:

@@ -170,13 +170,11 @@ def _share(size: Size) -> str:
 
 def verdict(sizes: list[Size]) -> list[str]:
     """At most three sentences: the largest N in numbers, what disagrees with theory, what was not judged."""
-    last = sizes[-1]
-    law = {law.key: law for law in last.laws}
-    lines = [f"At N = {last.pairs} fewer than 90 % of the data sets have an estimate."]
-    if not last.few_estimates:
-        wald, ratio, efficiency, kl = (
-            law[key] for key in ("wald/95", "likelihood_ratio/95", "efficiency", "kl")
-        )
+    last, law = sizes[-1], {law.key: law for law in sizes[-1].laws}
+    wald, ratio, efficiency, kl = (law[k] for k in ("wald/95", "likelihood_ratio/95", "efficiency", "kl"))
+    if last.few_estimates:
+        lines = [f"At N = {last.pairs} fewer than 90 % of the data sets have an estimate."]
+    else:
         lines = [
             f"At N = {last.pairs}: squared error / Cramer-Rao bound "
             f"{measured(efficiency.measured, efficiency.error)}; 95 % regions cover "
@@ -191,9 +189,8 @@ def verdict(sizes: list[Size]) -> list[str]:
     slack = max((law.slack / abs(law.theory) for law in last.laws if law.judged), default=0)
     if slack > 0:
         allowed += f" plus second-order slack (at most {100 * slack:.2g} % at N = {last.pairs})"
-    lines.append(f"All {judged} measurements judged lie within {allowed}.")
-    if outside:
-        lines[1] = f"OUTSIDE {allowed}: {'; '.join(outside)}."
+    within = f"All {judged} measurements judged lie within {allowed}."
+    lines.append(f"OUTSIDE {allowed}: {'; '.join(outside)}." if outside else within)
     few = {}
     for key, name in (
         ("kl", "the KL"), ("efficiency", "the other limits"), ("wald/95", "coverage"),

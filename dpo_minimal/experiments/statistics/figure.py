@@ -73,8 +73,7 @@ def _kl_panel(axis, sizes: list[Size]) -> None:
     _measured(axis, shown, "kl", shift=0.96, color=BLUE, fmt="o-", label=forward)
     _measured(axis, shown, "reverse_kl", shift=1.04, color=ORANGE, fmt="s--", label=reverse)
     _pairs_axis(axis, sizes)
-    axis.set(ylabel="N × mean KL, nats")
-    axis.margins(y=0.15)
+    axis.set(ylabel="N × mean KL, nats", ymargin=0.15)
     axis.legend()
 
 
@@ -124,6 +123,5 @@ def _efficiency_panel(axis, sizes: list[Size]) -> None:
     label = r"mean of $|\hat r - r|^2$"
     _measured(axis, _estimated(axis, sizes), "efficiency", color=GREEN, fmt="o-", label=label)
     _pairs_axis(axis, sizes)
-    axis.set(ylabel="squared error / bound")
-    axis.margins(y=0.15)
+    axis.set(ylabel="squared error / bound", ymargin=0.15)
     axis.legend()
