@@ -1,11 +1,5 @@
 """What DPO is compared with, on tables: the same optimum by reinforcement learning, and other aims.
 
-    policy_gradient, natural_gradient_step      the gradient of Eq. 3, exactly, and a step that reaches pi*
-    reinforce_variance, best_baseline           the variance of that gradient's estimate from one sample
-    clipped_surrogate, AdaptiveKL, ppo          PPO, on anything whose call returns the table of log pi
-    preferred_ft_logps                          where fine-tuning on chosen completions ends
-    best_of_n_reward, best_of_n_kl_bound        best of n from samples, and the most KL that it can have
-
 A reward model followed by the closed form needs no code of its own: it is `optimal_logps` of the rewards that
 `maximum_likelihood` estimates. A reward model made of a GPT is in reward_model.py, PPO for a GPT in ppo.py.
 

@@ -1,8 +1,4 @@
-"""Losses for labels that may be flipped: DPO's with a linear term more or less.
-
-cdpo_loss           what DPO would minimise, had a share of the labels been flipped
-robust_dpo_loss     the opposite: unbiased where that share really was flipped
-"""
+"""Losses for labels that may be flipped: DPO's with a linear term more (cDPO) or less (robust DPO)."""
 
 from __future__ import annotations
 

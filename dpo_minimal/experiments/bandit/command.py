@@ -20,7 +20,7 @@ from ...laws.sampling_laws import finite_data_law
 from ...preferences import Rankings, all_sets, sample_pairs
 from ...text.runs import new_run_folder, refuse_used_folder, versions, write_arrays, write_json, write_records
 from ...validation import InputError, check_positive, check_range, check_seed
-from ..options import COMMON, Option, add_options, at_least, resolve
+from ..options import COMMON, RUN, Option, add_options, at_least, resolve
 from ..study import table
 from . import convergence, ranking
 from .convergence import Settings
@@ -60,7 +60,7 @@ OPTIONS = {
     },
     "run": {
         "seed": Option("the same seed gives the same numbers, on a CPU", int, 0, check=check_seed),
-        "output_dir": Option("new folder (default: the next free runs/bandit-NNN)", str, metavar="DIR"),
+        "output_dir": RUN["output_dir"],
         "device": COMMON["device"],
         "quick": Option(
             "85 instead of 341 completions a prompt for the GPT, and 1000 steps instead of 2000", bool

@@ -1,8 +1,4 @@
-"""Four trainings towards a target known beforehand: the experiments of the bandit command.
-
-Each starts at the reference: a table on exact preference probabilities, a table on sampled pairs, a GPT on
-exact probabilities, a table on rankings.
-"""
+"""Four trainings, from the reference, towards a target known beforehand: the experiments of bandit."""
 
 from __future__ import annotations
 

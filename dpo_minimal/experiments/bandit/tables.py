@@ -43,9 +43,8 @@ def load_table(path: str | Path) -> Bandit:
 def load_comparisons(path: str | Path) -> tuple[Bandit, Rankings]:
     """Read real comparisons with columns prompt, winner, loser and, optionally, count.
 
-    Returns:
-        (world, rankings): completions in order of first appearance, a uniform reference, rewards zero
-        because they are unknown; the rankings are the comparisons with their counts.
+    Returns (world, rankings): completions in order of first appearance, a uniform reference, rewards zero
+    because they are unknown; the rankings are the comparisons with their counts.
 
     Raises InputError naming file, row and field: a missing column, an empty name, a completion compared
     with itself, a count that is not positive.
