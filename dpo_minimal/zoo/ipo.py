@@ -115,15 +115,11 @@ def ipo_objective(logps: Tensor, ref_logps: Tensor, rankings: Rankings, *, beta:
     return mean_on_table(ipo_loss, logps, ref_logps, rankings, beta=beta)
 
 
-def _start(K: int, beta: float) -> float:
-    return 1 / (4 * beta**2)
-
-
 IPO = Loss(
     "ipo", "IPO", ipo_loss, "whose log-ratio margin has the finite target 1 / (2 beta)", (BETA,),
-    start=_start, optimum=ipo_optimum, proof="D12.1", source="Azar et al. (2023)",
+    start=lambda K, beta: 1 / (4 * beta**2), optimum=ipo_optimum, proof="D12.1", source="Azar et al. (2023)",
 )  # fmt: skip
 AVERAGED_IPO = Loss(
     "averaged_ipo", "averaged IPO", averaged_ipo_loss, "ipo for the mean over tokens", (BETA,),
-    start=_start, optimum=averaged_ipo_optimum, proof="D12.1", source="TRL's `ipo`",
+    start=IPO.start, optimum=averaged_ipo_optimum, proof="D12.1", source="TRL's `ipo`",
 )  # fmt: skip

@@ -143,9 +143,7 @@ def results_table(truth: Truth, sizes: list[Size]) -> str:
     lines += [
         "",
         "±: Monte-Carlo standard error. Score statistic: theory is exact at every N; all data sets count.",
-        "Other rows: theory is the limit of many pairs, at least 16 rho^2; data sets with an estimate count.",
-        "Squared error / bound: 1 is best possible in that limit. Excess loss: pi_hat's less that of pi*.",
-        "Share: where none or all lack an estimate, a 95 % confidence limit.",
+        "Other rows: the limit of many pairs, at least 16 rho^2; those with an estimate count. <, >: 95 %.",
     ]
     if any(size.few_estimates for size in sizes):
         lines.append("(...): fewer than 90 % of the data sets have an estimate; not comparable with theory.")
