@@ -43,7 +43,7 @@ def mean_of(values: Tensor) -> Mean:
 
 
 class Interval(NamedTuple):
-    """A mean and its 95 % interval."""
+    """A mean, or a share of wins with ties being half, and its 95 % interval [D10.5]."""
 
     value: float
     low: float
@@ -167,22 +167,10 @@ def draw(
 # ---------------------------------------------------------------------------------------------- win rates
 
 
-class WinRate(NamedTuple):
-    """The share of comparisons that the first one wins, ties being half, and its 95 % interval [D10.5]."""
-
-    value: float
-    low: float
-    high: float
-    count: int
-
-    def __str__(self) -> str:
-        return f"{self.value:.1%} ({self.low:.1%} to {self.high:.1%})"
-
-
 NORMAL_95 = 1.959964  # 95 % of a normal distribution lie within so many deviations
 
 
-def win_rate(first_rewards: Tensor, second_rewards: Tensor) -> WinRate:
+def win_rate(first_rewards: Tensor, second_rewards: Tensor) -> Interval:
     """How often the first of two completions has the higher reward, a tie being half a win [D10.5].
 
     With win, loss and tie of unknown probabilities w, l and t, the win rate is (1 + w - l) / 2. The interval
@@ -195,8 +183,9 @@ def win_rate(first_rewards: Tensor, second_rewards: Tensor) -> WinRate:
         paired-sample design"; its two proportions differ by w - l.
 
     Example:
-        >>> str(win_rate(torch.tensor([3.0, 2.0, 1.0, 0.0]), torch.tensor([0.0, 0.0, 0.0, 0.0])))
-        '87.5% (44.6% to 97.7%)'
+        >>> rate = win_rate(torch.tensor([3.0, 2.0, 1.0, 0.0]), torch.tensor([0.0, 0.0, 0.0, 0.0]))
+        >>> [round(share, 3) for share in rate]  # it, and its interval
+        [0.875, 0.446, 0.977]
     """
     check_finite(first_rewards=first_rewards, second_rewards=second_rewards)
     if first_rewards.dim() != 1:
@@ -207,7 +196,7 @@ def win_rate(first_rewards: Tensor, second_rewards: Tensor) -> WinRate:
     lead = (wins - losses) / count
     low = -_furthest_lead(losses, wins, count)  # the same question with the roles exchanged
     high = _furthest_lead(wins, losses, count)
-    return WinRate((1 + lead) / 2, (1 + low) / 2, (1 + high) / 2, count)
+    return Interval((1 + lead) / 2, (1 + low) / 2, (1 + high) / 2)
 
 
 def _furthest_lead(wins: int, losses: int, count: int) -> float:
@@ -229,7 +218,7 @@ def _furthest_lead(wins: int, losses: int, count: int) -> float:
 def win_interval(rewards: Tensor, opponents: Tensor) -> Interval:
     """How often rewards (S, P) are above the opponents' (P,), a tie being half a win [D10.5]."""
     if len(rewards) == 1:
-        return Interval(*win_rate(rewards[0], opponents)[:3])
+        return win_rate(rewards[0], opponents)
     return crossed_interval((1 + (rewards - opponents).sign()) / 2, within=(0.0, 1.0))
 
 

@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> Path:
     write_json(folder / "config.json", {"command": "bandit", **vars(args), **vars(settings), **versions()})
 
     X, Y = world.rewards.shape
-    size = convergence.ranking_size(world)
+    size = min(convergence.RANKED, int(world.exists.sum(-1).min()))  # what every prompt has
     experiments = {
         f"tabular: {X} prompts x {Y} completions, every pair with its exact probability (float64).":
             lambda: convergence.tabular(world, settings),
@@ -213,11 +213,9 @@ def _verdict(outcomes: list[Outcome]) -> str:
     """Did every training arrive: KL <= 1e-6, 1e-3 nats where the target has 1e-4 or more, certified?"""
     late, false = [], []
     for outcome in outcomes:
-        gap = torch.where(
-            outcome.logps == outcome.target_logps, 0, outcome.logps - outcome.target_logps
-        ).abs()
-        distance = gap[outcome.target_logps >= math.log(1e-4)].max()
-        divergence = kl_divergence(outcome.logps, outcome.target_logps).max()
+        logps, target = outcome.logps, outcome.target_logps
+        gap = torch.where(logps == target, 0, logps - target).abs()
+        distance, divergence = gap[target >= math.log(1e-4)].max(), kl_divergence(logps, target).max()
         if divergence > 1e-6 or distance > 1e-3 or not outcome.logp_bound.isfinite().all():
             late.append(outcome.name)
         if (gap.amax(-1) > outcome.logp_bound).any():
@@ -225,10 +223,7 @@ def _verdict(outcomes: list[Outcome]) -> str:
     if false:
         return f"BEYOND ITS BOUND: {', '.join(false)}; a certificate was wrong, which is a bug in here."
     if late:
-        return (
-            f"NOT CONVERGED: {', '.join(late)}; raise --steps, or scale the rewards down: pairs whose "
-            "outcome is all but certain teach next to nothing."
-        )
+        return f"NOT CONVERGED: {', '.join(late)}; raise --steps, or scale the rewards down."
     return "Every training reached its target, within its bound."
 
 

@@ -18,7 +18,7 @@ from .fit import Outcome, Task, fit, fit_table, float64_table
 
 # The table's training stops here: far below what anybody needs, far above float64's rounding.
 TABULAR_BOUND = 1e-11  # or 1e-12 / beta where that is more: the rounding of scores grows like 1 / beta
-RANKED = 4  # completions a ranking holds
+RANKED = 4  # completions a ranking holds, where every prompt has as many
 
 # The GPT's world. Five tokens and at most four of them make 341 completions a prompt; the width is far
 # above V - 1 = 4, so every next-token distribution is within reach of the last layer.
@@ -74,11 +74,6 @@ def finite(world: Bandit, data: Rankings, estimate: Tensor, settings: Settings) 
     target = optimal_logps(world.ref_logps, estimate, beta=settings.beta)
     outcome = _fit_table("finite", world, data, target, "MLE", settings)
     return replace(outcome, rankings=data)  # with counts as weights, which the training normalised
-
-
-def ranking_size(world: Bandit) -> int:
-    """Rankings of four, or of as many completions as every prompt has."""
-    return min(RANKED, int(world.exists.sum(-1).min()))
 
 
 def plackett_luce(world: Bandit, settings: Settings, size: int) -> Outcome:

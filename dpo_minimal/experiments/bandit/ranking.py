@@ -42,7 +42,14 @@ def run(args: argparse.Namespace) -> Path:
     weighted = data if args.prior is None else add_prior(data, world.exists, args.prior)
 
     # Where the estimate does not exist, this says so before anything is trained or written.
-    rewards, errors = _estimate(world, weighted, loss, args.beta)
+    names, certified = (world.prompts, world.completions), loss == "dpo"
+    if certified:
+        objective, rewards = dpo_objective, maximum_likelihood(weighted, world.exists, names)
+        errors = standard_errors(rewards, weighted)
+    else:
+        objective, logratios = ipo_objective, ipo_estimate(weighted, world.exists, names, beta=args.beta)
+        rewards = args.beta * logratios
+        errors = args.beta * ipo_standard_errors(logratios, weighted, world.exists, beta=args.beta)
     world = replace(world, rewards=rewards)
     target = optimal_logps(world.ref_logps, rewards, beta=args.beta)
 
@@ -54,9 +61,7 @@ def run(args: argparse.Namespace) -> Path:
         f"for {len(world.prompts)} prompts; training a table by {loss.upper()} with beta = {args.beta:g}.",
         flush=True,
     )
-    objective = dpo_objective if loss == "dpo" else ipo_objective
     task = Task("ranking", "estimate", args.beta, world.ref_logps, rewards, target, weighted, objective)
-    certified = loss == "dpo"
     outcome = fit_table(
         task, args.device, certified=certified, steps=steps, measure_every=20, stop_at_bound=BOUND
     )
@@ -73,17 +78,6 @@ def run(args: argparse.Namespace) -> Path:
     ranking_figure(world, errors, folder / "ranking.png")
     print(f"Wrote {folder}/ranking.csv, ranking.png, metrics.jsonl and config.json.")
     return folder
-
-
-def _estimate(world: Bandit, data: Rankings, loss: str, beta: float) -> tuple[Tensor, Tensor]:
-    """Rewards (X, Y) and their standard errors: of maximum likelihood, or beta times those of IPO's
-    log-ratios."""
-    names = (world.prompts, world.completions)
-    if loss == "dpo":
-        rewards = maximum_likelihood(data, world.exists, names)
-        return rewards, standard_errors(rewards, data)
-    logratios = ipo_estimate(data, world.exists, names, beta=beta)
-    return beta * logratios, beta * ipo_standard_errors(logratios, data, world.exists, beta=beta)
 
 
 def _write_csv(path: Path, world: Bandit, data: Rankings, errors: Tensor, logps: Tensor) -> None:
