@@ -106,8 +106,7 @@ def fit_reward_model(
         learning_rate: AdamW's, without weight decay; batch_size: pairs a step.
         look_every: steps between two evaluations on the held-out pairs; the last step is followed by one too.
         progress: wraps the stream of records, e.g. in a progress bar.
-    Returns:
-        (model, records): the weights with the highest held-out accuracy, the earlier where two are equal;
+    Returns (model, records): the weights with the highest held-out accuracy, the earlier where two are equal;
         a record a step as from `train`, some with eval_loss, eval_rewards/accuracies, ... of the weights
         after the step.
     Raises: InputError: no rows on a side, an option out of range.
