@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -226,72 +225,6 @@ def reward_kl_frontier(
     tilts = rewards / betas.view(-1, *[1] * rewards.dim())
     logps = (ref_logps + tilts).log_softmax(-1)
     return kl_divergence(logps, ref_logps.expand_as(logps)), (logps.exp() * rewards).sum(-1)
-
-
-class FrontierGap(NamedTuple):
-    """Where a policy stands, and how far below the best possible [D10.1].
-
-    Fields, each (...,), means over prompts:
-        kl: KL(pi || pi_ref), nats.  reward: E_pi[r].
-        reward_gap: reward that the frontier has at this KL, less the policy's.
-        kl_gap: this KL, less the least at which the frontier has the policy's reward, nats.
-    No gap is below 0 by more than rounding; very near the reference reward_gap may be by the root of it,
-    because there the frontier rises like the root of the KL.
-    """
-
-    kl: Tensor
-    reward: Tensor
-    reward_gap: Tensor
-    kl_gap: Tensor
-
-
-def frontier_gap(logps: Tensor, ref_logps: Tensor, rewards: Tensor) -> FrontierGap:
-    """How far policies lie below the reward-KL frontier of a world of X prompts [D10.1].
-
-    Prompts count alike, so the best mean reward at a given mean KL has one beta for all of them. That beta
-    is found by bisection, once for the policy's KL and once for its reward; both are monotone in it. Beyond
-    the KL of the best completions the frontier is flat.
-
-    Args:
-        logps: (..., X, Y) tables of any number of policies; -inf allowed.
-        ref_logps, rewards: (X, Y).
-    Returns:
-        FrontierGap of (...,) tensors in float64.
-    Raises:
-        InputError: shapes do not fit, or a table is no distribution.
-    """
-    _check_world(ref_logps, rewards)
-    if logps.shape[-2:] != rewards.shape or rewards.dim() != 2:
-        raise InputError(f"logps must end in (X, Y), {tuple(rewards.shape)}; got {tuple(logps.shape)}.")
-    logps, ref_logps, rewards = logps.double(), ref_logps.double(), rewards.double()
-    absent = ref_logps == -math.inf  # as in `best_of_n_logps`
-    rewards = torch.where(absent, rewards.masked_fill(absent, -math.inf).amax(-1, keepdim=True), rewards)
-    kl = kl_divergence(logps, ref_logps.expand_as(logps)).mean(-1)
-    reward = (logps.exp() * rewards).sum(-1).mean(-1)
-    at_kl = _frontier_where(ref_logps, rewards, lambda found_kl, _: found_kl <= kl, kl)
-    at_reward = _frontier_where(ref_logps, rewards, lambda _, found: found <= reward, kl)
-    below_start = reward <= (ref_logps.exp() * rewards).sum(-1).mean(-1)  # the reference has it at KL 0
-    needed = torch.where(below_start, 0, at_reward[0])
-    return FrontierGap(kl, reward, at_kl[1] - reward, kl - needed)
-
-
-def _frontier_where(ref_logps: Tensor, rewards: Tensor, feasible, like: Tensor) -> tuple[Tensor, Tensor]:
-    """(kl, reward) of the furthest point of the frontier with `feasible(kl, reward)`, each like `like`."""
-    spread = (rewards.amax(-1) - rewards.amin(-1)).max().clamp(min=1e-300)
-    tilt = rewards - rewards.amax(-1, keepdim=True)  # no overflow for small beta
-
-    def point(log_beta: Tensor) -> tuple[Tensor, Tensor]:
-        policy = (ref_logps + tilt / log_beta.exp()[..., None, None]).log_softmax(-1)
-        kl = _kl(policy, ref_logps).mean(-1)
-        return kl, (policy.exp() * rewards).sum(-1).mean(-1)
-
-    low = torch.full_like(like, math.log(1e-14) + spread.log().item())  # beta so small: all on the best
-    high = torch.full_like(like, math.log(1e9) + spread.log().item())  # so large: the reference
-    for _ in range(60):  # 53 units of log beta, halved: to the last digit
-        middle = (low + high) / 2
-        fits = feasible(*point(middle))
-        low, high = torch.where(fits, low, middle), torch.where(fits, middle, high)
-    return point(high)
 
 
 def next_token_logps(completion_logps: Tensor, completions: Tensor, lengths: Tensor) -> Tensor:

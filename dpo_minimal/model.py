@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .validation import InputError
+from .validation import InputError, check_ids
 
 
 @dataclass(frozen=True)
@@ -201,10 +201,11 @@ class GPT(nn.Module):
             caches: what earlier calls read (`empty_caches`), extended by this call; the mask then has a
                 column for each token read so far.
         Raises:
-            InputError: ids of another shape, or positions beyond the context.
+            InputError: ids of another shape or beyond the vocabulary, or positions beyond the context.
         """
         if ids.dim() != 2 or ids.numel() == 0:
             raise InputError(f"GPT: ids must have shape (B, T) and not be empty, got {tuple(ids.shape)}.")
+        check_ids("GPT: ids", ids, self.config.vocab_size)
         T, start = ids.shape[1], 0 if caches is None else caches[0].filled
         longest = start + T if positions is None else int(positions.max()) + 1
         if longest > self.config.block_size:

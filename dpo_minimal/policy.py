@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .generation import generate as generate  # also a name of this module
 from .model import GPT
-from .validation import InputError, check_count, widen
+from .validation import InputError, check_count, check_ids, widen
 
 
 class SequenceBatch(NamedTuple):
@@ -55,9 +55,10 @@ def token_logps(model: GPT, batch: SequenceBatch) -> Tensor:
     Returns:
         (B, T) nats, float32 or wider: [:, t] belongs to ids[:, t]; 0 at the prompt and the padding.
     """
-    B, T = batch.ids.shape
-    if batch.prompt_lengths.shape != (B,) or batch.lengths.shape != (B,):
-        raise InputError(f"prompt_lengths and lengths must have shape ({B},), one entry a row of ids.")
+    B = len(batch.ids)
+    if batch.ids.dim() != 2 or batch.prompt_lengths.shape != (B,) or batch.lengths.shape != (B,):
+        raise InputError(f"prompt_lengths and lengths must have shape ({B},), one entry a row of ids (B, T).")
+    T = batch.ids.shape[1]
     if (batch.prompt_lengths < 1).any() or (batch.lengths > T).any():
         raise InputError("every row needs a prompt of at least one token and a length within the row.")
     if (batch.lengths <= batch.prompt_lengths).any():
@@ -327,10 +328,11 @@ def completion_logps(model: GPT, prompts: Tensor, completions: Completions | Pre
     Returns:
         (X, Y) nats, float32 or wider.
     Raises:
-        InputError: shapes do not fit, or a completion reaches beyond the model's context.
+        InputError: shapes do not fit, a completion reaches beyond the context, an id beyond the vocabulary.
     """
     tree = completions if isinstance(completions, PrefixTree) else prefix_tree(completions)
     ids, lengths = tree.completions
+    check_ids("ids of completions", ids, model.config.vocab_size)
     logits = widen(model.project(tree_states(model, prompts, tree)))
     node_logps = logits.log_softmax(-1).flatten(1)  # (X, N * V)
     token_logps = node_logps[:, tree.context * logits.shape[-1] + ids]  # (X, Y, T)

@@ -26,16 +26,30 @@ from .validation import (
 )
 
 
-class Rankings(NamedTuple):
-    """E weighted rankings of K completions; a comparison is a ranking with K = 2 [D2.2].
-
-    Fields: prompt (E,) number; order (E, K) completion numbers, best first, for K = 2 the chosen, then the
-    rejected one; weight (E,) count or probability of the ranking, > 0, of any dtype.
-    """
-
+class _Fields(NamedTuple):
     prompt: Tensor
     order: Tensor
     weight: Tensor
+
+
+class Rankings(_Fields):
+    """E weighted rankings of K completions; a comparison is a ranking with K = 2 [D2.2].
+
+    Fields: prompt (E,) number; order (E, K) completion numbers, best first, for K = 2 the chosen, then the
+    rejected one; weight (E,) count or probability of the ranking, >= 0, of any dtype.
+    Raises InputError where they are not that: -1 would be read as the last completion.
+    """
+
+    def __new__(cls, prompt: Tensor, order: Tensor, weight: Tensor) -> Rankings:
+        E = len(weight)
+        if prompt.shape != (E,) or weight.shape != (E,) or order.dim() != 2 or len(order) != E:
+            shapes = ", ".join(str(tuple(field.shape)) for field in (prompt, order, weight))
+            raise InputError(f"rankings need shapes (E,), (E, K) and (E,), got {shapes}.")
+        if E > 0 and (prompt.min() < 0 or order.min() < 0):
+            raise InputError("rankings need numbers of prompts and completions from 0, but one is negative.")
+        if not (weight >= 0).all() or not torch.isfinite(weight).all():
+            raise InputError("weights of rankings must be finite numbers of at least 0.")
+        return super().__new__(cls, prompt, order, weight)
 
     def gather(self, table: Tensor) -> Tensor:
         """Look up (X, Y) -> (E, K): the table's entries of the ranked completions, best first."""

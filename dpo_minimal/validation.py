@@ -122,6 +122,13 @@ def check_log_distribution(**tables: Tensor) -> None:
             )
 
 
+def check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
+    """Require token ids of a vocabulary; beyond it a CPU raises something else and a GPU ends the process."""
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        span = f"{int(ids.min())} to {int(ids.max())}"
+        raise InputError(f"{name} must lie in [0, {vocab_size}), padding included, got {span}.")
+
+
 def widen(tensor: Tensor) -> Tensor:
     """Half precision to float32, wider dtypes as they are: the spacing of bfloat16 near 500 is 2."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor

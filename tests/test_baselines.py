@@ -23,9 +23,10 @@ from dpo_minimal import (
     rlhf_objective,
     soft_value,
 )
-from dpo_minimal.closed_form import frontier_gap, log_partition
+from dpo_minimal.closed_form import log_partition
 from dpo_minimal.preferences import reference_pairs
 from dpo_minimal.rivals import baselines as b
+from dpo_minimal.rivals.baselines import frontier_gap
 
 
 def doubles(values):

@@ -29,7 +29,6 @@ from dpo_minimal import (
 )
 from dpo_minimal.__main__ import main
 from dpo_minimal.bandit import TabularPolicy, loss_on_table
-from dpo_minimal.closed_form import frontier_gap
 from dpo_minimal.experiments import figures
 from dpo_minimal.experiments.frontier import command as frontier
 from dpo_minimal.experiments.frontier import figure as frontier_plots
@@ -40,6 +39,7 @@ from dpo_minimal.experiments.study import carry_out
 from dpo_minimal.laws.sampling_laws import finite_data_law
 from dpo_minimal.losses import dpo_loss
 from dpo_minimal.preferences import Rankings, expected_rankings, reference_pairs, sample_pairs, win_counts
+from dpo_minimal.rivals.baselines import frontier_gap
 from dpo_minimal.zoo import noise
 from dpo_minimal.zoo.ipo import ipo_estimate
 from dpo_minimal.zoo.kto import _of_pairs, kto_on_table

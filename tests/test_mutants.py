@@ -218,8 +218,8 @@ MUTANTS = [
     Mutant(
         "completions of full length forgotten",
         policy.enumerate_completions,
-        "range(max_length + 1)",
-        "range(max_length)",
+        "for _ in range(max_length)",
+        "for _ in range(max_length - 1)",
         test_policy.test_enumeration_lists_each_completion_once,
     ),
     Mutant(

@@ -485,6 +485,25 @@ def test_sequences_that_cannot_be_scored_are_refused(prompt_lengths, lengths, na
         sequence_logps(GPT(SMALL), batch)
 
 
+@pytest.mark.parametrize("wrong", [-100, -1, SMALL.vocab_size])
+def test_ids_beyond_the_vocabulary_are_refused(wrong):
+    """-100 is how other libraries pad. A completion's last id is never read, only looked up among the logits,
+    where -1 is somebody else's; and a GPT on a GPU would end the process."""
+    gpt, prompts = GPT(SMALL), torch.zeros(2, 1, dtype=torch.long)
+    ids = torch.zeros(2, 4, dtype=torch.long)
+    ids[1, 3] = wrong
+    named = rf"must lie in \[0, {SMALL.vocab_size}\), padding included, got [-\d]+ to \d+\.$"
+    for call in (
+        lambda: gpt(ids),
+        lambda: sequence_logps(gpt, SequenceBatch(ids, torch.tensor([1, 1]), torch.tensor([4, 3]))),
+        lambda: completion_logps(gpt, prompts, Completions(ids, torch.tensor([4, 4]))),
+    ):
+        with pytest.raises(InputError, match=named):
+            call()
+    with pytest.raises(InputError, match=r"a row of ids \(B, T\)\.$"):
+        sequence_logps(gpt, SequenceBatch(ids[0], torch.tensor([1]), torch.tensor([4])))
+
+
 @pytest.mark.parametrize("lengths", [[0, 2], [1, 4], [1], [[1, 1]]])
 def test_completions_that_cannot_be_scored_are_refused(lengths):
     """A length of 0 would score nothing, one beyond the row would read another completion's tokens."""

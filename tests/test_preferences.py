@@ -1,5 +1,6 @@
 """Choice models, what is shown and what is answered, against enumeration, plain loops and sampling laws."""
 
+import copy
 import itertools
 import math
 from collections import Counter
@@ -465,3 +466,25 @@ def test_slate_weights_need_not_be_even():
     population = as_table(expected_pairs(torch.zeros(1, 3), slate))
     expected = {(0, 0, 1): 3 / 8, (0, 1, 0): 3 / 8, (0, 1, 2): 1 / 8, (0, 2, 1): 1 / 8}
     assert_same_tables(population, expected, EPS)  # equal rewards: halves, exact but for one division
+
+
+@pytest.mark.parametrize(
+    ("prompt", "order", "weight", "named"),
+    [
+        ([0, 0], [[0, 1], [1, -1]], [1.0, 1.0], "one is negative"),  # read as the last completion
+        ([0, -1], [[0, 1], [1, 0]], [1.0, 1.0], "one is negative"),
+        ([0, 0], [[0, 1], [1, 0]], [1.0, -1.0], "at least 0"),  # maximised instead of minimised
+        ([0, 0], [[0, 1], [1, 0]], [1.0, math.nan], "finite"),
+        ([0, 0], [0, 1], [1.0, 1.0], r"got \(2,\), \(2,\), \(2,\)"),
+        ([0], [[0, 1], [1, 0]], [1.0, 1.0], "need shapes"),  # broadcast to both rows
+    ],
+)
+def test_rankings_that_make_no_sense_are_refused(prompt, order, weight, named):
+    """By one sentence where they are made, so that no loss, count or certificate reads them."""
+    with pytest.raises(InputError, match=rf"^[^\n]*{named}[^\n]*\.$"):
+        Rankings(torch.tensor(prompt), torch.tensor(order), torch.tensor(weight))
+    fields = torch.tensor([0]), torch.tensor([[1, 1]]), torch.tensor([0])
+    assert (
+        type(Rankings(*fields)._replace(weight=torch.tensor([2.0]))) is Rankings
+    )  # two equal draws are fine
+    assert copy.deepcopy(Rankings(*fields)).order.tolist() == [[1, 1]]

@@ -91,12 +91,13 @@ def _mixed(rankings: Rankings, right: float, wrong: float) -> Rankings:
     Raises InputError where a weight would be negative: then it is no likelihood that could be maximised,
     and often the loss falls without limit.
     """
-    mixed = tally(
-        rankings.prompt.repeat(2),
-        torch.cat([rankings.order, rankings.order.flip(-1)]),
-        torch.cat([right * rankings.weight, wrong * rankings.weight]),
-    )
-    if (mixed.weight < 0).any():
-        raise InputError("robust DPO may have no optimum: a pair was flipped less often than its ε says.")
+    order = torch.cat([rankings.order, rankings.order.flip(-1)])
+    try:
+        mixed = tally(
+            rankings.prompt.repeat(2), order, torch.cat([right * rankings.weight, wrong * rankings.weight])
+        )
+    except InputError:  # a negative weight
+        text = "robust DPO may have no optimum: a pair was flipped less often than its ε says."
+        raise InputError(text) from None
     kept = mixed.weight > 0
     return Rankings(*(field[kept] for field in mixed))

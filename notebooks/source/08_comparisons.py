@@ -14,7 +14,6 @@ import torch
 from matplotlib import pyplot as plt
 
 import dpo_minimal as dpo
-from dpo_minimal.closed_form import frontier_gap
 from dpo_minimal.laws.sampling_laws import kl_law
 from dpo_minimal.rivals import baselines
 from dpo_minimal.rivals.evaluate import exact_win_rate
@@ -146,7 +145,7 @@ check("8.2", best_of_n_logps)
 world = dpo.random_bandit(1, 40, generator=generator)
 many = [1, 2, 4, 8, 16, 32]
 best = torch.stack([dpo.best_of_n_logps(world.ref_logps, world.rewards, n=n) for n in many])
-stand = frontier_gap(best, world.ref_logps, world.rewards)
+stand = baselines.frontier_gap(best, world.ref_logps, world.rewards)
 print(" n   KL (nats)   at most   reward   below the frontier")
 for i, n in enumerate(many):
     bound = baselines.best_of_n_kl_bound(n)
@@ -181,7 +180,7 @@ figures.show(figure, "Best of 2 to 32, as squares, slightly below the frontier."
 for scale in [1, 10, 100]:
     wins = dpo.preference_matrix(scale * world.rewards)[0] @ ref[0].exp()
     winners = ref[0] + (2 * wins).log()
-    gap = frontier_gap(winners[None], ref, scale * world.rewards)
+    gap = baselines.frontier_gap(winners[None], ref, scale * world.rewards)
     print(
         f"rewards times {scale:3d}: KL {gap.kl:.3f} nats, mean reward {scale} times {gap.reward / scale:.2f}"
     )

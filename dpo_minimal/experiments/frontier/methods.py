@@ -18,11 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...closed_form import FrontierGap, best_of_n_logps, frontier_gap, kl_divergence, optimal_logps
+from ...closed_form import best_of_n_logps, kl_divergence, optimal_logps
 from ...losses import bradley_terry_loss
 from ...policy import tree_states, whole_completions
 from ...preferences import Rankings
-from ...rivals.baselines import AdaptiveKL, ppo
+from ...rivals.baselines import AdaptiveKL, FrontierGap, frontier_gap, ppo
 from ...rivals.reward_model import RewardModel
 from ...train import train
 from ...validation import InputError
