@@ -51,7 +51,8 @@ def check_seed(name: str, value: int) -> None:
 def check_range(name: str, value: float, low: float, high: float, reason: str) -> None:
     """Require low <= value <= high; the message gives the reason."""
     if not low <= value <= high:  # NaN fails as well
-        raise InputError(f"{name} must lie between {low:g} and {high:g} ({reason}), got {value}.")
+        ends = " and ".join(str(end) if isinstance(end, int) else f"{end:g}" for end in (low, high))
+        raise InputError(f"{name} must lie between {ends} ({reason}), got {value}.")
 
 
 def check_flip_probability(value: float, name: str = "flip_probability") -> None:

@@ -388,6 +388,7 @@ def test_interruption_ends_with_130(monkeypatch, capsys):
         (["--beta", "nan"], ["--beta", "nan"]),
         (["--beta", "inf"], ["--beta", "inf"]),
         (["--prompts", "0"], ["--prompts", "0"]),
+        (["--prompts", "100000000"], ["--prompts", "between 1 and 10000000", "12000000000"]),
         (["--completions", "1"], ["--completions", "1"]),
         (["--pairs", "0"], ["--pairs", "0"]),
         (["--steps", "0"], ["--steps", "0"]),

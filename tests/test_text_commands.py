@@ -509,6 +509,7 @@ def test_help_teaches(command, capsys):
     printed = capsys.readouterr().out
     assert ended.value.code == 0 and len(printed.splitlines()) > 20 and "default" in printed
     assert max(map(len, printed.splitlines())) <= 120
+    assert ") (without" not in " ".join(printed.split()), "an option's defaults stand in one bracket"
 
 
 # ---------------------------------------------------------------------------------------------- real things

@@ -37,7 +37,9 @@ class Option(NamedTuple):
         """Keywords for argparse's add_argument."""
         named = (("default", self.default), ("without --data", self.reviews))
         defaults = "; ".join(f"{name} {value}" for name, value in named if value is not None)
-        text = f"{self.help} ({defaults})" if defaults else self.help
+        text = self.help
+        if defaults:  # one bracket, also where the help has one on what else decides
+            text = f"{text[:-1]}; {defaults})" if text.endswith(")") else f"{text} ({defaults})"
         if self.kind is bool:
             return {"help": text, "action": "store_true", "default": None}
         metavar = self.metavar or {int: "N", float: "X"}.get(self.kind)
