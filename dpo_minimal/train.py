@@ -58,12 +58,14 @@ def train(
         After each step one record: `step`, `loss` and the metrics of the policy *before* the step,
         `grad_norm` before clipping, `learning_rate` used. Its numbers leave the device together.
     Raises:
-        InputError: loss or gradient is not finite, or the objective refuses a batch; step and batch are
-            named, and the parameters are as before that step.
+        InputError: all parameters are frozen; loss or gradient is not finite, or the objective refuses a
+            batch: step and batch are named, and the parameters are as before that step.
     """
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise InputError(f"max_grad_norm must be positive, got {max_grad_norm}; None clips nothing.")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if not any(p.requires_grad for p in parameters):
+        raise InputError("all weights are frozen, so nothing would be learnt; call requires_grad_(True).")
     for step, batch in enumerate(batches, start=first_step):
         window = batch if isinstance(batch, Window) else Window([batch], [1.0])
         place = f"step {step}" + (f" ({window.name})" if window.name else "")

@@ -355,6 +355,11 @@ def test_a_policy_that_is_its_own_reference_is_refused():
     gpt = reference_gpt()
     with pytest.raises(InputError, match=r"one object[^\n]*\.$"):
         next(train_ppo(gpt, gpt, ASKED, reward, SETTINGS, eos=EOS))
+    frozen = copy.deepcopy(gpt).requires_grad_(
+        False
+    )  # as a copy of a frozen reference is: nothing would move
+    with pytest.raises(InputError, match=r"frozen[^\n]*\.$"):
+        next(train_ppo(frozen, gpt, ASKED, reward, SETTINGS, eos=EOS))
 
 
 # --------------------------------------------------------------------------------------------------- mutants

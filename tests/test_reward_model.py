@@ -132,7 +132,7 @@ def planted_pairs(count: int, seed: int) -> tuple[list[Example], float]:
 
 def fitted(count=1200, **options):
     torch.manual_seed(0)
-    body = GPT(BODY)
+    body = GPT(BODY).requires_grad_(False)  # as a reference often is; a copy of it learns
     rows, _ = planted_pairs(count, 0)
     held_out, ceiling = planted_pairs(500, 1)
     options = {"learning_rate": 1e-2, "batch_size": 32, "epochs": 3, "seed": 0, "look_every": 12} | options

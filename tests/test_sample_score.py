@@ -321,11 +321,13 @@ def make_run(folder: Path, **options) -> None:
 def test_a_run_knows_its_reference_and_beta(capsys, tmp_path):
     """A run's beta and start are taken where none are named: its --model, else its sft/."""
     expected = records(capsys, *ON_FILE, "--beta", "0.7")
-    make_run(tmp_path / "run", model="reference", beta=0.7)
+    make_run(tmp_path / "run", model="reference", beta=0.7, loss_type="dpo")
     with_run = ("score", "--model", str(tmp_path / "run"), "--data", "pairs.json")
     assert records(capsys, *with_run) == expected
     assert records(capsys, *with_run, "--beta", "0.1") == records(capsys, *ON_FILE)
-    make_run(tmp_path / "run", beta=0.7)
+    make_run(tmp_path / "run", model="reference", beta=0.7, loss_type="simpo")  # whose beta is another
+    assert records(capsys, *with_run) == records(capsys, *ON_FILE)
+    make_run(tmp_path / "run", beta=0.7, loss_type="ipo")
     save(tmp_path / "run" / "sft" / "model", REFERENCE)
     assert records(capsys, *with_run) == expected
     save(tmp_path / "run" / "sft" / "model", OTHER)

@@ -334,6 +334,10 @@ def test_a_resumed_run_is_the_run(trained, world, capsys, monkeypatch, no_figure
     config, kept = trained / "config.json", (trained / "config.json").read_text()
     config.write_text(kept.replace('"loss_type": "dpo"', '"loss_type": "other"'))
     refused(capsys, ["dpo", "--resume", run], "--loss-type other", "no such loss")
+    config.write_text(kept.replace('"device": "cpu"', '"device": "cuda:9"'))  # of a machine that had it
+    refused(capsys, ["dpo", "--resume", run], "--device cuda:9", "use cpu")
+    config.write_text(kept.replace('"threads": ', '"threads": -'))
+    refused(capsys, ["dpo", "--resume", run], "config.json")
     config.write_text(kept)
     data, kept = world / "pairs.jsonl", (world / "pairs.jsonl").read_text()
     data.write_text(lines(pairs(120, seed=1)))

@@ -383,6 +383,13 @@ def test_there_is_no_weight_decay(name):
     assert all(group["weight_decay"] == 0 for group in optimizer.param_groups)
 
 
+def test_frozen_weights_are_refused():
+    """As those of a copy of a frozen reference: torch would raise, or move nothing."""
+    weight = parameter(1.0).requires_grad_(False)
+    with pytest.raises(InputError, match=r"^all weights are frozen[^\n]*\.$"):
+        next(train(lambda _: (weight.sum(), {}), torch.optim.SGD([weight], 0.1), [None]))
+
+
 def test_an_unknown_optimizer_is_refused():
     with pytest.raises(InputError, match=r"^no optimizer 'sgd'; choose one of rmsprop, adamw\.$"):
         make_optimizer([parameter(1.0)], "sgd", 0.1)

@@ -155,7 +155,7 @@ def resolve(
     Raises InputError: a rule, an option out of range, or one that contradicts the run to resume.
     """
     if command is not None and args.resume is not None:
-        return _resumed(args, command)
+        return _resumed(args, declared(groups), command)
     data = getattr(args, "data", None)  # which frontier and sentiment do not have
     of_data = (
         ("skip_bad_rows", data is None,
@@ -176,7 +176,7 @@ def resolve(
     return argparse.Namespace(**values)
 
 
-def _resumed(args: argparse.Namespace, command: str) -> argparse.Namespace:
+def _resumed(args: argparse.Namespace, group: Group, command: str) -> argparse.Namespace:
     folder = Path(args.resume)
     config = read_run_config(folder)
     if config.get("command") != command:
@@ -191,6 +191,9 @@ def _resumed(args: argparse.Namespace, command: str) -> argparse.Namespace:
             was = options.get(name)
             there = "is not given" if was is None else f"is {was}"
             raise InputError(f"--resume {folder}: {flag_of(name)} {there} in that run; leave it out.")
+    for name, option in group.items():  # the device may be gone, the file altered
+        if option.check is not None and options.get(name) is not None:
+            option.check(flag_of(name), options[name])
     return argparse.Namespace(**options | {"resume": folder})
 
 
@@ -200,6 +203,7 @@ def read_run_config(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise InputError(f"--resume {folder}: has no {CONFIG_FILE}; name the folder of a run.")
     config = read_json_object(path)
-    if not isinstance(config.get("options"), dict) or not isinstance(config.get("threads"), int):
+    threads = config.get("threads")
+    if not isinstance(config.get("options"), dict) or not isinstance(threads, int) or threads < 1:
         raise InputError(f"{path}: is not that of a run of sft or dpo; name another folder.")
     return config

@@ -274,3 +274,5 @@ def _check(policy: GPT, reference: GPT, prompts: Sequence[list[int]], settings: 
         raise InputError("PPO needs at least one prompt.")
     if policy is reference:
         raise InputError("policy and reference are one object; give PPO a copy of it to train.")
+    if not any(weight.requires_grad for weight in policy.parameters()):
+        raise InputError("all weights of the policy are frozen; call requires_grad_(True) on it.")

@@ -101,7 +101,7 @@ def fit_reward_model(
     """Fit a reward model to pairs, and keep the weights that judged held-out pairs best [D2.2].
 
     Args:
-        body: where it starts, usually the SFT model; it is not altered.
+        body: where it starts, usually the SFT model; a copy learns, all of it, also of a frozen one.
         train_rows, held_out: pairs, chosen first.
         learning_rate: AdamW's, without weight decay; batch_size: pairs a step.
         look_every: steps between two evaluations on the held-out pairs; the last step is followed by one too.
@@ -118,7 +118,7 @@ def fit_reward_model(
     for name, count in (("batch_size", batch_size), ("epochs", epochs), ("look_every", look_every)):
         check_count(name, count)
     check_seed("seed", seed)
-    model = RewardModel(copy.deepcopy(body))
+    model = RewardModel(copy.deepcopy(body).requires_grad_(True))
     objective = reward_model_objective(model)
     device = str(body.wte.weight.device)
     held_out_window = _windows(held_out, len(held_out), device, seed=0, epoch=0)[0]

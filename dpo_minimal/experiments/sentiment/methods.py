@@ -197,9 +197,8 @@ def learn_reward(folder: Path, plan: Plan, seed: int) -> Arrays:
     """
     started, world = time.perf_counter(), load_world(folder)
     train_rows, held_out = split_by_prompt(world.examples, 0.1, seed=seed)
-    body = copy.deepcopy(world.policy.model).requires_grad_(True)
     model, records = fit_reward_model(
-        body, train_rows, held_out, learning_rate=plan.learning_rate, batch_size=plan.pairs,
+        world.policy.model, train_rows, held_out, learning_rate=plan.learning_rate, batch_size=plan.pairs,
         epochs=REWARD_EPOCHS, seed=seed, look_every=max(1, plan.steps // 4),
     )  # fmt: skip
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}

@@ -45,6 +45,7 @@ from ...text.checkpoint import state_fingerprint
 from ...text.data import dataset_from_rows
 from ...text.tokenizer import Tokenizer
 from ...validation import InputError, check_positive
+from ...zoo import LOSSES
 from ..options import COMMON, CONFIG_FILE, Option, add_options, at_least, read_run_config, resolve
 from .pair_scores import SIDES, PairScores, pair_lines, pair_record, score_pairs
 from .setup import MODEL, Policy, context_of, load_policy, load_rows
@@ -60,7 +61,8 @@ GROUPS = {
             metavar="MODEL",
         ),
         "beta": Option(
-            f"factor of the rewards (default: the run's, else {BETA})", float, check=check_positive
+            f"factor of the rewards (default: the run's, if its loss has a reference, else {BETA})", float,
+            check=check_positive,
         ),
     },
     "pairs": {
@@ -112,7 +114,9 @@ def run(args: argparse.Namespace) -> PairScores:
         dataset, policy.tokenizer, skip_bad_rows=bool(args.skip_bad_rows),
         max_length=min(*(context_of(args, gpt.config.block_size) for gpt in (policy.model, reference.model))),
     )  # fmt: skip
-    beta = args.beta or run_of_dpo["options"].get("beta") or BETA  # None: a loss without one
+    loss = LOSSES.get(run_of_dpo["options"].get("loss_type"))
+    of_run = run_of_dpo["options"].get("beta") if loss and "reference" in loss.reads else None
+    beta = args.beta or of_run or BETA  # beta of a loss without a reference multiplies something else
     scores = score_pairs(policy.model, reference.model, examples, beta=beta, device=args.device)
     (_print_json if args.json else _print_tables)(args, scores, audit, policy.tokenizer)
     return scores
