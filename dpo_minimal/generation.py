@@ -33,7 +33,7 @@ def generate(
     Each token is drawn from `sampling_probabilities` of the model's logits. With temperature 1 and neither
     top_k nor top_p that is the policy itself: exp(sequence_logps) is the probability of a completion that
     ended with end-of-text. Prompts may differ in length: they are right-padded, the padding is masked, and
-    each row counts its own positions.
+    each row counts its own positions. Of many prompts, `rows_at_once` go through the model together.
 
     Args:
         model: the policy; it is not changed.
@@ -56,8 +56,12 @@ def generate(
         [5, 5]
     """
     _check(model, prompts, max_new_tokens, eos, temperature, top_k, top_p)
+    cut, rows = (temperature, top_k, top_p), []
+    together = rows_at_once(model, max(map(len, prompts)) + max_new_tokens)
     with torch.no_grad():
-        rows = _generate(model, prompts, max_new_tokens, eos, (temperature, top_k, top_p), generator).tolist()
+        for start in range(0, len(prompts), together):
+            some = prompts[start : start + together]
+            rows += _generate(model, some, max_new_tokens, eos, cut, generator).tolist()
     return [row[: row.index(eos) + 1] if eos in row else row for row in rows]
 
 

@@ -117,6 +117,24 @@ def test_small_probabilities_and_temperatures_are_kept():
         assert cold.tolist() == [0, 1, 0]
 
 
+def test_many_prompts_go_through_in_parts(monkeypatch):
+    """5,000 prompts of GPT-2 would ask for 94 GB of keys and values. The parts are those of calls of their
+    own, one after the other with one generator."""
+    monkeypatch.setattr(generation, "rows_at_once", lambda model, slots: 3)
+    rows, made = [], GPT.empty_caches
+    monkeypatch.setattr(
+        GPT, "empty_caches", lambda gpt, count, slots: rows.append(count) or made(gpt, count, slots)
+    )
+    generator, again = seeded(5), seeded(5)
+    samples = generate(GPT_2, RAGGED * 2, max_new_tokens=3, eos=EOS, generator=generator)
+    assert rows == [3, 3, 2]
+    parts = [
+        generate(GPT_2, (RAGGED * 2)[start : start + 3], max_new_tokens=3, eos=EOS, generator=again)
+        for start in (0, 3, 6)
+    ]
+    assert samples == [row for part in parts for row in part]
+
+
 def test_damaged_weights_do_not_give_samples():
     """NaN is above no number, so that the last token of the vocabulary was drawn for ever."""
     gpt = GPT(SMALL)

@@ -3,7 +3,7 @@ with its uncertainty; over prompts, or over prompts and trainings with several s
 
 A loss on pairs says how well the policy orders given completions; only its own samples say what it writes.
 
-But: sampling is generation.py's, scoring policy.py's; here they are put together, in chunks.
+But: sampling is generation.py's, scoring policy.py's; here they are put together.
 
 Shapes: N prompts, one sample each; S seeds crossed with P prompts.
 """
@@ -150,14 +150,12 @@ def draw(
 
     Args: options of `generate`; the log-probabilities are those at temperature 1, whatever it draws at.
     """
-    completions: list[list[int]] = []
-    logps = []
-    together = rows_at_once(model, max(map(len, prompts)) + max_new_tokens)
+    completions = generate(model, prompts, max_new_tokens=max_new_tokens, **options)
+    together, logps = rows_at_once(model, max(map(len, prompts)) + max_new_tokens), []
     for start in range(0, len(prompts), together):
-        some = prompts[start : start + together]
-        drawn = generate(model, some, max_new_tokens=max_new_tokens, **options)
-        completions += drawn
-        batch = shared_prompt_batch(some, [[y] for y in drawn]).to(model.wte.weight.device)
+        some = slice(start, start + together)
+        batch = shared_prompt_batch(prompts[some], [[y] for y in completions[some]])
+        batch = batch.to(model.wte.weight.device)
         with torch.no_grad():
             logps.append([shared_prompt_logps(gpt, batch)[:, 0] for gpt in (model, reference)])
     own, theirs = (torch.cat(parts) for parts in zip(*logps))

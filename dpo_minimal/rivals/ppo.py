@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..generation import generate, rows_at_once
+from ..generation import generate
 from ..model import GPT
 from ..policy import SharedPromptBatch, shared_prompt_batch, shared_prompt_token_logps
 from ..train import Record, make_optimizer
@@ -147,13 +147,8 @@ def collect(
     count = settings.prompts
     drawn = torch.randint(len(prompts), (count,), generator=generator, device=device).tolist()
     asked = [prompts[index] for index in drawn]
-    completions: list[list[int]] = []
-    together = rows_at_once(policy, max(map(len, asked)) + settings.max_new_tokens)
-    for start in range(0, count, together):
-        some = asked[start : start + together]
-        completions += generate(
-            policy, some, max_new_tokens=settings.max_new_tokens, eos=eos, generator=generator
-        )
+    length = settings.max_new_tokens
+    completions = generate(policy, asked, max_new_tokens=length, eos=eos, generator=generator)
     rewards = _checked(reward(asked, completions), count).to(device)
     order = sorted(range(count), key=lambda n: len(asked[n]) + len(completions[n]))
     rollouts = []
