@@ -144,7 +144,9 @@ def sampling_probabilities(
     logits = widen(logits)
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
-    probabilities = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)  # 1e-40 too
+    if temperature != 1:
+        logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # 0 / 1e-40, not infinity
+    probabilities = logits.softmax(-1)
     if top_k is None and top_p in (None, 1):
         return probabilities
     ordered, index = probabilities.sort(dim=-1, descending=True, stable=True)
