@@ -35,9 +35,11 @@ def gpt_schedule(step: int, steps: int) -> float:
     """Factor of the learning rate: warm-up over the first 4 % of the steps, and half a cosine down to zero.
 
     Adam's steps do not shrink with the gradient, so at the end the policy is about one last step away from
-    pi*. A line down to zero ends with rates of 1 / steps, a cosine with rates of its square.
+    pi*. A line down to zero ends with rates of 1 / steps, a cosine with rates of its square. A short training
+    has a lower rate, for it has no time to make good what large first steps do.
     """
-    return min(1, (step + 1) / (0.04 * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
+    rise, fall = min(1, (step + 1) / (0.04 * steps)), (1 + math.cos(math.pi * step / steps)) / 2
+    return min(1, math.sqrt(steps / 1000)) * rise * fall
 
 
 @dataclass(frozen=True)
