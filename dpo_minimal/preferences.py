@@ -57,7 +57,7 @@ class Rankings(_Fields):
 
     def normalised(self) -> Rankings:
         """The same rankings with weights that sum to one."""
-        return self._replace(weight=self.weight.double() / self.weight.sum())
+        return self._replace(weight=self.weight.double() / self.weight.double().sum())
 
     def normalised_by_prompt(self) -> Rankings:
         """Weights that sum to one, and to the same for each prompt. Where prompts share no parameters this

@@ -392,6 +392,8 @@ def test_weights_of_any_dtype_are_reckoned_in_float64(dtype):
                 torch.stack([loss, weight]).double(), torch.stack(expected), rtol=1e-6, atol=0
             )
     assert data.normalised().weight.sum() == pytest.approx(1, abs=1e-15)
+    many = Rankings(prompt[:2], order[:2], torch.tensor([256, 1]).to(dtype)).normalised()  # bfloat16: 256
+    assert many.weight.sum() == pytest.approx(1, abs=1e-15)
 
 
 def test_no_bound_where_comparisons_do_not_connect():
