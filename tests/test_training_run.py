@@ -208,6 +208,21 @@ def test_a_copy_of_a_checkpoint_is_left_alone(tmp_path):
     kept.mkdir(parents=True)
     (kept.parent / "step-000003").mkdir()
     assert training_run._checkpoints(tmp_path / "run") == [kept.parent / "step-000003"]
+    (kept.parent / "step-000001").touch()  # a stray file, which cannot be deleted as a folder
+    assert training_run._checkpoints(tmp_path / "run") == [kept.parent / "step-000003"]
+
+
+def test_a_checkpoint_that_was_moved_is_let_go(tmp_path):
+    """A user moved the oldest to another disk and left a link: the run goes on to its end, and at its saves
+    the link goes as a folder would, but not what lies behind it."""
+    whole = start(tmp_path / "whole")
+    with pytest.raises(Stop):
+        start(tmp_path / "run", spoil=failing_at(8))
+    oldest = training_run._checkpoints(tmp_path / "run")[0]
+    oldest.rename(tmp_path / "elsewhere")
+    oldest.symlink_to(tmp_path / "elsewhere")
+    assert start(tmp_path / "run", resume=True) == whole
+    assert not oldest.is_symlink() and any((tmp_path / "elsewhere").iterdir())
 
 
 def test_checkpoints_are_the_newest_two_and_whole(tmp_path):

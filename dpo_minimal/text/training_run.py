@@ -186,9 +186,9 @@ def _due(step: int, every: int, last_step: int) -> bool:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Oldest first; a folder of another name, such as a copy that a user keeps, is left alone."""
+    """Oldest first; a file, or a folder of another name, such as a copy that a user keeps, is left alone."""
     found = [path for path in (folder / CHECKPOINTS).glob("step-*") if path.name[5:].isdecimal()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    return sorted(filter(Path.is_dir, found), key=lambda path: int(path.name[5:]))
 
 
 def _save(folder: Path, model: GPT, optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -198,7 +198,7 @@ def _save(folder: Path, model: GPT, optimizer: torch.optim.Optimizer, step: int)
     target.parent.mkdir(exist_ok=True)
     save_training_state(target, model, optimizer, {"step": step})
     for old in _checkpoints(folder)[:-KEEP]:
-        shutil.rmtree(old)
+        old.unlink() if old.is_symlink() else shutil.rmtree(old)  # to where a user has moved it
 
 
 def _go_on(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) -> tuple[int, list[Record]]:
