@@ -381,13 +381,14 @@ def test_weights_of_any_dtype_are_reckoned_in_float64(dtype):
     assert torch.equal(rewards, maximum_likelihood(same, exists))
     ref_logps = torch.zeros(1, 3).double().log_softmax(-1)
     logps = tilt(ref_logps, rewards, 0.5)
-    assert certify(logps, ref_logps, data, beta=0.5).logp_bound < 1e-12
+    assert certify(logps, ref_logps, data, beta=0.5).logp_bound < 1e-12  # Newton's end, to float64's rounding
     for weighted in (data, data.normalised(), data.normalised_by_prompt()):
         for table in (logps, logps.float()):  # and a policy of another dtype than the weights has a loss
             loss, weight = dpo_objective(table, ref_logps.to(table.dtype), weighted, beta=0.5)
             expected = dpo_objective(
                 logps, ref_logps, weighted._replace(weight=weighted.weight.double()), beta=0.5
             )
+            # A dozen roundings of float32. In bfloat16, the weights' own dtype, each would be 4e-3.
             torch.testing.assert_close(
                 torch.stack([loss, weight]).double(), torch.stack(expected), rtol=1e-6, atol=0
             )

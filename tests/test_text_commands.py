@@ -336,6 +336,8 @@ def test_a_resumed_run_is_the_run(trained, world, capsys, monkeypatch, no_figure
     refused(capsys, ["dpo", "--resume", run], "--loss-type other", "no such loss")
     config.write_text(kept.replace('"device": "cpu"', '"device": "cuda:9"'))  # of a machine that had it
     refused(capsys, ["dpo", "--resume", run], "--device cuda:9", "use cpu")
+    config.write_text(kept.replace('"logging_steps": 1', '"logging_steps": 0'))
+    refused(capsys, ["dpo", "--resume", run], "--logging-steps")
     config.write_text(kept.replace('"threads": ', '"threads": -'))
     refused(capsys, ["dpo", "--resume", run], "config.json")
     config.write_text(kept)

@@ -171,9 +171,14 @@ def resolve(
     for name, option in declared(groups).items():
         if values[name] is None:
             values[name] = option.reviews if data is None and option.reviews else option.default
-        elif option.check is not None or option.kind is int:
-            (option.check or check_count)(flag_of(name), values[name])
+        else:
+            _check(name, option, values[name])
     return argparse.Namespace(**values)
+
+
+def _check(name: str, option: Option, value: Any) -> None:
+    if option.check is not None or option.kind is int:
+        (option.check or check_count)(flag_of(name), value)
 
 
 def _resumed(args: argparse.Namespace, group: Group, command: str) -> argparse.Namespace:
@@ -192,8 +197,8 @@ def _resumed(args: argparse.Namespace, group: Group, command: str) -> argparse.N
             there = "is not given" if was is None else f"is {was}"
             raise InputError(f"--resume {folder}: {flag_of(name)} {there} in that run; leave it out.")
     for name, option in group.items():  # the device may be gone, the file altered
-        if option.check is not None and options.get(name) is not None:
-            option.check(flag_of(name), options[name])
+        if options.get(name) is not None:
+            _check(name, option, options[name])
     return argparse.Namespace(**options | {"resume": folder})
 
 

@@ -90,8 +90,8 @@ def train_ppo(
         length (tokens), ppo/value_loss and ppo/explained_variance (share of the variance of returns) of the
         value before the steps. Of the last step: ppo/clip_fraction (share of tokens whose ratio had left the
         clip range), grad_norm of the policy before clipping.
-    Raises: InputError: an option out of range, policy and reference one object, rewards of another shape or
-        not finite, a gradient that is not finite.
+    Raises: InputError: an option out of range, a frozen policy, policy and reference one object, rewards of
+        another shape or not finite, a gradient that is not finite.
     Source: Schulman et al. (2017); Ziegler et al. (2019), "Fine-Tuning Language Models from Human
         Preferences".
     """

@@ -198,7 +198,10 @@ def _save(folder: Path, model: GPT, optimizer: torch.optim.Optimizer, step: int)
     target.parent.mkdir(exist_ok=True)
     save_training_state(target, model, optimizer, {"step": step})
     for old in _checkpoints(folder)[:-KEEP]:
-        old.unlink() if old.is_symlink() else shutil.rmtree(old)  # to where a user has moved it
+        if old.is_symlink():  # to where a user has moved it
+            old.unlink()
+        else:
+            shutil.rmtree(old)
 
 
 def _go_on(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) -> tuple[int, list[Record]]:
