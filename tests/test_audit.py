@@ -11,7 +11,7 @@ from dpo_minimal.__main__ import main
 from dpo_minimal.experiments.text import audit
 from dpo_minimal.experiments.text import setup as text_setup
 from dpo_minimal.text import audit as room
-from dpo_minimal.text import batches
+from dpo_minimal.text import batches, data
 from dpo_minimal.text.tokenizer import byte_tokenizer, save_tokenizer, train_bpe
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -72,7 +72,7 @@ def test_troubles_come_with_place_and_remedy(capsys):
         ("repeated_prompt", 2),
     ):
         level, what = room.FINDINGS[name]
-        assert f"{level}, {count} row{'s' * (count > 1)}: {what.format(eot='<|endoftext|>')}." in text
+        assert f"{level}, {count} row{'s' * (count > 1)}: {what}." in text
     assert "row 3 (as row 1)" in text and "row 4 (as row 2)" in text
     assert "preference pairs: 4, different prompts: 2" in text and "pairs.json" in text
 
@@ -254,7 +254,7 @@ MUTANTS = {
         room.Audit.__str__, "if places:", "if places[1:]:", test_troubles_come_with_place_and_remedy,
     ),
     "end-of-text of the text not looked for": (
-        batches._found_in_text, "any(eot_text in text", "any(eot_text == text",
+        data.text_findings, "any(END_OF_TEXT in text", "any(END_OF_TEXT == text",
         test_troubles_come_with_place_and_remedy,
     ),
     "the limit not passed on": (

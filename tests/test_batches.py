@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from planting import CAUGHT, plant
 
 from dpo_minimal.text import batches
-from dpo_minimal.text.audit import FINDINGS, Audit
+from dpo_minimal.text.audit import FINDINGS, Audit, text_findings
 from dpo_minimal.text.batches import Example, mismatched, split_by_prompt, tokenize, windows, with_mismatched
 from dpo_minimal.text.data import (
     Dataset,
@@ -21,6 +21,7 @@ from dpo_minimal.text.data import (
     LabelledCompletion,
     PreferencePair,
     Ranking,
+    completions_of,
     load_dataset,
 )
 from dpo_minimal.text.tokenizer import byte_tokenizer, gpt2_tokenizer, train_bpe
@@ -33,7 +34,11 @@ EOT = BYTES.eot
 
 def dataset(*rows, skipped=()) -> Dataset:
     places = [f"toy.jsonl, row {number}" for number in range(1, len(rows) + 1)]
-    return Dataset(list(rows), places, list(skipped), "chosen")
+    findings: dict[str, list[str]] = {}
+    for row, place in zip(rows, places):
+        for name in text_findings(row.prompt, completions_of(row)):
+            findings.setdefault(name, []).append(place)
+    return Dataset(list(rows), places, list(skipped), "chosen", findings)
 
 
 def encoded(*rows, max_length=1000, **options) -> tuple[list[Example], Audit]:
@@ -219,7 +224,8 @@ def test_limits_out_of_range(options, named):
 
 def test_nothing_to_tokenise():
     refused(tokenize, dataset(), BYTES, max_length=9, named=["no rows"])
-    refused(tokenize, dataset(("p", "x")), BYTES, max_length=9, named=["tuple", "load_dataset"])
+    rows = Dataset([("p", "x")], ["toy"], [], "chosen", {})
+    refused(tokenize, rows, BYTES, max_length=9, named=["tuple", "load_dataset"])
 
 
 # ---------------------------------------------------------------------------------------------- the audit
@@ -306,7 +312,7 @@ def test_the_audit_shows_what_it_found_and_only_that():
     told = str(audit)
     for name, count in {"skipped": 1, "truncated": 1, "literal_end_of_text": 1, "duplicated": 8}.items():
         level, text = FINDINGS[name]
-        assert f"{level}, {count} row{'s' if count > 1 else ''}: {text.format(eot='<|endoftext|>')}." in told
+        assert f"{level}, {count} row{'s' if count > 1 else ''}: {text}." in told
     assert "toy.jsonl, row 99: is bad" in told and "and 5 more" in told
     assert "{" not in told
 

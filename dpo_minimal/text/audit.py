@@ -1,11 +1,14 @@
 """The audit of a tokenized data set: lengths, and everything that may be wrong with it.
 
-But: it only holds and shows the counts; `batches.tokenize` makes them.
+But: what only tokens show is counted by `batches.tokenize`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
+
+from .tokenizer import END_OF_TEXT
 
 
 class Lengths(NamedTuple):
@@ -16,13 +19,16 @@ class Lengths(NamedTuple):
     max: int
 
 
-# What an audit may find: level, description and remedy; {eot} is the text of end-of-text.
+# What an audit may find: level, description and remedy.
 FINDINGS = {
     "skipped": ("warning", "bad and left out; correct them in the file"),
     "too_long": ("warning", "too long for max_length and left out, as no completion is ever cut; raise it"),
     "truncated": ("warning", "prompt cut on the left to fit; raise max_length or max_prompt_length"),
     "empty_prompt": ("note", "no prompt; end-of-text takes its place"),
-    "literal_end_of_text": ("warning", "{eot} spelled out in the text, where it is plain text; delete it"),
+    "literal_end_of_text": (
+        "warning",
+        f"{END_OF_TEXT} spelled out in the text, where it is plain text; delete it",
+    ),
     "identical": ("warning", "two completions with the same tokens, which teach nothing; drop the row"),
     "duplicated": ("warning", "repeats an earlier row, which so counts more than once; keep one of each"),
     "contradictory": ("warning", "an earlier row's completions, judged otherwise; fine if people disagree"),
@@ -30,6 +36,15 @@ FINDINGS = {
     "merged": ("note", "other tokens if prompt and completion were encoded together, as some tools do"),
 }
 Findings = dict[str, list[str]]  # for each of these names the places where it was found
+
+
+def text_findings(prompt: str, completions: Sequence[str]) -> Iterator[str]:
+    """The names of what the text of one row shows, before any token."""
+    if not prompt:
+        yield "empty_prompt"
+    if any(END_OF_TEXT in text for text in (prompt, *completions)):
+        yield "literal_end_of_text"
+
 
 FEW = 3  # places shown of each finding
 
@@ -47,7 +62,6 @@ class Audit(NamedTuple):
     best_longer: float | None  # the share of these rows in which the first is longer
     good: float | None  # of labelled completions, the share whose label is True
     findings: Findings  # the places where each was found
-    eot: str  # the text of the end-of-text token
 
     def __str__(self) -> str:
         """A few lines; of the findings only those that were made."""
@@ -69,7 +83,7 @@ class Audit(NamedTuple):
             if places:
                 level, text = FINDINGS[name]
                 rows = "row" if len(places) == 1 else "rows"
-                lines.append(f"{level}, {len(places)} {rows}: {text.format(eot=self.eot)}.")
+                lines.append(f"{level}, {len(places)} {rows}: {text}.")
                 lines.append("    " + _listed(places))
         return "\n".join(lines)
 

@@ -63,7 +63,7 @@ def tokenize(
     examples: list[Example] = []
     sizes: list[tuple[int, ...]] = []  # of the prompt and its completions, before any cut
     findings: Findings = {name: [] for name in FINDINGS} | {"skipped": list(dataset.skipped)}
-    eot_text = tokenizer.token_text(tokenizer.eot)
+    findings |= {name: list(places) for name, places in dataset.findings.items()}
     for row, place in zip(dataset.rows, dataset.places, strict=True):
         texts, prompt_text, label = completions_of(row), row.prompt, getattr(row, "label", None)
         try:
@@ -89,13 +89,13 @@ def tokenize(
         examples.append(Example(prompt[-limit:], completions, place, label))
         if len(prompt) > limit:
             findings["truncated"].append(place)
-        for name in _found_in_text(prompt_text, texts, tokenizer, eot_text):
-            findings[name].append(place)
+        if _merges_across(prompt_text, texts, tokenizer):
+            findings["merged"].append(place)
     if not examples:
         none_fits = f"none of {len(dataset.rows)} rows fits --max-length {max_length}; raise it."
         raise InputError(none_fits if dataset.rows else "the data hold no rows; add some.")
     _compare_rows(examples, findings)
-    return examples, _audit(dataset, examples, sizes, findings, eot_text)
+    return examples, _audit(dataset, examples, sizes, findings)
 
 
 def check_limits(max_length: int, max_prompt_length: int | None) -> None:
@@ -110,21 +110,15 @@ def check_limits(max_length: int, max_prompt_length: int | None) -> None:
             )
 
 
-def _found_in_text(
-    prompt: str, completions: Sequence[str], tokenizer: Tokenizer, eot_text: str
-) -> Iterator[str]:
-    """The findings that one row's text gives."""
-    if not prompt:
-        yield "empty_prompt"
-    if any(eot_text in text for text in (prompt, *completions)):
-        yield "literal_end_of_text"
-    # Encoded together, "costs " and "46" become "costs" and " 46". A few characters on either side decide,
-    # because no tokenizer here joins words across a space.
+def _merges_across(prompt: str, completions: Sequence[str], tokenizer: Tokenizer) -> bool:
+    """Whether a token would cross the border if the two were encoded together: "costs " and "46" become
+    "costs" and " 46". A few characters on either side decide, because no tokenizer here joins words across a
+    space."""
     left = prompt[-_BOUNDARY:]
-    for right in (text[:_BOUNDARY] for text in completions):
-        if tokenizer.encode(left + right) != tokenizer.encode(left) + tokenizer.encode(right):
-            yield "merged"
-            return
+    return any(
+        tokenizer.encode(left + right) != tokenizer.encode(left) + tokenizer.encode(right)
+        for right in (text[:_BOUNDARY] for text in completions)
+    )
 
 
 _BOUNDARY = 64
@@ -151,7 +145,7 @@ def _compare_rows(examples: list[Example], findings: Findings) -> None:
 
 
 def _audit(
-    dataset: Dataset, examples: list[Example], sizes: list[tuple[int, ...]], findings: Findings, eot: str
+    dataset: Dataset, examples: list[Example], sizes: list[tuple[int, ...]], findings: Findings
 ) -> Audit:
     counts = {
         "prompt": [size[0] for size in sizes],
@@ -169,7 +163,6 @@ def _audit(
         best_longer=sum(lead > 0 for lead in leads) / len(leads) if leads else None,
         good=sum(labels) / len(labels) if labels else None,
         findings=findings,
-        eot=eot,
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..validation import InputError
+from .audit import text_findings
 from .files import Located, Row, read_rows
 
 
@@ -68,6 +69,7 @@ class Dataset(NamedTuple):
     places: list[str]  # "FILE, row 3" (JSON) or "FILE, line 3" (JSON lines) of each row, for messages
     skipped: list[str]  # one sentence for each bad row that was left out
     field: str  # the column that the completions are from
+    findings: dict[str, list[str]]  # what the texts alone show (`audit.text_findings`): name -> places
 
 
 def load_preferences(path: str | Path) -> list[PreferencePair]:
@@ -108,7 +110,7 @@ def dataset_from_rows(
 def _dataset(name: str, located: Iterable[Located], kind: str, skip_bad_rows: bool) -> Dataset:
     if kind not in KINDS:
         raise InputError(f"kind {kind!r}: choose one of {', '.join(KINDS)}.")
-    dataset = Dataset([], [], [], "")
+    dataset = Dataset([], [], [], "", {})
     for place, read in located:
         try:
             row = Row(place, read())
@@ -122,6 +124,8 @@ def _dataset(name: str, located: Iterable[Located], kind: str, skip_bad_rows: bo
             continue
         dataset.rows.append(parsed)
         dataset.places.append(place)
+        for finding in text_findings(parsed.prompt, completions_of(parsed)):
+            dataset.findings.setdefault(finding, []).append(place)
         dataset = dataset._replace(field=field)
     if not dataset.rows:
         bad = dataset.skipped
