@@ -373,6 +373,8 @@ def test_a_split_follows_its_seed_and_nothing_else():
     assert splits[0] == splits[1] and splits[0] != splits[2]
     assert all(len(held) == 50 for _, held in splits)
     assert split_by_prompt(rows, 0, seed=0) == (rows, [])
+    train, held = split_by_prompt(rows[:3], 0.5, seed=0)  # 1 and 2 of 3 are as near: fewer are held out
+    assert (len(train), len(held)) == (2, 1)
 
 
 def test_splits_that_leave_a_side_empty():

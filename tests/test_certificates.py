@@ -362,6 +362,35 @@ def test_at_the_optimum_the_bound_covers_rounding(world):
                 assert max(errors) <= Decimal(certificate.logp_bound[x].item())
 
 
+def test_x_is_not_understated_where_the_inverse_loses_digits():
+    """[D11.2] On a path g' H^+ g and rho^2 are sums over its edges, known here to forty digits. Margins up to
+    16 leave the inverse eight digits fewer than float64 has; x, from which every bound follows, allows for
+    their loss, and by no more than 1e-7 of itself."""
+    X, Y = 200, 6
+    generator = generator_of(0)
+    scores = (16 * torch.rand(X, Y, generator=generator, dtype=torch.float64)).cumsum(-1)
+    scores = scores * torch.linspace(0.1, 1, X).double().unsqueeze(-1)
+    ref = torch.full((X, Y), -math.log(Y), dtype=torch.float64)
+    logps = tilt(ref, scores, 1.0)
+    forth = [(y, y + 1, 1.0 + y) for y in range(Y - 1)]
+    edges = forth + [(loser, winner, 3.0) for winner, loser, _ in forth]
+    x = certify(logps, ref, one_each(X, *edges), beta=1.0).x
+    total = sum(weight for *_, weight in edges)
+    with localcontext() as context:
+        context.prec = 40
+        for found, row in zip(x.tolist(), (logps - ref).tolist()):
+            decrement, resistance = Decimal(0), Decimal(0)
+            for winner, loser, won in forth:
+                chance = 1 / (1 + (Decimal(row[loser]) - Decimal(row[winner])).exp())
+                games, won = Decimal(won + 3) / Decimal(total), Decimal(won) / Decimal(total)
+                edge = games * chance * (1 - chance)
+                decrement += (games * chance - won) ** 2 / edge
+                resistance += 1 / edge
+            exact = (decrement * resistance).sqrt()
+            assert found == math.inf or exact <= Decimal(found) <= exact * (1 + Decimal("1e-7"))
+    assert x.isfinite().sum() > X / 2
+
+
 # ------------------------------------------------------------------------------------ when it must refuse
 
 
@@ -507,6 +536,14 @@ def test_no_bound_anywhere_on_the_path_of_separable_data():
     for scores in far:
         logps = tilt(ref, scores.unsqueeze(0), 0.5)
         assert certify(logps, ref, data, beta=0.5).logp_bound.item() == math.inf
+
+
+def test_a_certificate_carries_no_gradient():
+    """It is asked of a policy in training: a graph kept with each record would fill the memory."""
+    ref = normal(2, 4, generator=generator_of(2), scale=1.0).log_softmax(-1)
+    data = expected_pairs(torch.zeros(2, 4).double(), all_sets(torch.ones(2, 4, dtype=torch.bool)))
+    certificate = certify(TabularPolicy(ref)(), ref.clone().requires_grad_(), data, beta=1.0)
+    assert not any(field.requires_grad for field in certificate)
 
 
 def test_certify_refuses_bad_input():

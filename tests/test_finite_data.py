@@ -562,6 +562,19 @@ def test_two_completions_have_textbook_errors():
     assert (ipo_standard_errors(sure, unanimous, ones(1, 2), beta=beta) > 0).all()  # nine wins are no proof
 
 
+def test_a_completion_without_data_has_no_error():
+    """[D11.3] Rewards that no comparison touches stay at zero, and so does their error: of a whole prompt
+    (where 0 / 0 would be NaN) and of one completion; the prompt beside them keeps its own."""
+    wins = torch.zeros(3, 3, 3, dtype=torch.float64)
+    wins[0, 0, 1], wins[0, 1, 0] = 30, 10
+    wins[2] = 7 * (1 - torch.eye(3))
+    data = from_wins(wins)
+    errors = standard_errors(torch.zeros(3, 3, dtype=torch.float64), data)
+    assert errors[0, 2] == 0 and (errors[1] == 0).all()
+    alone = [standard_errors(torch.zeros(1, 3).double(), from_wins(wins[x : x + 1])) for x in (0, 2)]
+    torch.testing.assert_close(errors[[0, 2]], torch.cat(alone), rtol=1e-14, atol=0)  # the same operations
+
+
 def test_errors_shrink_with_the_root_of_the_data():
     """[D11.3] four times the counts halve every standard error and deviation."""
     rewards = normal(1, 5, generator=generator_of(6), scale=1.0)
@@ -656,3 +669,15 @@ def test_chi_square_quantiles_of_many_degrees():
     for probability, degrees in ((0.0, 3), (1.0, 3), (0.5, 0)):
         with pytest.raises(InputError):
             chi_square_quantile(probability, degrees)
+
+
+@pytest.mark.parametrize("tail", [0.5, 1e-6, 1e-13])
+@pytest.mark.parametrize("degrees", [1, 100, 20_000, 1_000_000])
+def test_chi_square_quantiles_invert_their_law(degrees, tail):
+    """Item 1's quantile wherever it may be asked for: P(more than it) is the tail. Fails where the search
+    ends below it, as one of too few standard deviations does at the smallest tail."""
+    q = chi_square_quantile(1 - tail, degrees)
+    half = torch.tensor([degrees, q], dtype=torch.float64) / 2
+    # 1 - tail is rounded by eps / 2; the incomplete gamma function of 10^6 degrees loses 1e-8 or so, as its
+    # exponent is a difference of numbers of size 10^7
+    assert torch.special.gammaincc(*half).item() == pytest.approx(tail, rel=2 * EPS / tail + 1e-7, abs=0)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import statistics
 
 import pytest
 import torch
@@ -90,7 +91,7 @@ def test_what_is_known_of_a_sample_is_what_loops_find():
     policy, reference, value = other_gpt(), reference_gpt(), some_value()
     rollouts, record = collected(policy, value)
     assert [len(r.batch.ids) for r in rollouts] == [5, 5, 2]
-    all_ratios, all_rewards, all_errors, count = 0.0, 0.0, 0.0, 0
+    all_ratios, all_rewards, all_errors, all_returns = 0.0, 0.0, 0.0, []
     for rollout in rollouts:
         start = 0
         for prompt, completion in rows_of(rollout):
@@ -119,12 +120,17 @@ def test_what_is_known_of_a_sample_is_what_loops_find():
             assert rollout.returns[start].item() == pytest.approx(penalised, abs=1e-10)
             all_ratios, all_rewards = all_ratios + sum(ratios), all_rewards + paid
             all_errors += sum((a - b) ** 2 for a, b in zip(returns, values))
-            start, count = start + n, count + n
+            all_returns += returns
+            start += n
         assert start == len(rollout.returns)
     assert record["reward"] == pytest.approx(all_rewards / 12, abs=1e-10)
     assert record["kl/policy_reference"] == pytest.approx(all_ratios / 12, abs=1e-10)
-    assert record["ppo/value_loss"] == pytest.approx(all_errors / count, abs=1e-10)
-    assert record["length"] == count / 12 and record["kl/coefficient"] == SETTINGS.kl_coefficient
+    error = all_errors / len(all_returns)
+    assert record["ppo/value_loss"] == pytest.approx(error, abs=1e-10)
+    explained = 1 - error / statistics.pvariance(all_returns)  # 1 where the value is exact, 0 where constant
+    assert record["ppo/explained_variance"] == pytest.approx(explained, abs=1e-10)
+    assert record["length"] == len(all_returns) / 12
+    assert record["kl/coefficient"] == SETTINGS.kl_coefficient
 
 
 def test_the_penalty_of_tokens_sums_to_that_of_the_sequence():
@@ -141,6 +147,31 @@ def test_the_penalty_of_tokens_sums_to_that_of_the_sequence():
     for place in range(6):
         rest = paid[place:][sequence[place:] == sequence[place]]
         assert togo[place].item() == pytest.approx(rest.sum().item())
+
+
+def test_returns_and_records_are_summed_in_float64():
+    """A float32 network has float32 returns, each the exact sum rounded once, however much other completions
+    were paid; and what is logged of them is summed in float64."""
+    generator = torch.Generator().manual_seed(0)
+    paid = 1000 * torch.rand(3000, generator=generator)
+    sequence = torch.arange(3000) // 3
+    exact = paid.double().view(-1, 3).flip(-1).cumsum(-1).flip(-1).flatten()  # three terms: 1e-13
+    found = returns_to_go(paid, sequence)
+    assert found.dtype == torch.float32
+    # one rounding of float32, or its neighbour where the sum of all 3000, known to 1e-9, lies between two
+    torch.testing.assert_close(found.double(), exact, rtol=2**-24, atol=1e-9)
+
+    policy, reference, value = other_gpt().float(), reference_gpt().float(), some_value().float()
+    rollouts, record = collect(
+        policy, reference, value, ASKED, reward, SETTINGS, 0.3, eos=EOS, generator=generator
+    )
+    columns = [torch.cat([getattr(r, name) for r in rollouts]) for name in ("log_ratios", "advantages")]
+    ratios, advantages = (column.tolist() for column in columns)
+    assert columns[1].dtype == torch.float32
+    # sums of some thirty float64 numbers; in float32 they would be off by 1e-8 at least
+    assert record["kl/policy_reference"] == pytest.approx(math.fsum(ratios) / 12, rel=1e-13)
+    squares = math.fsum(a * a for a in advantages) / len(advantages)
+    assert record["ppo/value_loss"] == pytest.approx(squares, rel=1e-13)
 
 
 # ----------------------------------------------------------------------------------------------- gradient
@@ -214,6 +245,39 @@ def test_the_clip_stops_gradients():
         largest = max(gradient.abs().max().item() for gradient in gradients(policy, loss).values())
         assert (largest > 1e-6) is moves and (largest == 0) is not moves
         assert outside == len(rollout.returns)
+
+
+def test_the_clip_is_of_the_ratio_not_of_its_logarithm():
+    """With c = 0.2 a log ratio of -0.21 is inside, exp(-0.21) = 0.811, and one of 0.19 outside, 1.209."""
+    policy, value = other_gpt(), some_value()
+    (rollout, *_), _ = collected(policy, value)
+    for shift, share in ((-0.21, 0), (0.19, 1)):
+        moved = rollout._replace(old_logps=rollout.old_logps - shift)
+        assert ppo_losses(policy, value, moved, clip=0.2)[2] == share * len(rollout.returns)
+
+
+@pytest.mark.parametrize("limit", [None, 0.01])
+def test_both_networks_step_along_their_own_gradient(limit):
+    """By plain gradient descent, since Adam hides a factor: the policy along a mean over completions, the
+    value along the mean squared error of all tokens, each as far as max_grad_norm lets it."""
+    policy, value = other_gpt(), some_value()
+    rollouts, _ = collected(policy, value)
+    losses = [sum(parts) for parts in zip(*(ppo_losses(policy, value, r, clip=0.2)[:2] for r in rollouts))]
+    counts = SETTINGS.prompts, sum(len(r.returns) for r in rollouts)
+    networks, before = (policy, value), [copy.deepcopy(n).state_dict() for n in (policy, value)]
+    expected = [gradients(*pair) for pair in zip(networks, (x / n for x, n in zip(losses, counts)))]
+    optimizers = [torch.optim.SGD(n.parameters(), lr=1.0) for n in networks]
+    record = ppo._gradient_step(
+        policy, value, optimizers, rollouts, SETTINGS._replace(max_grad_norm=limit), step=1
+    )
+    for network, start, gradient in zip(networks, before, expected):
+        norm = math.sqrt(sum(g.square().sum().item() for g in gradient.values()))
+        assert norm > 0.1  # so that the limit shortens both
+        for name, parameter in network.named_parameters():
+            step = gradient[name] * (1 if limit is None else limit / (norm + 1e-6))  # torch's guard of a zero
+            torch.testing.assert_close(start[name] - parameter, step, rtol=0, atol=1e-11 * (1 + norm))
+        if network is policy:
+            assert record["grad_norm"] == pytest.approx(norm, rel=1e-9)  # before it was clipped
 
 
 # ----------------------------------------------------------------------------------------------- training
@@ -314,6 +378,33 @@ def test_the_divergence_meets_its_target():
     _, _, kl = exact_kls(policy, reference, 0.2)
     # 0.41, 0.62 and 0.40 for three seeds: 64 samples tell it to 0.1 or so, and steering lags behind
     assert abs(kl - 0.5) < 0.2
+
+
+def test_the_coefficient_follows_divergences_of_either_sign():
+    """A mean of sampled log-ratios may be negative, which says "far below the target": the coefficient goes
+    down by its full rate, although the size of the number is many targets."""
+    settings = SETTINGS._replace(iterations=6, prompts=2, target_kl=2e-3, learning_rate=1e-6)
+    _, _, records = run(settings)
+    kls = [record["kl/policy_reference"] for record in records]
+    assert min(kls) < -4e-3 and max(kls) > 4e-3
+    expected = SETTINGS.kl_coefficient
+    for record, kl in zip(records, kls):
+        assert record["kl/coefficient"] == pytest.approx(expected, rel=1e-12)
+        expected *= math.exp(0.1 * min(max(kl / 2e-3 - 1, -1), 1))
+
+
+def test_the_value_function_starts_as_the_references_first_layer_and_all_of_it_learns():
+    """Also where the reference is frozen, as most are; the reference stays frozen, and shares no weight."""
+    reference = reference_gpt().requires_grad_(False)
+    value = ppo.value_function(reference)
+    assert all(weight.requires_grad for weight in value.parameters())
+    assert not any(weight.requires_grad for weight in reference.parameters())
+    assert len(value.body.h) == 1 < len(reference.h)
+    theirs = dict(reference.named_parameters())
+    for name, weight in value.body.named_parameters():
+        assert torch.equal(weight, theirs[name]) and weight.data_ptr() != theirs[name].data_ptr()
+    (rollout, *_), _ = collected(value=value)
+    assert (value.token_values(rollout.batch) == 0).all()
 
 
 def test_the_value_function_learns():
