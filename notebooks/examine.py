@@ -7,11 +7,18 @@ judged. What the course itself wrote (demonstrations, checks) is not run: only t
 what the student added. REPORT gets one JSON line when an item begins and one when an exercise is judged, so
 whoever reads it knows what was going on when this process died. Items named SKIPPED are left out.
 
+Cells mean what they mean in Jupyter: `await` may stand at the top, and what is not Python (magics, shell
+commands, `f?`) is rewritten by IPython itself; but magics and commands do nothing, except `%time` and its
+like, which run the Python that they are given.
+
 But: this is no sandbox. It survives accidents, not malice; grade strangers' code in a container.
 """
 
 from __future__ import annotations
 
+import ast
+import asyncio
+import difflib
 import io
 import json
 import os
@@ -37,31 +44,45 @@ def examine(path: Path, report: Path, skipped: set[str]) -> None:
         tell(begin="reading")
         notebook = read(path)
         chapter = chapter_of(path, notebook)
-        namespace: dict[str, Any] = {"__name__": "__main__"}
+        exercises, session = of_chapter(chapter), Session()
+        answers: dict[str, list[Any]] = {exercise.function: [] for exercise in exercises.values()}
         for place, code in cells_to_run(notebook, chapter):
             item = f"cell {place}"
             if item not in skipped:
                 tell(begin=item)
-                if error := _run(code, item, namespace):
+                if error := _run(code, item, session):
                     tell(item=item, error=error)
-        for number, exercise in of_chapter(chapter).items():
+                for name, found in answers.items():
+                    value = session.namespace.get(name)
+                    if _is_own(value) and not (found and found[-1] is value):
+                        found.append(value)
+        for number, exercise in exercises.items():
             if number not in skipped:
                 tell(begin=number)
-                tell(item=number, **_judged(number, namespace.get(exercise.function)))
+                verdict = _judged(number, found := answers[exercise.function])
+                own = [n for n, value in session.namespace.items() if n not in answers and _is_own(value)]
+                tell(item=number, remark=_remark(exercise.function, found, notebook, own), **verdict)
         tell(begin="end")
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A notebook as it lies on disk. (The library for this format takes as long to load as torch.)
+    """A notebook as it lies on disk; one of the format before 2015 as Jupyter converts it. (The library for
+    this takes as long to load as torch.)
 
     Raises:
-        ValueError: it is none, or one of the format before 2015.
+        ValueError: it is none.
     """
+    data = path.read_bytes()
     try:
-        notebook = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(notebook["cells"], list) and isinstance(notebook["metadata"], dict):
+        notebook = json.loads(data.decode("utf-8-sig"))
+        if "worksheets" in notebook:
+            import nbformat
+
+            notebook = nbformat.reads(json.dumps(notebook), as_version=4)
+        code_cells(notebook)  # raises where a cell is of no known form
+        if isinstance(notebook["metadata"], dict):
             return notebook
-    except (ValueError, KeyError, TypeError):
+    except Exception:  # damaged files fail in many ways, nested ones by recursion
         pass
     raise ValueError("this file is no notebook; open it in Jupyter and save it again")
 
@@ -72,13 +93,12 @@ def chapter_of(path: Path, notebook: dict[str, Any]) -> str:
     Raises:
         ValueError: by neither.
     """
-    number = re.match(r"0*(\d+)", path.stem)
-    chapter = str(notebook["metadata"].get("course", {}).get("chapter", number and number[1]))
-    if chapter not in CHAPTERS:
-        raise ValueError(
-            "this is none of the course's notebooks: the file's name should begin with its number"
-        )
-    return chapter
+    course, number = notebook["metadata"].get("course"), re.match(r"0*(\d+)", path.stem)
+    told = str(course.get("chapter")) if isinstance(course, dict) else None
+    for chapter in (told, number and number[1]):
+        if chapter in CHAPTERS:
+            return chapter
+    raise ValueError("this is none of the course's notebooks: the file's name should begin with its number")
 
 
 def cells_to_run(notebook: dict[str, Any], chapter: str) -> list[tuple[int, str]]:
@@ -97,29 +117,92 @@ def cells_to_run(notebook: dict[str, Any], chapter: str) -> list[tuple[int, str]
 
 def code_cells(notebook: dict[str, Any]) -> list[tuple[list[str], str]]:
     """(tags, code) of each code cell."""
-    cells = [cell for cell in notebook["cells"] if cell.get("cell_type") == "code"]
-    return [(cell.get("metadata", {}).get("tags", []), "".join(cell["source"]).strip()) for cell in cells]
+    cells = [(cell, cell.get("metadata", {}).get("tags", []), _source(cell)) for cell in notebook["cells"]]
+    return [(tags, code) for cell, tags, code in cells if cell.get("cell_type") == "code"]
 
 
-def _run(code: str, name: str, namespace: dict[str, Any]) -> str | None:
+def _source(cell: dict[str, Any]) -> str:
+    """A cell's text, which may be a list of lines; IPython allows an indented first line."""
+    return "".join(cell.get("source", "")).replace("\r\n", "\n").lstrip("\n").rstrip()
+
+
+class Session:
+    """The namespace of a kernel, and the shell that `get_ipython()` gives there: of its methods only those
+    for magics that run Python do anything."""
+
+    def __init__(self) -> None:
+        self.namespace = {"__name__": "__main__", "get_ipython": lambda: self, "display": self.display}
+
+    def execute(self, code: str, name: str) -> None:
+        """Run a cell; what is not Python as it stands goes through IPython's own rewriting."""
+        options = {"mode": "exec", "flags": ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, "dont_inherit": True}
+        try:
+            program = compile(code, f"<{name}>", **options)
+        except SyntaxError:
+            from IPython.core.inputtransformer2 import TransformerManager
+
+            program = compile(TransformerManager().transform_cell(code), f"<{name}>", **options)
+        if (awaiting := eval(program, self.namespace)) is not None:  # what a cell with an `await` gives
+            asyncio.run(awaiting)
+
+    def run_cell_magic(self, name: str, line: str, code: str) -> None:
+        if name in ("time", "capture", "prun"):  # not timeit, which keeps its variables to itself
+            self.execute(code, f"%{name}")
+
+    def run_line_magic(self, name: str, line: str) -> None:
+        self.run_cell_magic(name, "", line)
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: []  # lines of output
+
+
+def _run(code: str, name: str, session: Session) -> str | None:
     """Execute one cell; the error it raised, or None."""
-    python = "\n".join(line for line in code.split("\n") if not line.lstrip().startswith(("%", "!")))
     try:
-        exec(compile(python, f"<{name}>", "exec"), namespace)
+        session.execute(code, name)
     except BaseException as error:  # exit() too
-        return f"{type(error).__name__}: {error}"[:200]
+        return _told(error)
     return None
 
 
-def _judged(number: str, function: Any) -> dict[str, Any]:
-    if function is None:
+def _told(error: BaseException) -> str:
+    """An error as a remark that any file can hold."""
+    try:
+        text = f"{type(error).__name__}: {error}"[:200]
+    except Exception:  # raised by its own __str__
+        text = type(error).__name__
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _is_own(value: Any) -> bool:
+    """A function of the student's: not a result that has taken its name, nor the package's own."""
+    return callable(value) and not str(getattr(value, "__module__", "")).startswith("dpo_minimal")
+
+
+def _remark(function: str, found: list[Any], notebook: dict[str, Any], own: list[str]) -> str | None:
+    """What is odd about an answer that is there more than once, or not at all and no error has told why."""
+    if found:
+        times = {1: None, 2: "twice"}.get(len(found), f"{len(found)} times")
+        return times and f"is defined {times}: the last one counts"
+    kinds = [cell.get("cell_type") for cell in notebook["cells"] if f"def {function}(" in _source(cell)]
+    if kinds:
+        return None if "code" in kinds else "is not there: its cell is no code cell, and so is not run"
+    alike = " and ".join(f"`{name}`" for name in difflib.get_close_matches(function, own, cutoff=0.5))
+    told = "is not there: the cell was deleted or the function renamed"
+    return f"{told}; there is {alike}" if alike else told
+
+
+def _judged(number: str, found: list[Any]) -> dict[str, Any]:
+    """The verdict on the last definition that is answered: a copy of the stub takes nothing away."""
+    if not found:
         return {"status": "missing", "mistake": None}
     from .checks import judge  # loads torch, which a file that is no notebook need not wait for
 
     try:
-        verdict = judge(number, function)
+        while (verdict := judge(number, found[-1])).status == "not solved yet" and len(found) > 1:
+            found.pop()
     except BaseException as error:
-        return {"status": "wrong", "mistake": f"{type(error).__name__}: {error}"[:200]}
+        return {"status": "wrong", "mistake": _told(error)}
     return {"status": verdict.status, "mistake": verdict.mistake}
 
 
@@ -150,5 +233,5 @@ if __name__ == "__main__":
         examine(Path(notebook), Path(report), set(skipped))
     except BaseException as error:
         with Path(report).open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps({"failed": f"{type(error).__name__}: {error}"[:200]}) + "\n")
+            lines.write(json.dumps({"failed": _told(error)}) + "\n")
     os._exit(0)  # whatever threads the submission left running

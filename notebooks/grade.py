@@ -73,6 +73,8 @@ def grade(student: str, path: Path, *, seconds: float) -> Result:
                 skipped.add(record["item"])
                 if record["mistake"]:
                     result.mistakes[record["item"]] = record["mistake"]
+                if record["remark"]:
+                    _remark(result, f"{record['item']} {record['remark']}")
             elif "error" in record and "NotImplementedError" not in record["error"]:
                 _remark(result, f"{record['item']} raised {record['error']}")
             elif "failed" in record:
@@ -121,9 +123,7 @@ def _examine(path: Path, skipped: set[str], seconds: float) -> tuple[list[dict],
                 break
             time.sleep(0.02)
         _end(process)
-        whole = report.read_text(encoding="utf-8").split("\n")[
-            :-1
-        ]  # a line cut off by the end does not count
+        *whole, _ = report.read_text(encoding="utf-8").split("\n")  # what the end has cut off does not count
         return [json.loads(line) for line in whole], reason
 
 
@@ -169,7 +169,8 @@ def write_csv(rows: list[dict[str, object]], path: Path) -> None:
     writer = csv.DictWriter(table, ["student", "points", *all_exercises(), "remarks"], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomically(path, lambda temporary: temporary.write_text(table.getvalue(), encoding="utf-8"))
+    text = table.getvalue().encode("utf-8", "backslashreplace")  # a file's name may be no text
+    write_atomically(path, lambda temporary: temporary.write_bytes(text))
 
 
 def summary(results: list[Result]) -> str:

@@ -2,13 +2,18 @@
 
 import copy
 import csv
+import json
+import re
 
 import nbformat
 import pytest
 
-from notebooks import build
+from dpo_minimal.bench.checks import Verdict, complain
+from dpo_minimal.bench.exercises import samples
+from notebooks import build, checks
+from notebooks.examine import Session, _run, cells_to_run, code_cells, examine, read
 from notebooks.exercises import all_exercises, of_chapter
-from notebooks.grade import Result, grade, gradebook, main, submissions, summary
+from notebooks.grade import Result, grade, gradebook, main, submissions, summary, write_csv
 
 (SOURCE,) = build.FOLDER.glob("source/03_*.py")
 RIGHT = "def dpo_loss(a, b, c, d, beta):\n    return -F.logsigmoid(beta * (a - c - b + d))"
@@ -24,8 +29,8 @@ def submit(folder, *answers, added=None):
     """The student's notebook 3 with some exercises answered, and perhaps a cell added after the set-up."""
     notebook = copy.deepcopy(build.student_notebook(SOURCE))
     for answer in answers:
-        name = answer.split("(")[0]
-        (cell,) = (c for c in notebook.cells if c.source.startswith(f"{name}("))
+        definition = re.search(r"def \w+\(", answer)[0]
+        (cell,) = (c for c in notebook.cells if c.source.startswith(definition))
         cell.source = answer
     if added is not None:
         notebook.cells.insert(2, nbformat.v4.new_code_cell(added))
@@ -36,14 +41,17 @@ def submit(folder, *answers, added=None):
 
 def test_a_folder_is_graded(tmp_path, capsys):
     """One CSV: points by exercise, two for a central one; what was not handed in stays empty."""
-    submit(tmp_path / "in" / "ada", RIGHT, ALSO_RIGHT)
-    submit(tmp_path / "in" / "bob", WRONG)
+    submit(tmp_path / "in" / "ada", "%%time\n" + RIGHT, ALSO_RIGHT)
+    bob = submit(tmp_path / "in" / "bob", WRONG, ALSO_RIGHT)
+    bob.write_text(bob.read_text(encoding="utf-8").replace("def implied_", "def my_implied_"), "utf-8")
     output = tmp_path / "grades.csv"
     assert main([str(tmp_path / "in"), "--output", str(output)]) == 0
     ada, bob = csv.DictReader(output.read_text(encoding="utf-8").splitlines())
     assert (ada["student"], ada["3.1"], ada["3.2"], ada["3.3"], ada["1.1"]) == ("ada", "2", "1", "0", "")
     assert (ada["points"], ada["remarks"]) == ("3", "")
     assert (bob["3.1"], bob["points"]) == ("0", "0") and "the reference is missing" in bob["remarks"]
+    renamed = "the cell was deleted or the function renamed; there is `my_implied_preferences`"
+    assert bob["remarks"].endswith(f"3.2 is not there: {renamed}")
     told = capsys.readouterr().out
     assert "solved by 1 of 2" in told and "1 x the reference is missing" in told
     with pytest.raises(SystemExit):
@@ -94,13 +102,157 @@ def test_bad_arguments_are_refused(tmp_path, capsys):
 
 def test_only_what_the_student_wrote_is_run():
     """The course's own demonstrations take seconds each; a class of thirty should not wait for them."""
-    from notebooks.examine import cells_to_run
-
     notebook = build.student_notebook(SOURCE)
     cells = cells_to_run(notebook, "3")
     assert len(cells) == 1 + len(of_chapter("3")) and cells[0][0] == 1 and "import torch" in cells[0][1]
     notebook.cells.insert(3, nbformat.v4.new_code_cell("helper = 1"))
     assert (2, "helper = 1") in cells_to_run(notebook, "3")
+
+
+# ------------------------------------------------------------------------------- what cells mean in Jupyter
+
+# Cells of a notebook, and the variables among x, y, z that Jupyter has after them, where x is 7 before.
+CELLS = {
+    "valid Python": (["y = (10\n % x)"], {"y": 3}),
+    "Python beside a magic": (["%pwd\ny = (10\n % x)\nz = '''\n%ls\n!ls'''"],
+                              {"y": 3, "z": "\n%ls\n!ls"}),
+    "help": (["x?\ny = 1", "?x", "x.real??"], {"y": 1}),
+    "a command in an if": (["if x:\n    !exit 1\n    y = 1\nelse:\n    !exit 2"], {"y": 1}),
+    "a command's output": (["y = !exit 0\nz = x"], {"y": [], "z": 7}),
+    "a magic's output": (["y = %timeit -n1 -r1 -q x\nz = x"], {"y": None, "z": 7}),
+    "a timed cell": (["\n%%time\nx -= 1\ny = x"], {"x": 6, "y": 6}),
+    "a timed statement": (["%time y = x + 1"], {"y": 8}),
+    "a timed loop": (["%%timeit -n1 -r1\nx = 0"], {}),
+    "magic in magic": (["%%capture\n%%time\n%pwd\ny = (10\n % x)"], {"y": 3}),
+    "no Python": (["%%bash\nx=0", "%%writefile x.py\nx = 0", "%%html\n<p>"], {}),
+    "await": (["async def f(): return x\ny = await f()", "%pwd\nz = await f()"], {"y": 7, "z": 7}),
+    "indentation": (["    y = x\n    z = y"], {"y": 7, "z": 7}),
+    "a copied prompt": ([">>> y = x\n>>> if y:\n...     z = y"], {"y": 7, "z": 7}),
+    "display": (["display(x)\ny = x"], {"y": 7}),
+    "the shell itself": (["get_ipython().run_line_magic('pwd', '')\ny = x"], {"y": 7}),
+    "annotations": (["def f(a: x): return a\ny = f.__annotations__['a']"], {"y": 7}),
+    "mistakes": (["y = 1\ny = (", "z = 1\n1 / 0\nz = 2", "%time x +", "exit()"], {"z": 1}),
+    "line ends of Windows": (["%%time\r\nif x:\r\n    y = '''a\r\nb'''\r\n"], {"y": "a\nb"}),
+}  # fmt: skip
+
+
+def variables(namespace):
+    return {name: namespace[name] for name in "xyz" if name in namespace}
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_a_cell_does_what_it_does_in_jupyter(name, tmp_path, monkeypatch):
+    """And it starts no command and writes no file."""
+    monkeypatch.chdir(tmp_path)
+    cells, expected = CELLS[name]
+    session = Session()
+    session.namespace["x"] = 7
+    for code in cells:
+        _run(code, name, session)
+    assert variables(session.namespace) == {"x": 7, **expected}
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_cells_above_do_so_in_ipython(tmp_path, monkeypatch):
+    from IPython.core.interactiveshell import InteractiveShell
+    from traitlets.config import Config
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    shell = InteractiveShell(config=Config(HistoryManager={"enabled": False}))
+    for cells, expected in CELLS.values():
+        shell.reset()
+        shell.user_ns["x"] = 7
+        for code in cells:
+            shell.run_cell(code)
+        assert variables(shell.user_ns) == {"x": 7, **expected}, cells
+
+
+def test_a_notebook_is_read_as_jupyter_reads_it(tmp_path):
+    """Source as text or as lines, line ends of Windows, a byte-order mark, the format before 2015; code that
+    stands in a raw or markdown cell is not run."""
+    cells = [nbformat.v4.new_raw_cell("raw = 1"), nbformat.v4.new_markdown_cell("marked = 1")]
+    notebook = nbformat.v4.new_notebook(
+        cells=[*cells, *map(nbformat.v4.new_code_cell, ("if 1:\n    a = '%'", ""))]
+    )
+    expected = [([], "if 1:\n    a = '%'"), ([], "")]
+    path = tmp_path / "03.ipynb"
+    lines = nbformat.writes(notebook)
+    whole = json.dumps(notebook)
+    old = json.dumps(nbformat.convert(notebook, 3))
+    assert '"source": [' in lines and '"source": "' in whole and '"worksheets"' in old
+    for text in (lines, whole, old, whole.replace("\\n", "\\r\\n"), "\ufeff" + lines.replace("\n", "\r\n")):
+        path.write_bytes(text.encode())
+        assert code_cells(read(path)) == expected, text
+
+
+# ------------------------------------------------------------------- doubled, deleted and renamed exercises
+
+STUB = 'def dpo_loss(a, b, c, d, beta):\n    """Mine."""\n    raise NotImplementedError'
+RENAMED = "is not there: the cell was deleted or the function renamed"
+ANSWERS = {  # cells instead of the exercise's own: whether the answer is right, and the remark
+    "once": ([RIGHT], "right", None),
+    "no magic": (["%%time\n" + RIGHT], "right", None),
+    "twice": ([WRONG, RIGHT], "right", "is defined twice: the last one counts"),
+    "a worse one last": ([RIGHT, RIGHT, WRONG], "wrong", "is defined 3 times: the last one counts"),
+    "a copy of the stub": ([RIGHT, STUB, STUB], "right", None),
+    "no answer": ([STUB], "not solved yet", None),
+    "no answer, twice": ([STUB, STUB], "not solved yet", None),
+    "a result of the same name": ([RIGHT, "dpo_loss = torch.ones(2)"], "right", None),
+    "the package's beside it": ([RIGHT, "from dpo_minimal import dpo_loss"], "right", None),
+    "the package's alone": (["from dpo_minimal import dpo_loss"], "missing", RENAMED),
+    "deleted": ([], "missing", RENAMED),
+    "renamed": ([RIGHT.replace("dpo", "my_dpo")], "missing", f"{RENAMED}; there is `my_dpo_loss`"),
+    "two more": ([RIGHT.replace("loss(", f"loss{n}(") for n in (1, 2)], "missing",
+                 f"{RENAMED}; there is `dpo_loss2` and `dpo_loss1`"),
+    "broken": ([RIGHT + ")"], "missing", None),
+}  # fmt: skip
+
+
+def examined(notebook, tmp_path, monkeypatch):
+    """The record of exercise 3.1, judged by a few draws."""
+
+    def judge(number, function):
+        exercise = checks.find_exercise(number)
+        try:
+            wrong = any(complain(exercise, function, given) for given in samples(exercise.inputs))
+        except NotImplementedError:
+            return Verdict("not solved yet", "")
+        return Verdict("wrong" if wrong else "right", "")
+
+    monkeypatch.setattr(checks, "judge", judge)
+    path, report = tmp_path / "03_dpo.ipynb", tmp_path / "report.jsonl"
+    nbformat.write(notebook, path)
+    examine(path, report, {"3.2", "3.3", "3.4"})
+    records = map(json.loads, report.read_text(encoding="utf-8").splitlines())
+    (record,) = (record for record in records if "status" in record)
+    return record["status"], record["remark"]
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_an_odd_answer_is_remarked_and_costs_no_more_than_its_mistake(name, tmp_path, monkeypatch):
+    cells, status, remark = ANSWERS[name]
+    notebook = nbformat.v4.new_notebook(cells=[build.student_notebook(SOURCE).cells[1]])
+    assert "import torch" in notebook.cells[0].source
+    notebook.cells += map(nbformat.v4.new_code_cell, cells)
+    assert examined(notebook, tmp_path, monkeypatch) == (status, remark)
+
+
+def test_an_answer_in_a_markdown_cell_is_remarked(tmp_path, monkeypatch):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(RIGHT)])
+    status, remark = examined(notebook, tmp_path, monkeypatch)
+    assert (status, remark) == ("missing", "is not there: its cell is no code cell, and so is not run")
+
+
+def test_what_cannot_be_written_does_not_end_the_grading(tmp_path, monkeypatch):
+    """Half of a surrogate pair in an error or in a file's name, and an error that cannot be told."""
+    assert _run("raise ValueError('\\ud800')", "cell 1", Session()) == "ValueError: \\ud800"
+    mute = "class Mute(Exception):\n    def __str__(self): return None\nraise Mute"
+    assert _run(mute, "cell 1", Session()) == "Mute"
+    rows = gradebook([Result("\udce9va", "03.ipynb", {}, {}, ["no notebook"])])
+    write_csv(rows, tmp_path / "grades.csv")
+    assert "\\udce9va" in (tmp_path / "grades.csv").read_text(encoding="utf-8")
 
 
 HOSTILE = {
