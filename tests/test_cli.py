@@ -6,7 +6,6 @@ import json
 import math
 import os
 import runpy
-import stat
 import subprocess
 import sys
 from dataclasses import replace
@@ -136,8 +135,6 @@ def test_bandit_writes_its_files(run):
         "metrics.jsonl",
         "result.npz",
     ]
-    for path in folder.iterdir():
-        assert stat.S_IMODE(path.stat().st_mode) & 0o444 == 0o444  # readable by everyone
 
 
 def test_config_holds_what_it_takes_to_repeat_the_run(run):
@@ -660,6 +657,22 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else():
     with pytest.raises(KeyboardInterrupt):
         runs.write_atomically(Path("new.json"), fail)
     assert list(Path.cwd().iterdir()) == [path]
+
+
+def test_a_written_file_has_the_permissions_of_the_umask_and_replaces_a_link():
+    """A run of private data must not be for all to read; what a link led to stays as it was."""
+    for mask, mode in ((0o022, 0o644), (0o077, 0o600), (0o002, 0o664)):
+        before = os.umask(mask)
+        try:
+            runs.write_json(Path("result.json"), {})
+        finally:
+            os.umask(before)
+        assert Path("result.json").stat().st_mode & 0o777 == mode
+    Path("elsewhere.json").write_text("kept")
+    Path("result.json").unlink()
+    Path("result.json").symlink_to("elsewhere.json")
+    runs.write_json(Path("result.json"), {})
+    assert Path("elsewhere.json").read_text() == "kept" and not Path("result.json").is_symlink()
 
 
 def test_a_file_appears_only_when_it_is_whole():

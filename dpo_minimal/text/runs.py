@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import platform
+import secrets
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -66,15 +67,14 @@ def _unwritable(folder: Path, error: OSError) -> InputError:
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place in one move."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    """Let `write` fill a temporary file beside `path`, then put it in place in one move, also of a link."""
+    temporary = path.with_name(f".{secrets.token_hex(8)}{path.suffix}")
     try:
+        # Who may read it is for the umask to say; the files of `tempfile` are for their owner alone.
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())  # else a power cut may leave the new name with no content
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner may read
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
