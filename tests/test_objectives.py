@@ -172,6 +172,7 @@ def by_hand(
         "dpo/gradient_weight": weight,
         "dpo/saturated_fraction": float(margin > math.log(99)),
         "dpo/displacement": float(ratios[0] < -1e-4 * math.sqrt(lengths[0])),
+        "dpo/chosen_logratio": ratios[0],
         "dpo/ties": sum(abs(a) <= tie for a, tie in zip(apart, ties)) / len(ties),
     } | ({"kto/kl_estimate": z0} if loss_type == "kto" else {})
 

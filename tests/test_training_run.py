@@ -288,7 +288,7 @@ def test_records_have_the_names_of_the_field(tmp_path):
     assert [record["step"] for record in looked] == [0, 4, 8, 12]
     names = {"loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"}
     names |= {"logps/chosen", "logps/rejected", "dpo/gradient_weight", "dpo/saturated_fraction"}
-    names |= {"dpo/displacement", "dpo/ties"}
+    names |= {"dpo/displacement", "dpo/chosen_logratio", "dpo/ties"}
     assert set(trained[0]) == names | {"step", "grad_norm", "learning_rate"}
     assert set(looked[0]) == {f"eval_{name}" for name in names} | {"step", "kl/policy_reference"}
     assert [
@@ -313,10 +313,12 @@ def test_few_steps_may_be_logged(tmp_path):
 
 
 def test_displacement_is_told_once_and_only_where_it_is(tmp_path, capsys):
-    fallen = {"dpo/displacement": 0.8, "rewards/chosen": -0.1}
+    fallen = {"dpo/displacement": 0.8, "dpo/chosen_logratio": -0.1}
     assert training_run.is_displaced([fallen] * 10)
     assert not training_run.is_displaced([fallen] * 9)  # a spell, not a moment
-    assert not training_run.is_displaced([fallen | {"rewards/chosen": 0.1}] * 10)
+    # Most fell, but little; the reward of a loss without a reference, a log-probability, is always below 0.
+    risen = fallen | {"dpo/chosen_logratio": 0.1, "rewards/chosen": -5.0}
+    assert not training_run.is_displaced([risen] * 10)
     assert not training_run.is_displaced([fallen | {"dpo/displacement": 0.4}] * 10)
     assert not training_run.is_displaced([{"loss": 1.0}] * 10)
     progress = training_run._Progress("test", 0, 30, 4)

@@ -112,6 +112,7 @@ def preference_objective(model: GPT, loss_type: str, *, dtype: str, **options: f
         dpo/saturated_fraction: share of rows that the implicit reward orders with odds above 99 : 1.
         dpo/displacement: share of rows whose chosen completion is less likely than under the reference, by
             more than rounding.
+        dpo/chosen_logratio: the mean log(pi / pi_ref), nats, also of losses whose rewards are something else.
         dpo/ties: share of rows (neighbours) with equal rewards up to rounding, neither right nor wrong.
         kto/kl_estimate: of KTO alone, its z0.
     The divergence from the reference is not among them: it is a mean over the policy's own samples.
@@ -165,6 +166,7 @@ def _metrics(
         "dpo/gradient_weight": result.gradient_weights,
         "dpo/saturated_fraction": (margins > math.log(99)).float(),
         "dpo/displacement": (ratios[:, 0] < -_rounding(lengths[:, 0], dtype)).float(),
+        "dpo/chosen_logratio": ratios[:, 0],
         "dpo/ties": (order.abs() <= tie).float(),
     } | metrics
 

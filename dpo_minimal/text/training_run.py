@@ -267,10 +267,11 @@ def is_displaced(recent: Sequence[Record]) -> bool:
 
     Single windows do so by chance.
     """
-    if len(recent) < RECENT or "dpo/displacement" not in recent[-1]:
+    if len(recent) < RECENT or "dpo/chosen_logratio" not in recent[-1]:
         return False
-    share, reward = (sum(r[key] for r in recent) / RECENT for key in ("dpo/displacement", "rewards/chosen"))
-    return share > 0.5 and reward < 0
+    names = "dpo/displacement", "dpo/chosen_logratio"
+    share, logratio = (sum(record[name] for record in recent) / RECENT for name in names)
+    return share > 0.5 and logratio < 0
 
 
 class _Progress:
