@@ -145,7 +145,8 @@ def test_the_loss_starts_at_ln_2_and_falls(trained):
 
 def test_a_run_folder_holds_what_the_help_says(trained, world):
     assert {path.name for path in trained.iterdir()} == {
-        "config.json", "metrics.jsonl", "training.png", "model", "checkpoints", "reference_logps.safetensors"
+        ".lock", "config.json", "metrics.jsonl", "training.png", "model", "checkpoints",
+        "reference_logps.safetensors",
     }  # fmt: skip
     assert {path.name for path in (trained / "model").iterdir()} == {
         "config.json",
@@ -304,8 +305,9 @@ def test_a_folder_without_tokenizer_is_gpt_2s_only_by_its_size(world, capsys):
 # ------------------------------------------------------------------------------------------------ going on
 
 
-def test_ctrl_c_and_resume(trained, world, no_figure):
-    """A run in a process of its own is interrupted, and goes on to the files of the uninterrupted one."""
+def test_ctrl_c_and_resume(trained, world, capsys, no_figure):
+    """A run in a process of its own lets no other in and is interrupted, and goes on to the files of the
+    uninterrupted one."""
     command = [sys.executable, "-m", "dpo_minimal", *dpo_flags(world)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -315,6 +317,11 @@ def test_ctrl_c_and_resume(trained, world, no_figure):
     while not Path("run/checkpoints/step-000003").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.002)
+    process.send_signal(signal.SIGSTOP)
+    try:
+        refused(capsys, ["dpo", "--resume", "run"], "run: another process is training in it")
+    finally:
+        process.send_signal(signal.SIGCONT)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "go on with `dpo-minimal dpo --resume run`" in err, err
@@ -501,7 +508,8 @@ def test_a_full_disk_is_one_sentence(world, capsys, monkeypatch):
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
     refused(capsys, dpo_flags(world), "No space left on device", "free some space")
-    assert not list(Path("run").glob("**/*.safetensors")) and not list(Path("run").glob("**/.*"))
+    assert not list(Path("run").glob("**/*.safetensors"))
+    assert list(Path("run").glob("**/.*")) == [Path("run/.lock")]
 
 
 def test_a_used_folder_is_refused(trained, world, capsys):

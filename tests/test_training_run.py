@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -23,7 +24,15 @@ from dpo_minimal.text import training_run
 from dpo_minimal.text.batches import Example
 from dpo_minimal.text.checkpoint import load_model, state_fingerprint
 from dpo_minimal.text.objectives import check_start, preference_objective, reference_logps, sft_objective
-from dpo_minimal.text.training_run import Data, Interrupted, Settings, evaluate, planned_steps, run_training
+from dpo_minimal.text.training_run import (
+    Data,
+    Interrupted,
+    Settings,
+    alone_in,
+    evaluate,
+    planned_steps,
+    run_training,
+)
 from dpo_minimal.text.training_state import load_training_state
 from dpo_minimal.train import make_optimizer
 from dpo_minimal.validation import InputError
@@ -223,6 +232,74 @@ def test_a_checkpoint_that_was_moved_is_let_go(tmp_path):
     oldest.symlink_to(tmp_path / "elsewhere")
     assert start(tmp_path / "run", resume=True) == whole
     assert not oldest.is_symlink() and any((tmp_path / "elsewhere").iterdir())
+
+
+def test_nothing_is_deleted_through_a_link(tmp_path):
+    """The folder of checkpoints is a link into another run: what that one holds is not for this to prune."""
+    theirs = tmp_path / "theirs" / "checkpoints"
+    for name in ("step-000001", "step-000002", "step-000003"):
+        (theirs / name).mkdir(parents=True)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(theirs)
+    start(tmp_path / "run")
+    assert {"step-000001", "step-000002", "step-000003"} <= {path.name for path in theirs.iterdir()}
+
+
+def test_a_run_folder_leads_nowhere_else(tmp_path):
+    """A folder that came from somebody else: going on with it must not write where its links lead. A file
+    that is a link is replaced; one to a checkpoint is only read."""
+    folder, precious = tmp_path / "run", tmp_path / "precious"
+    precious.mkdir()
+    (folder / "sft").mkdir(parents=True)
+    for name in ("model", "sft/checkpoints"):
+        link = folder / name
+        link.symlink_to(precious)
+        with pytest.raises(InputError, match=rf"{name}: is a link, .*; remove the link\.$"), alone_in(folder):
+            pytest.fail("let in")
+        link.unlink()
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "step-000003").symlink_to(precious)
+    (precious / "file").write_text("kept")
+    (folder / "metrics.jsonl").symlink_to(precious / "file")
+    with alone_in(folder):
+        training_run._Log(folder / "metrics.jsonl", []).add({"step": 1, "loss": 0.5})
+    assert (precious / "file").read_text() == "kept" and not (folder / "metrics.jsonl").is_symlink()
+    (folder / ".lock").unlink()
+    (folder / ".lock").symlink_to(precious / "new")
+    with pytest.raises(OSError), alone_in(folder):
+        pytest.fail("let in")
+    assert not (precious / "new").exists()
+
+
+def test_a_run_folder_belongs_to_one_process(tmp_path):
+    """A second process is refused until the first has ended, be it killed; then nobody is."""
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:
+        with alone_in(tmp_path):
+            os.write(writer, b"in")
+            signal.pause()
+    assert os.read(reader, 2) == b"in"
+    sentence = rf"^{re.escape(str(tmp_path))}: another process is training in it; .*\.$"
+    try:
+        with pytest.raises(InputError, match=sentence), alone_in(tmp_path):
+            pytest.fail("let in")
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    for _ in range(2):
+        with alone_in(tmp_path):
+            pass
+
+
+def test_a_run_is_readable_as_the_umask_says(tmp_path):
+    """Weights learnt from private data, on a machine of many users: no file is for others to read."""
+    before = os.umask(0o077)
+    try:
+        start(tmp_path / "run")
+    finally:
+        os.umask(before)
+    found = {path: path.stat().st_mode & 0o077 for path in (tmp_path / "run").rglob("*")}
+    assert len(found) > 5 and not any(found.values())
 
 
 def test_checkpoints_are_the_newest_two_and_whole(tmp_path):

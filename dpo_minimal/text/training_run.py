@@ -29,6 +29,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
+
 from ..model import GPT
 from ..train import Objective, Record, Window, average, make_optimizer, train, warm_up
 from ..validation import InputError
@@ -37,7 +42,7 @@ from .objectives import make_window
 from .runs import record_line, write_records
 from .training_state import load_training_state, save_training_state
 
-METRICS_FILE, CHECKPOINTS = "metrics.jsonl", "checkpoints"
+METRICS_FILE, CHECKPOINTS, LOCK_FILE = "metrics.jsonl", "checkpoints", ".lock"
 RECENT = 10  # steps over which displacement is judged
 KEEP = 2  # checkpoints: the newest, and the one before it, to go back to by deleting the newest
 
@@ -185,6 +190,32 @@ def _due(step: int, every: int, last_step: int) -> bool:
 # ----------------------------------------------------------------------------------------------- resuming
 
 
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run folder until the block ends, or the process, however it ends.
+
+    Raises InputError where another one is in it (a file system without locks cannot tell), or where a part of
+    it is a link to a folder, into which the run might write; one to a checkpoint is only read or removed.
+    """
+    for path in filter(Path.is_symlink, folder.rglob("*")):
+        if path.is_dir() and not path.name.startswith("step-"):
+            raise InputError(f"{path}: is a link, but a run writes into its own folder; remove the link.")
+    handle = os.open(folder / LOCK_FILE, os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    with open(handle, "r+") as file:  # and it stays: another process may have opened it by then
+        try:
+            if os.name == "nt":
+                msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+            else:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # the latter is Windows'
+            raise InputError(
+                f"{folder}: another process is training in it; wait for its end, or name another folder."
+            ) from None
+        except OSError:  # no locks there
+            pass
+        yield
+
+
 def _checkpoints(folder: Path) -> list[Path]:
     """Oldest first; a file, or a folder of another name, such as a copy that a user keeps, is left alone."""
     found = [path for path in (folder / CHECKPOINTS).glob("step-*") if path.name[5:].isdecimal()]
@@ -197,6 +228,8 @@ def _save(folder: Path, model: GPT, optimizer: torch.optim.Optimizer, step: int)
         return
     target.parent.mkdir(exist_ok=True)
     save_training_state(target, model, optimizer, {"step": step})
+    if target.parent.is_symlink():  # what lies there may be another run's
+        return
     for old in _checkpoints(folder)[:-KEEP]:
         if old.is_symlink():  # to where a user has moved it
             old.unlink()

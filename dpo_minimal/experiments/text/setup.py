@@ -21,7 +21,7 @@ from ...text.data import Dataset, dataset_from_rows, load_dataset
 from ...text.reviews import comparisons, demonstrations, sentiment
 from ...text.runs import new_run_folder, read_json_object, refuse_used_folder, versions, write_json
 from ...text.tokenizer import TOKENIZER_FILE, Tokenizer, gpt2_tokenizer, load_tokenizer, save_tokenizer
-from ...text.training_run import Data, Interrupted, Settings, run_training
+from ...text.training_run import Data, Interrupted, Settings, alone_in, run_training
 from ...train import Objective, Record
 from ...validation import InputError
 from ..options import CONFIG_FILE, HELD_OUT, MOST_HELD_OUT, read_run_config
@@ -183,7 +183,8 @@ def open_folder(options: argparse.Namespace, command: str) -> Path:
 def resumable(command: str, folder: Path) -> Iterator[Path]:
     """Says after Ctrl-C how to go on; where a run is part of another, the outer one says it."""
     try:
-        yield folder
+        with alone_in(folder):
+            yield folder
     except KeyboardInterrupt as interruption:
         reason = str(interruption).partition(";")[0] or "interrupted"
         how = f"dpo-minimal {command} --resume {folder}"
