@@ -96,6 +96,26 @@ def test_the_same_seed_draws_the_same_and_a_long_prompt_loses_its_left_end():
     assert other != draws[0]
 
 
+def test_a_prompt_given_as_ids_is_read_as_it_is():
+    """Where a prompt was cut inside a character, its text has other ids; here b alone says nothing of ^."""
+    policy, reference = pair_of_models()
+    found = sample(policy, reference, Letters(), [[0, 2], [0, 2], [2]] * 30, max_new_tokens=4, seed=3)
+    assert found.prompts[:3] == ["b", "b", "b"]
+    texts = sample(policy, reference, Letters(), found.prompts, max_new_tokens=4, seed=3)
+    same = (found.log_ratios - texts.log_ratios).abs() < 1e-9  # float64, in rows of other widths
+    assert same[2::3].all() and not same[::3].any()
+
+
+def test_more_new_tokens_than_the_context_are_refused():
+    """The limit of a prompt would be 0 or negative, which keeps all of it or cuts its right end."""
+    policy, reference = pair_of_models()
+    for many in (8, 11):
+        with pytest.raises(InputError, match=rf"^max_new_tokens must be below .* of 8, got {many}\.$"):
+            sample(policy, reference, Letters(), ["abab"], max_new_tokens=many, seed=0)
+    with pytest.raises(InputError, match="at least one prompt"):
+        sample(policy, reference, Letters(), [], max_new_tokens=4, seed=0)
+
+
 def test_no_policy_exceeds_the_bound():
     """beta log Z of a finite world is reached by pi* alone; the estimate from all of the reference's mass,
     each completion as often as it is likely, is that number exactly."""

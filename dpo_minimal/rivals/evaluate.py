@@ -112,7 +112,7 @@ def sample(
     model: GPT,
     reference: GPT,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str | list[int]],
     *,
     max_new_tokens: int,
     seed: int,
@@ -122,19 +122,23 @@ def sample(
 
     Args:
         model, reference: on one device; the reference may be the model itself.
-        prompts: N texts; an empty one starts from end-of-text. A prompt too long for the context loses its
-            left end, as in training.
+        prompts: N texts, or their token ids; an empty one starts from end-of-text. A prompt too long for the
+            context loses its left end, as in training.
         max_new_tokens: where a sample is cut.
         reward: completion text -> true reward.
+    Raises InputError: no prompts, or a context without place for one.
     """
     generator = torch.Generator(model.wte.weight.device).manual_seed(seed)
-    longest = model.config.block_size - max_new_tokens
-    ids = [(tokenizer.encode(prompt) or [tokenizer.eot])[-longest:] for prompt in prompts]
+    context = model.config.block_size
+    if (longest := context - max_new_tokens) < 1:
+        raise InputError(f"max_new_tokens must be below the context of {context}, got {max_new_tokens}.")
+    rows = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    ids = [(row or [tokenizer.eot])[-longest:] for row in rows]
     options = {"max_new_tokens": max_new_tokens, "eos": tokenizer.eot, "generator": generator}
     completions, logps, ref_logps = draw(model, reference, ids, **options)
     texts = [tokenizer.decode(y) for y in completions]
     return Samples(
-        list(prompts),
+        [x if isinstance(x, str) else tokenizer.decode(x) for x in prompts],
         texts,
         torch.tensor([y[-1] == tokenizer.eot for y in completions]),
         torch.tensor([len(y) for y in completions]),

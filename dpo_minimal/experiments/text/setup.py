@@ -150,7 +150,7 @@ def draw_samples(
 
     The same prompts and random numbers in every call, so that two policies can be compared.
     """
-    prompts = [policy.tokenizer.decode(row.prompt) for row in (rows.held_out or rows.train)[:count]]
+    prompts = [row.prompt for row in (rows.held_out or rows.train)[:count]]
     if not prompts:
         return None
     return sample(
