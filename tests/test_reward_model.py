@@ -146,7 +146,7 @@ def test_a_planted_reward_is_learnt_and_the_best_weights_are_kept():
     torch.manual_seed(0)
     assert all(torch.equal(a, b) for a, b in zip(body.parameters(), GPT(BODY).parameters()))
     looks = [r["eval_rewards/accuracies"] for r in records if "eval_rewards/accuracies" in r]
-    (window,) = reward_model._windows(held_out, 500, "cpu", seed=0, epoch=0)
+    (window,) = reward_model._windows(held_out, 500, "cpu", seed=0, epochs=1)
     accuracy = average(reward_model_objective(model), window)["rewards/accuracies"]
     assert accuracy == max(looks) and looks[-1] < max(looks)
     # what ties give by luck, 0.5 or so of some 60 pairs, is 0.015; the rest is what 1200 noisy pairs leave
@@ -172,6 +172,28 @@ def test_the_earlier_of_equals_is_kept(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), early.parameters()))
 
 
+def test_windows_are_laid_out_one_after_the_other_in_an_order_of_the_seed(monkeypatch):
+    """All of three epochs beforehand took 500 MiB instead of 7. Another seed, another order."""
+    original, made = reward_model.make_window, []
+
+    def counting(rows, step, *args, **options):
+        made.append(step)
+        return original(rows, step, *args, **options)
+
+    def watching(records):
+        for record in records:
+            assert len(made) == 1 + record["step"]  # the held-out pairs are one more
+            yield record
+
+    monkeypatch.setattr(reward_model, "make_window", counting)
+    orders = []
+    for seed in (0, 0, 1):
+        made.clear()
+        fitted(64, seed=seed, epochs=2, progress=watching)
+        orders.append(list(made))
+    assert len(made) == 5 and orders[0] == orders[1] != orders[2] and orders[0][1:3] != orders[0][3:]
+
+
 def test_micro_batches_weigh_pairs_not_tokens():
     """A batch in pieces gives the loss of the whole, also where the last piece is smaller."""
     rows, _ = planted_pairs(21, 3)
@@ -179,7 +201,7 @@ def test_micro_batches_weigh_pairs_not_tokens():
     model = RewardModel(loud(GPT(BODY)))
     with torch.no_grad():
         model.head.weight.fill_(0.3)
-    (window,) = reward_model._windows(rows, 21, "cpu", seed=0, epoch=0)
+    (window,) = reward_model._windows(rows, 21, "cpu", seed=0, epochs=1)
     assert [len(micro.ids) for micro in window.micro_batches] == [16, 5]
     batch = shared_prompt_batch([e.prompt for e in rows], [e.completions for e in rows])
     whole = reward_model_objective(model)(batch)[0].item()
@@ -253,7 +275,7 @@ MUTANTS = {
     "the later of equals is kept": (fit_reward_model, "] > best", "] >= best", None),
     "the body given is trained": (fit_reward_model, "copy.deepcopy(body)", "body", None),
     "pieces weigh the same": (
-        reward_model._windows, "count / sum(counts)", "1 / len(counts)",
+        reward_model._windows, "len(micro) / sum(map(len, step))", "1 / len(step)",
         test_micro_batches_weigh_pairs_not_tokens,
     ),
     "the mean over all prompts": (

@@ -11,7 +11,7 @@ Shapes: B prompts of a batch, K completions of each, N tokens or completions, C 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -121,12 +121,13 @@ def fit_reward_model(
     model = RewardModel(copy.deepcopy(body).requires_grad_(True))
     objective = reward_model_objective(model)
     device = str(body.wte.weight.device)
-    held_out_window = _windows(held_out, len(held_out), device, seed=0, epoch=0)[0]
-    steps = [w for e in range(epochs) for w in _windows(train_rows, batch_size, device, seed=seed, epoch=e)]
+    (held_out_window,) = _windows(held_out, len(held_out), device, seed=0, epochs=1)
+    steps = _windows(train_rows, batch_size, device, seed=seed, epochs=epochs)
+    last = epochs * -(-len(train_rows) // batch_size)
     optimizer = make_optimizer(model.parameters(), "adamw", learning_rate)
     best, best_weights, records = -1.0, {}, []
     for record in progress(train(objective, optimizer, steps, max_grad_norm=max_grad_norm)):
-        if record["step"] % look_every == 0 or record["step"] == len(steps):
+        if record["step"] % look_every == 0 or record["step"] == last:
             found = average(objective, held_out_window)
             record |= {f"eval_{name}": value for name, value in found.items()}
             if found["rewards/accuracies"] > best:
@@ -136,14 +137,14 @@ def fit_reward_model(
     return model, records
 
 
-def _windows(rows: Sequence[Example], size: int, device: str, *, seed: int, epoch: int) -> list[Window]:
+def _windows(rows: Sequence[Example], size: int, device: str, *, seed: int, epochs: int) -> Iterator[Window]:
+    """The windows of all epochs, each laid out when its step comes: together they take much memory."""
     size = min(size, len(rows))
-    steps = windows(rows, window_size=size, micro_size=min(size, MICRO_SIZE), seed=seed, epoch=epoch)
-    made = [make_window(rows, step, None, dtype="float32", device=device) for step in steps]
-    # Shares of a loss per pair; make_window counts tokens.
-    pairs = [[len(micro.ids) for micro in window.micro_batches] for window in made]
-    shares = [[count / sum(counts) for count in counts] for counts in pairs]
-    return [window._replace(shares=parts) for window, parts in zip(made, shares)]
+    for epoch in range(epochs):
+        for step in windows(rows, window_size=size, micro_size=min(size, MICRO_SIZE), seed=seed, epoch=epoch):
+            window = make_window(rows, step, None, dtype="float32", device=device)
+            # Shares of a loss per pair; make_window counts tokens.
+            yield window._replace(shares=[len(micro) / sum(map(len, step)) for micro in step])
 
 
 # ------------------------------------------------------------------------------------------------ rewards
