@@ -3,7 +3,13 @@
 import csv
 import json
 import math
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -13,6 +19,7 @@ import pytest
 import torch
 
 from dpo_minimal.__main__ import main
+from dpo_minimal.experiments import study
 from dpo_minimal.experiments.sentiment import (
     command as sentiment,
 )
@@ -45,8 +52,10 @@ from dpo_minimal.experiments.sentiment.world import Plan, label_pairs, load_worl
 from dpo_minimal.experiments.study import kept, run_jobs
 from dpo_minimal.rivals.baselines import best_of_n_reward
 from dpo_minimal.text.objectives import reference_logps
+from dpo_minimal.text.runs import write_atomically
 from dpo_minimal.validation import InputError
 
+ROOT = Path(__file__).parents[1]
 TINY = Plan(  # reviews enough that samples hold a word of opinion
     demonstrations=3200, vocab_size=600, context=48, n_layer=1, n_embd=32, sft_epochs=1,
     sft_learning_rate=2e-2, prefixes=8, held_out=6, other=4, max_new_tokens=20, steps=6, pairs=8,
@@ -249,6 +258,72 @@ def arrays_of(folder: Path) -> dict[str, dict[str, np.ndarray]]:
         with np.load(path) as file:
             found[path.name] = dict(file)
     return found
+
+
+class Ended(BaseException):
+    """In place of os._exit."""
+
+
+def half_a_file(path: Path):
+    path.write_text("half")
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_a_worker_that_ctrl_c_ends_leaves_no_file(monkeypatch):
+    """What it was writing goes, and so does its process: the pool would give it the next job."""
+
+    def end(code: int):
+        raise Ended(code)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(os, "_exit", end)
+    try:
+        study._start_worker()
+        with pytest.raises(Ended, match="130"):
+            study._call(partial(write_atomically, Path("result.npz"), half_a_file))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not list(Path().iterdir())
+
+
+INTERRUPTED = """
+import sys
+sys.path.insert(0, "tests")
+from functools import partial
+from pathlib import Path
+from dpo_minimal.experiments.study import run_jobs
+import test_sentiment as here
+if __name__ == "__main__":
+    run_jobs([partial(here.long_write, Path(sys.argv[1], f"{k}.npz")) for k in range(9)], "long", 2)
+"""
+
+
+def long_write(path: Path):
+    def write(temporary: Path):
+        temporary.write_text("half")
+        time.sleep(60)
+
+    write_atomically(path, write)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_study_at_once_and_leaves_no_file(tmp_path):
+    """Ctrl-C reaches all processes of a terminal's job."""
+    script = tmp_path / "script.py"
+    script.write_text(INTERRUPTED)
+    (folder := tmp_path / "run").mkdir()
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(folder)], cwd=ROOT, start_new_session=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while len(list(folder.iterdir())) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode != 0 and not list(folder.iterdir())
+    assert "SystemExit" not in err and err.count("Traceback") == 1 and "KeyboardInterrupt" in err
 
 
 @pytest.fixture(scope="module")

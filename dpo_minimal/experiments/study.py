@@ -15,8 +15,9 @@ from __future__ import annotations
 import csv
 import io
 import multiprocessing
-import operator
+import os
 import signal
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -70,7 +71,7 @@ def run_jobs(jobs: Sequence[Job], name: str, workers: int) -> list[Any]:
         return [job() for job in bar(jobs)]
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
     try:
-        return list(bar(pool.map(operator.call, jobs)))
+        return list(bar(pool.map(_call, jobs)))
     except BrokenProcessPool:
         raise InputError(
             "a process that trained a method ended, maybe because memory was short; continue with "
@@ -84,7 +85,15 @@ def _start_worker() -> None:
     """One thread, so that sums do not depend on the machine; Ctrl-C ends it at once."""
     torch.set_num_threads(1)
     keep_freed_memory()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+
+
+def _call(job: Job) -> Any:
+    """The job's result; Ctrl-C unwinds it, so that what it was writing is removed, and ends the process."""
+    try:
+        return job()
+    except SystemExit:
+        os._exit(130)  # else the pool would give it the next job
 
 
 def kept(path: Path, job: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, np.ndarray]:
