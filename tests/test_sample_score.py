@@ -203,7 +203,7 @@ def test_numbers(capsys, check):
         (pair_scores.PairScores.contributions, "(rejected[1] - rejected[0])", "(rejected[0] - rejected[1])",
          check_contributions),
         # tokens read one place too early, so that the prompt's end counts and end-of-text does not
-        (pair_scores.completion_token_logps, "line[start : start", "line[start - 1 : start - 1",
+        (pair_scores.completion_token_logps, ".double().cpu()", ".double().cpu().roll(1)",
          check_numbers),
         # results put back in the order in which they were computed, not that of the file
         (pair_scores.completion_token_logps, "result[row]", "result[-1 - row]", check_numbers),

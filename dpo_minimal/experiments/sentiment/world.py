@@ -22,9 +22,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from ...generation import generate, rows_at_once
+from ...generation import generate
 from ...model import GPT, GPTConfig
 from ...preferences import bradley_terry
 from ...text import judge
@@ -257,22 +256,18 @@ def sample_rows(
     """Four samples of each prefix with their rewards and labelled pairs: rows of preferences.jsonl."""
     model, tokenizer = policy
     generator, labels = (torch.Generator().manual_seed(seed + k) for k in range(2))
-    rows = []
-    together = max(1, rows_at_once(model, LONGEST + plan.max_new_tokens) // K)
-    options = {"max_new_tokens": plan.max_new_tokens, "eos": tokenizer.eot}
-    starts = range(0, len(prefixes), together)
-    for start in tqdm(starts, desc="four samples a prefix", disable=None, leave=False):
-        some = [prefix for prefix in prefixes[start : start + together] for _ in range(K)]
-        drawn = generate(model, some, generator=generator, **options)
-        rewards = truth(some, drawn)
-        for place in range(0, len(some), K):
-            own, r = drawn[place : place + K], rewards[place : place + K]
-            pairs, left_out = label_pairs(r, own, noise=noise, generator=labels)
-            rows.append(
-                {"prompt": some[place], "completions": own, "rewards": r.tolist(), "pairs": pairs,
-                 "left_out": left_out, "text": tokenizer.decode(some[place]),
-                 "responses": [tokenizer.decode(y) for y in own]}
-            )  # fmt: skip
+    rows, length = [], plan.max_new_tokens
+    each = [prefix for prefix in prefixes for _ in range(K)]
+    drawn = generate(model, each, max_new_tokens=length, eos=tokenizer.eot, generator=generator)
+    rewards = truth(each, drawn)
+    for place in range(0, len(each), K):
+        own, r = drawn[place : place + K], rewards[place : place + K]
+        pairs, left_out = label_pairs(r, own, noise=noise, generator=labels)
+        rows.append(
+            {"prompt": each[place], "completions": own, "rewards": r.tolist(), "pairs": pairs,
+             "left_out": left_out, "text": tokenizer.decode(each[place]),
+             "responses": [tokenizer.decode(y) for y in own]}
+        )  # fmt: skip
     return rows
 
 

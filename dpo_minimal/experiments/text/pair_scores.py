@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from ...losses import PreferenceLoss, dpo_loss
 from ...model import GPT
-from ...policy import SequenceBatch, shared_prompt_batch, token_logps
+from ...policy import shared_prompt_token_logps
 from ...text.batches import Example, in_passes
+from ...text.objectives import layout
 from ...text.tokenizer import Tokenizer
 from ...validation import InputError
 from .report import WIDTH, prompt_line
@@ -96,16 +97,12 @@ def completion_token_logps(model: GPT, examples: list[Example], device: str) -> 
     """
     result: list[list[Tensor]] = [[] for _ in examples]
     for rows in tqdm(in_passes(examples, TOGETHER), desc="scoring", disable=None, leave=False):
-        owners = [(row, completion) for row in rows for completion in examples[row].completions]
-        ids, prompt_lengths, lengths = shared_prompt_batch(
-            [examples[row].prompt for row, _ in owners], [[completion] for _, completion in owners]
-        ).to(device)
+        batch = layout([examples[row] for row in rows], dtype="float32", device=device)
         with torch.no_grad():
-            batch = SequenceBatch(ids, prompt_lengths, prompt_lengths + lengths[:, 0])
-            logps = token_logps(model, batch).double().cpu()
-        for (row, completion), line in zip(owners, logps, strict=True):
-            start = len(examples[row].prompt)
-            result[row].append(line[start : start + len(completion)])
+            logps, _ = shared_prompt_token_logps(model, batch)
+        sides = iter(logps.double().cpu().split(batch.completion_lengths.flatten().tolist()))
+        for row in rows:
+            result[row] = [next(sides) for _ in examples[row].completions]
     return result
 
 
