@@ -1,7 +1,8 @@
 """Direct Preference Optimization from scratch, checked against the closed-form optimum.
 
 The book's names are imported here; those of the annexes when they are first asked for (PEP 562), so that
-`import dpo_minimal` costs little more than torch.
+`import dpo_minimal` costs little more than torch. `dpo_minimal.train` is the function, not its file, of which
+`from dpo_minimal.train import warm_up` takes the other names.
 """
 
 # ruff: noqa: F401  (what is imported here is `__all__`, computed below)

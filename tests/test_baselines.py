@@ -280,6 +280,10 @@ def test_unlikelihood_ends_at_its_formula_or_nowhere():
             share(alpha)
     with pytest.raises(InputError, match="prompt 2 has no comparisons"):
         b.preferred_ft_logps(pairs, torch.ones(3, ref.shape[1], dtype=torch.bool))
+    # of a ranking of three, all its pairs would count, and the second would have been chosen too
+    triple = Rankings(torch.tensor([0]), torch.tensor([[0, 1, 2]]), torch.ones(1))
+    with pytest.raises(InputError, match=r"pairs .*, got K = 3\.$"):
+        b.preferred_ft_logps(triple, ref[:1] > -torch.inf)
 
 
 def test_best_of_n_from_samples_is_the_mean_over_all_subsets():
@@ -339,8 +343,9 @@ def test_the_ends_of_the_frontier():
     worst = torch.where(rewards == rewards.amin(-1, keepdim=True), 0.0, -torch.inf).double()
     below = frontier_gap(worst, ref, rewards)
     assert below.kl_gap == below.kl > 0
-    with pytest.raises(InputError, match="logps must end in"):
-        frontier_gap(ref[:1], ref, rewards)
+    for wrong in (ref[:1], ref.tolist()):
+        with pytest.raises(InputError, match="logps must be a tensor"):
+            frontier_gap(wrong, ref, rewards)
 
 
 def test_ten_thousand_policies_lie_below():

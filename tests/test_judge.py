@@ -44,6 +44,12 @@ def test_reviews_are_read_as_they_are():
     assert [review.positive for review in found[:4]] == [False, True, False, True]
 
 
+def test_a_byte_order_mark_is_not_part_of_the_first_label():
+    """Spreadsheets on Windows save UTF-8 with one."""
+    Path("r.tsv").write_text("\n".join(review_lines(40)), encoding="utf-8-sig")
+    assert read_reviews("r.tsv")[0] == Review("review number 0 is bad", False)
+
+
 @pytest.mark.parametrize(
     ("line", "named"),
     [

@@ -7,6 +7,7 @@ held to what can be said of any loss: its pulls are its derivatives, its start a
 import argparse
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -272,6 +273,18 @@ def test_a_function_without_a_record_is_given_what_it_names():
     found = loss_on_table(exact, away, logps, data, beta=1.0)
     divergence = (away.exp() * (away - logps)).sum(-1)
     torch.testing.assert_close(found, divergence[data.prompt])
+
+
+def test_a_partial_function_reads_what_its_function_reads():
+    """Its tables are told by the names of parameters: lengths are not the reference's log-probabilities."""
+    data, logps = comparisons(DPO), (WORLD.ref_logps + torch.arange(4.0)).log_softmax(-1)
+    for name, options in (("simpo", {"beta": 2.0, "gamma": 1.0}), ("dpo", {"beta": 0.3})):
+        function, tables = LOSSES[name].function, (logps, WORLD.ref_logps, data)
+        expected = loss_on_table(function, *tables, lengths=LENGTHS, **options).losses
+        bound = partial(function, **options)
+        assert torch.equal(loss_on_table(bound, *tables, lengths=LENGTHS).losses, expected)
+        some = partial(function, beta=99.0)  # which what is given in the call goes before
+        assert torch.equal(loss_on_table(some, *tables, lengths=LENGTHS, **options).losses, expected)
 
 
 def test_an_unknown_parameter_is_one_clear_sentence():

@@ -235,7 +235,7 @@ def preferred_ft_logps(rankings: Rankings, exists: Tensor) -> Tensor:
     doubles its probability. Where pairs must differ, as those of `reference_pairs`, rare ones may gain more.
 
     Args: rankings with K = 2; exists (X, Y). Returns (X, Y) log-probabilities, -inf where never chosen.
-    Raises: InputError: a prompt without comparisons.
+    Raises: InputError: a prompt without comparisons; K > 2.
     """
     return unlikelihood_logps(rankings, exists, alpha=0.0)
 
@@ -307,8 +307,9 @@ def frontier_gap(logps: Tensor, ref_logps: Tensor, rewards: Tensor) -> FrontierG
         InputError: shapes do not fit, or a table is no distribution.
     """
     _check_world(ref_logps, rewards)
-    if logps.shape[-2:] != rewards.shape or rewards.dim() != 2:
-        raise InputError(f"logps must end in (X, Y), {tuple(rewards.shape)}; got {tuple(logps.shape)}.")
+    found = getattr(logps, "shape", ())  # a list has none
+    if found[-2:] != rewards.shape or rewards.dim() != 2:
+        raise InputError(f"logps must be a tensor (..., X, Y), {tuple(rewards.shape)}; got {tuple(found)}.")
     logps, ref_logps, rewards = logps.double(), ref_logps.double(), rewards.double()
     absent = ref_logps == -math.inf  # as in `best_of_n_logps`: tied with the best, and without probability
     rewards = torch.where(absent, rewards.masked_fill(absent, -math.inf).amax(-1, keepdim=True), rewards)

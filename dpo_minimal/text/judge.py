@@ -12,6 +12,7 @@ But: the judge reads words, not sentences. "not good" is "not" plus "good" to it
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -49,7 +50,7 @@ def read_reviews(path: str | Path) -> list[Review]:
     file: unreadable, too few reviews, none of one sign.
     """
     try:
-        lines = Path(path).read_bytes().splitlines()
+        lines = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
     except OSError as error:
         raise InputError(
             f"--reviews {path}: cannot be read ({error.strerror}); name a file of lines label<TAB>text."

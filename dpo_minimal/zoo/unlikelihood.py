@@ -50,8 +50,10 @@ def unlikelihood_logps(rankings: Rankings, exists: Tensor, *, alpha: float) -> T
     Args: rankings with K = 2; exists (X, Y); alpha in [0, 1).
     Returns: (X, Y) log-probabilities.
     Raises: InputError: some w(y) < alpha l(y), so that the loss falls without limit; alpha out of range; a
-        prompt without comparisons.
+        prompt without comparisons; K > 2.
     """
+    if (K := rankings.order.shape[-1]) != 2:
+        raise InputError(f"rankings must be pairs of a chosen and a rejected completion, got K = {K}.")
     check_not_negative("alpha", alpha)
     if alpha >= 1:
         raise InputError(f"alpha must lie in [0, 1), got {alpha}; at 1 there is no optimum.")
