@@ -117,6 +117,32 @@ def test_small_probabilities_and_temperatures_are_kept():
         assert cold.tolist() == [0, 1, 0]
 
 
+def test_top_p_that_is_met_exactly_keeps_no_more():
+    """Quarters, whose sums have no rounding: two of them are one half."""
+    for top_p, kept in ((0.25, 1), (0.5, 2), (0.6, 3), (0.75, 3), (1.0, 4)):
+        assert (sampling_probabilities(torch.zeros(4), top_p=top_p) > 0).sum() == kept
+
+
+def test_rare_tokens_are_drawn():
+    """A tail of 2^20 tokens with 1e-9 each: near 1, sums in float32 lie 6e-8 apart, so that of sixty tokens
+    one would be drawn and the others never. Each has its place; its middle is found."""
+    probabilities = torch.cat([torch.tensor([0.999]), torch.full((2**20,), 1e-9)])
+    wide = probabilities.double()
+    for token in (1, 7, 2**19, 2**20 - 5, 2**20):
+        uniform = (wide[:token].sum() + wide[token] / 2) / wide.sum()
+        assert generation._draw(probabilities[None], uniform.view(1, 1)).item() == token
+
+
+def test_rows_together_fill_a_gigabyte():
+    """Keys and values of every layer, as they are laid out; and one row goes through, however large it is."""
+    large = GPT(GPTConfig(vocab_size=8, block_size=4096, n_layer=1, n_head=2, n_embd=512))
+    each = sum(cache.keys.nbytes + cache.values.nbytes for cache in large.empty_caches(1, 4096))
+    rows = generation.rows_at_once(large, 4096)
+    assert rows * each <= 2**30 < (rows + 1) * each
+    assert generation.rows_at_once(large, 2**31) == 1
+    assert generation.rows_at_once(GPT_2, 8) == 512
+
+
 def test_many_prompts_go_through_in_parts(monkeypatch):
     """5,000 prompts of GPT-2 would ask for 94 GB of keys and values. The parts are those of calls of their
     own, one after the other with one generator."""
