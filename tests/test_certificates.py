@@ -391,6 +391,27 @@ def test_x_is_not_understated_where_the_inverse_loses_digits():
     assert x.isfinite().sum() > X / 2
 
 
+def test_the_bound_covers_the_rounding_of_large_log_probabilities():
+    """[D11.2] at beta = 200 scores of size 100 * beta lose digits in products and differences that the
+    gradient cannot see; against the exact pi*, computed with forty digits, at the optimum."""
+    X, beta = 200, 200.0
+    generator = generator_of(0)
+    rewards = normal(X, 2, generator=generator, scale=1.0)
+    ref = normal(X, 2, generator=generator, scale=100.0).log_softmax(-1)
+    rankings = expected_pairs(rewards, all_sets(torch.ones(X, 2, dtype=torch.bool)))
+    logps = tilt(ref, rewards, beta)
+    bound = certify(logps, ref, rankings, beta=beta).logp_bound
+    assert (bound < 1e-11).all()  # some 200 ulps of log-probabilities of size 100
+    with localcontext() as context:
+        context.prec = 40
+        for x in range(X):
+            exponents = [Decimal(a) + Decimal(r) / 200 for a, r in zip(ref[x].tolist(), rewards[x].tolist())]
+            top = max(exponents)
+            log_z = top + sum((e - top).exp() for e in exponents).ln()
+            errors = [abs(Decimal(v) - (e - log_z)) for v, e in zip(logps[x].tolist(), exponents)]
+            assert max(errors) <= Decimal(bound[x].item())
+
+
 # ------------------------------------------------------------------------------------ when it must refuse
 
 
@@ -461,6 +482,26 @@ def test_ragged_prompts_are_judged_on_what_they_have():
     certificate = certify(logps, ref, rankings, beta=0.7)
     truth = gap_to(logps, tilt(ref, rewards, 0.7))
     assert (truth <= certificate.logp_bound).all() and (certificate.logp_bound <= 5 * truth).all()
+
+
+def test_completions_that_do_not_exist_change_no_certificate():
+    """[D11.2] a prompt gets the bound it would get in a table of its own, also the finer one by Newton's
+    step; and the estimate next to a prompt that has a single completion is that without it."""
+    generator = generator_of(4)
+    exists = torch.tensor([[True, True, True, False, False], [True, False, False, False, False]])
+    ref = normal(2, 5, generator=generator, scale=1.0).masked_fill(~exists, -math.inf).log_softmax(-1)
+    rewards = normal(2, 5, generator=generator, scale=1.0).masked_fill(~exists, 0)
+    narrow = expected_pairs(rewards[:1, :3], all_sets(exists[:1, :3]))
+    logps = tilt(ref, rewards + normal(2, 5, generator=generator, scale=0.02), 0.7)
+    wide, own = (
+        certify(logps[:X, :Y], ref[:X, :Y], narrow, beta=0.7) for X, Y in ((2, 5), (1, 3))
+    )  # the same numbers, but for an allowance for rounding that counts columns
+    for field, other in zip(wide, own):
+        torch.testing.assert_close(field[:1], other, rtol=1e-12, atol=0)
+    assert own.logp_bound < -torch.log1p(-own.x) / 0.7  # Newton's step decides
+    estimate = maximum_likelihood(narrow, exists)
+    assert (estimate[:, 3:] == 0).all() and (estimate[1] == 0).all()
+    torch.testing.assert_close(estimate[:1, :3], maximum_likelihood(narrow, exists[:1, :3]))
 
 
 MARGINS = torch.cat([torch.linspace(-40, 60, 201), torch.linspace(65, 700, 128)]).double()
