@@ -796,7 +796,7 @@ MUTANTS = {  # function, right, wrong, guard, its arguments after tmp_path
         (),
     ),
     "everything unpickled": (
-        checkpoint._read_tensors,
+        checkpoint._read_pickled,
         "weights_only=True",
         "weights_only=False",
         test_code_in_a_pickled_file_is_not_run,

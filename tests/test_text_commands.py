@@ -294,10 +294,10 @@ def test_ctrl_c_before_the_first_step_says_how_to_go_on(world, capsys, monkeypat
     assert main(["dpo", "--resume", "run"]) == 0
 
 
-def test_a_folder_without_tokenizer_is_gpt_2s_only_by_its_size(world, capsys):
+def test_a_folder_without_tokenizer_is_refused(world, capsys):
     model = load_model(world / "sft" / "model")
     save_model(model, "bare")
-    refused(capsys, dpo_flags(world, model="bare"), "bare", "tiktoken.json")
+    refused(capsys, dpo_flags(world, model="bare"), "bare", "vocab.json and merges.txt")
     save_tokenizer(train_bpe("the cat sat on the mat", 260), "bare")
     refused(capsys, dpo_flags(world, model="bare"), "260", "257")
 
@@ -539,6 +539,7 @@ def test_real_preferences_with_gpt_2s_vocabulary(monkeypatch):
     torch.manual_seed(0)
     config = GPTConfig(vocab_size=50257, block_size=256, n_layer=2, n_head=2, n_embd=64)
     save_model(GPT(config), "small")
+    save_tokenizer(tokenizer.gpt2_tokenizer(), "small")
     rows = json.loads(data.read_text())
     Path("some.json").write_text(json.dumps(rows[:300]))
     flags = ["--optimizer", "adamw", "--learning-rate", "1e-3", "--warmup-steps", "0", "--max-steps", "20"]

@@ -2,7 +2,7 @@
 
 Hugging Face's GPT-2 keeps its linear maps as (in, out) matrices where torch's nn.Linear has (out, in), and
 puts `transformer.` before every name; otherwise names and values are the same. A checkpoint is checked
-tensor by tensor before a model is made of it.
+tensor by tensor before a model is made of it; no code in it is run.
 
 But: no optimizer state (training_state.py), no tokenizer (tokenizer.py), nothing but GPT-2. Dropout rates in
 a config are ignored on purpose: policy and reference must give the same log-probability twice.
@@ -10,8 +10,12 @@ a config are ignored on purpose: policy and reference must give the same log-pro
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import re
+import sys
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import safetensors
@@ -27,25 +31,38 @@ CONFIG_FILE, WEIGHTS_FILE, PICKLED_WEIGHTS_FILE = "config.json", "model.safetens
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 _BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks that older versions saved
+_WRAPPERS = ("transformer", "_orig_mod", "module", "pretrained_model")  # parts of names that others add
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def load_model(folder_or_name: str | Path) -> GPT:
+def load_model(folder_or_name: str | Path, *, vocab_size: int | None = None) -> GPT:
     """Read a GPT-2 in Hugging Face's layout, as float32 on the CPU.
 
     Args:
-        folder_or_name: a folder with config.json and model.safetensors or pytorch_model.bin; or the name of a
-            released model ("gpt2" to "gpt2-xl"), fetched by huggingface_hub where that is installed.
+        folder_or_name: a folder with config.json and model.safetensors or pytorch_model.bin, whole or as an
+            index and its parts; or the name of a released model ("gpt2" to "gpt2-xl"), fetched by
+            huggingface_hub where that is installed.
+        vocab_size: of its tokenizer; embeddings beyond it stand for no token and are left out, with a note.
     Raises:
         InputError: no such folder or name, a file that is missing or damaged, a config that this GPT cannot
-            follow, a tensor that is missing, unknown, of another shape or not finite.
+            follow, a tensor that is missing, unknown, of another shape or not finite, another vocabulary.
     """
     folder = _resolve(folder_or_name)
     config = read_config(folder / CONFIG_FILE)
+    surplus = config.vocab_size - (vocab_size or config.vocab_size)
+    if not 0 <= surplus <= config.vocab_size // 8:  # more is no padding, but another model's vocabulary
+        raise InputError(
+            f"{folder_or_name}: its tokenizer has {vocab_size} tokens but its model {config.vocab_size}; put "
+            "the tokenizer that belongs to it beside the weights."
+        )
     path, tensors = _read_tensors(folder)
     with torch.device("meta"):  # names and shapes only: no random numbers are drawn
         model = GPT(config)
     model.load_state_dict(_from_hugging_face(path, tensors, model.state_dict()), assign=True)
+    if surplus:
+        print(f"note: {path}: {surplus} embeddings beyond the vocabulary are left out.", file=sys.stderr)
+        model.config = dataclasses.replace(config, vocab_size=vocab_size)
+        model.wte = torch.nn.Embedding.from_pretrained(model.wte.weight[:vocab_size].clone(), freeze=False)
     return model
 
 
@@ -134,23 +151,25 @@ _SIZES = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")  # in the 
 def read_config(path: Path) -> GPTConfig:
     """The shape that a Hugging Face config.json names. Raises InputError naming file and field."""
     fields = read_json_object(path)
+    if fields.get("quantization_config"):
+        raise InputError(f"{path}: its weights are quantised; name the model that they were made from.")
     for field, allowed in _REQUIRED.items():
         if fields.get(field) not in allowed:
             raise InputError(
-                f"{path}, field {field!r}: {fields[field]!r} is not what this GPT-2 does, which is "
+                f"{path}, field {field!r}: {short(fields[field])} is not what this GPT-2 does, which is "
                 f"{allowed[0]!r}; choose another model."
             )
     for field in _SIZES:
         value = fields.get(field)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise InputError(
-                f"{path}, field {field!r}: a positive integer is needed, got {value!r}; copy the model's own "
-                "config.json again."
+                f"{path}, field {field!r}: a positive integer is needed, got {short(value)}; copy the "
+                "model's own config.json again."
             )
     if fields.get("n_inner") not in (None, 4 * fields["n_embd"]):
         raise InputError(
-            f"{path}, field 'n_inner': {fields['n_inner']!r} is not 4 x n_embd, which this GPT-2 has; choose "
-            "another model."
+            f"{path}, field 'n_inner': {short(fields['n_inner'])} is not 4 x n_embd, which this GPT-2 has; "
+            "choose another model."
         )
     try:
         return GPTConfig(*(fields[field] for field in _SIZES))
@@ -161,16 +180,40 @@ def read_config(path: Path) -> GPTConfig:
 # ------------------------------------------------------------------------------------------------- weights
 
 
-def _resolve(folder_or_name: str | Path) -> Path:
-    """A folder as it is; a released name as the folder into which huggingface_hub fetches it."""
+def find_folder(folder_or_name: str | Path) -> Path | None:
+    """The folder of a model; None for the name of a released one. Raises InputError for what is neither."""
     folder = Path(folder_or_name)
-    if folder.is_dir():
-        return folder
-    name = str(folder_or_name).removeprefix("openai-community/")
-    if name not in NAMES:
+    if not folder.is_dir():
+        if str(folder_or_name).removeprefix("openai-community/") in NAMES:
+            return None
         raise InputError(
             f"{folder_or_name}: no such folder; name the folder of a model or one of {', '.join(NAMES)}."
         )
+    for path in folder.iterdir():
+        if path.exists() and not (
+            path.is_file() or path.is_dir()
+        ):  # reading a pipe or a device may never end
+            raise InputError(f"{path}: is neither file nor folder; delete it.")
+    if any(True for name in (WEIGHTS_FILE, PICKLED_WEIGHTS_FILE) for _ in folder.glob(f"{name}*")):
+        return folder
+    if (folder / "adapter_config.json").exists():
+        raise InputError(
+            f"{folder}: is a LoRA adapter without its model; merge the two by peft's merge_and_unload(), "
+            "save the result by save_pretrained(), and name that folder."
+        )
+    steps = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()]
+    if steps:
+        newest = max(steps, key=lambda path: int(path.name[11:]))
+        raise InputError(f"{folder}: holds a trainer's checkpoints, no weights of its own; name {newest}.")
+    return folder
+
+
+def _resolve(folder_or_name: str | Path) -> Path:
+    """A folder as it is; a released name as the folder into which huggingface_hub fetches it."""
+    folder = find_folder(folder_or_name)
+    if folder is not None:
+        return folder
+    name = str(folder_or_name).removeprefix("openai-community/")
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -187,24 +230,38 @@ def _resolve(folder_or_name: str | Path) -> Path:
 
 
 def _read_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    path = folder / WEIGHTS_FILE
-    if path.exists():
-        return path, read_safetensors(path)
-    path = folder / PICKLED_WEIGHTS_FILE
-    if not path.exists():
-        raise InputError(f"{folder}: holds neither {WEIGHTS_FILE} nor {PICKLED_WEIGHTS_FILE}; add one.")
+    """The file of all tensors, or else an index and the tensors of the files that it names."""
+    for name, read in ((WEIGHTS_FILE, read_safetensors), (PICKLED_WEIGHTS_FILE, _read_pickled)):
+        path = folder / name
+        if path.exists():
+            return path, read(path)
+        path = folder / f"{name}.index.json"
+        if path.exists():
+            where = read_json_object(path).get("weight_map")
+            parts = where.values() if isinstance(where, dict) else [where]
+            for part in parts:
+                if not isinstance(part, str) or not re.fullmatch(r"\w[\w.-]*", part):
+                    raise InputError(
+                        f"{path}, field 'weight_map': {short(part)} is no file beside it; copy it again."
+                    )
+            found = [(t, x, part) for part in sorted(set(parts)) for t, x in read(folder / part).items()]
+            return path, {t: x for t, x, part in found if where.get(t) == part}
+    raise InputError(f"{folder}: holds neither {WEIGHTS_FILE} nor {PICKLED_WEIGHTS_FILE}; add one.")
+
+
+def _read_pickled(path: Path) -> dict[str, Tensor]:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # what an unpickler raises on damaged bytes has no common class
         raise InputError(
-            f"{path}: is truncated, damaged or holds more than tensors; copy it again or convert it to "
-            f"{WEIGHTS_FILE}."
+            f"{path}: is missing, truncated, damaged or holds more than tensors; copy it again or convert it "
+            f"to {WEIGHTS_FILE}."
         ) from None
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in tensors.items()
     ):
         raise InputError(f"{path}: must hold a dictionary of tensors; save a state_dict.")
-    return path, tensors
+    return tensors
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -219,26 +276,31 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error}); see to its permissions.") from None
     except safetensors.SafetensorError as error:
-        raise InputError(f"{path}: is truncated or damaged ({error}); copy it again.") from None
+        raise InputError(f"{path}: is truncated or damaged ({str(error)[:150]!r}); copy it again.") from None
 
 
 def _from_hugging_face(
     path: Path, tensors: dict[str, Tensor], expected: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Names without prefix, linear maps turned round, masks and the tied head dropped; all of it checked."""
-    found = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    found = {".".join(p for p in name.split(".") if p not in _WRAPPERS): x for name, x in tensors.items()}
     if len(found) < len(tensors):
         raise InputError(f"{path}: names occur with and without 'transformer.'; save each tensor once.")
-    found = {name: tensor for name, tensor in found.items() if not name.endswith(_BUFFERS)}
+    if "score.weight" in found:
+        raise InputError(f"{path}: is a reward model ('score.weight'); name a language model.")
+    if any(name.startswith("v_head.") for name in found):
+        print(f"note: {path}: its value head ('v_head') is left out.", file=sys.stderr)
+    found = {n: x for n, x in found.items() if not n.endswith(_BUFFERS) and not n.startswith("v_head.")}
     head = found.pop("lm_head.weight", None)
     for name in expected:
         if name not in found:
             raise InputError(f"{path}: tensor {name!r} is missing; use the file that config.json belongs to.")
     for name in found:
         if name not in expected:
-            raise InputError(f"{path}: tensor {name!r} is none of this GPT-2's; use config.json's own file.")
+            raise InputError(f"{path}: tensor {name[:60]!r} is none of GPT-2's; use config.json's own file.")
     weights = {name: _converted(path, name, found[name], expected[name]) for name in expected}
-    if head is not None and not torch.equal(head.float(), weights["wte.weight"]):
+    tied = weights["wte.weight"]
+    if head is not None and not torch.equal(_converted(path, "lm_head.weight", head, tied), tied):
         raise InputError(
             f"{path}: tensor 'lm_head.weight' differs from 'wte.weight', to which this GPT-2 ties it; "
             "choose another model."
@@ -249,7 +311,7 @@ def _from_hugging_face(
 def _converted(path: Path, name: str, tensor: Tensor, expected: Tensor) -> Tensor:
     """One tensor as float32 in memory of its own, turned round where it is a linear map."""
     if tensor.dtype not in _DTYPES:
-        raise InputError(f"{path}: tensor {name!r} has dtype {tensor.dtype}; save it as float32.")
+        raise InputError(f"{path}: tensor {name!r} has dtype {tensor.dtype}; name a model not quantised.")
     shape = tuple(expected.T.shape if name.endswith(_TRANSPOSED) else expected.shape)
     if tuple(tensor.shape) != shape:
         raise InputError(

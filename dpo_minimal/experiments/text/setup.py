@@ -20,14 +20,14 @@ from ...text.batches import Example, split_by_prompt, tokenize
 from ...text.data import Dataset, dataset_from_rows, load_dataset
 from ...text.reviews import comparisons, demonstrations, sentiment
 from ...text.runs import new_run_folder, read_json_object, refuse_used_folder, versions, write_json
-from ...text.tokenizer import TOKENIZER_FILE, Tokenizer, gpt2_tokenizer, load_tokenizer, save_tokenizer
+from ...text.tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer, save_tokenizer
 from ...text.training_run import Data, Interrupted, Settings, alone_in, run_training
+from ...text.training_state import STATE_FILE
 from ...train import Objective, Record
 from ...validation import InputError
 from ..options import CONFIG_FILE, HELD_OUT, MOST_HELD_OUT, read_run_config
 
 MODEL = "model"  # where a run keeps its result
-GPT2_VOCABULARY = 50257
 
 
 class Policy(NamedTuple):
@@ -43,44 +43,34 @@ def load_policy(name: str) -> Policy:
     Raises InputError where there is none, or where the two do not belong together.
     """
     folder = _folder_of(name)
-    model = checkpoint.load_model(folder if folder.is_dir() else name)
+    if folder is not None:
+        checkpoint.read_config(folder / CONFIG_FILE)  # without it, that there is no tokenizer says little
     tokenizer = load_policy_tokenizer(name)
-    if tokenizer.vocab_size != model.config.vocab_size:
-        raise InputError(
-            f"--model {name}: its tokenizer has {tokenizer.vocab_size} tokens but its model "
-            f"{model.config.vocab_size}; put the file that belongs to it beside the weights."
-        )
-    return Policy(model, tokenizer)
+    return Policy(checkpoint.load_model(folder or name, vocab_size=tokenizer.vocab_size), tokenizer)
 
 
 def load_policy_tokenizer(name: str) -> Tokenizer:
     """The tokenizer alone, of the same folders, runs and names; no weights are read or fetched."""
     folder = _folder_of(name)
-    if (folder / TOKENIZER_FILE).exists():
-        return load_tokenizer(folder)
-    released = not folder.is_dir() and name.removeprefix("openai-community/") in checkpoint.NAMES
-    vocab_size = GPT2_VOCABULARY if released else checkpoint.read_config(folder / CONFIG_FILE).vocab_size
-    if vocab_size == GPT2_VOCABULARY:  # Hugging Face's own folders come with files for other libraries
-        return gpt2_tokenizer()
-    raise InputError(
-        f"--model {name}: has no {TOKENIZER_FILE}, and with {vocab_size} tokens it is not GPT-2's "
-        "vocabulary; put the tokenizer's file beside the weights."
-    )
+    return gpt2_tokenizer() if folder is None else load_tokenizer(folder)
 
 
-def _folder_of(name: str) -> Path:
-    """Where a model lies: in a run, its result."""
+def _folder_of(name: str) -> Path | None:
+    """Where a model lies: in a run, its result; None for a released model's name."""
     folder = Path(name)
     if (folder / MODEL).is_dir():
         return folder / MODEL
     if (folder / CONFIG_FILE).exists() and "options" in read_json_object(folder / CONFIG_FILE):
         raise InputError(f"--model {name}: that run has no model yet; finish it with --resume {name}.")
-    return folder
+    if (folder / STATE_FILE).exists():
+        raise InputError(
+            f"--model {name}: is a state for --resume, which has no vocabulary; name its run, once finished."
+        )
+    return checkpoint.find_folder(name)
 
 
 def save_policy(policy: Policy, folder: Path) -> None:
     """Write a run's result, model/, the weights last: where they are, all is."""
-    (folder / MODEL).mkdir(exist_ok=True)
     save_tokenizer(policy.tokenizer, folder / MODEL)
     checkpoint.save_model(policy.model, folder / MODEL, eos=policy.tokenizer.eot)
 
