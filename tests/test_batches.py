@@ -36,9 +36,9 @@ def dataset(*rows, skipped=()) -> Dataset:
     places = [f"toy.jsonl, row {number}" for number in range(1, len(rows) + 1)]
     findings: dict[str, list[str]] = {}
     for row, place in zip(rows, places):
-        for name in text_findings(row.prompt, completions_of(row)):
+        for name, _ in text_findings(row.prompt, completions_of(row)):
             findings.setdefault(name, []).append(place)
-    return Dataset(list(rows), places, list(skipped), "chosen", findings)
+    return Dataset(list(rows), places, list(skipped), "chosen", findings, [], [])
 
 
 def encoded(*rows, max_length=1000, **options) -> tuple[list[Example], Audit]:
@@ -224,7 +224,7 @@ def test_limits_out_of_range(options, named):
 
 def test_nothing_to_tokenise():
     refused(tokenize, dataset(), BYTES, max_length=9, named=["no rows"])
-    rows = Dataset([("p", "x")], ["toy"], [], "chosen", {})
+    rows = Dataset([("p", "x")], ["toy"], [], "chosen", {}, [], [])
     refused(tokenize, rows, BYTES, max_length=9, named=["tuple", "load_dataset"])
 
 
@@ -235,12 +235,12 @@ def test_the_audit_counts_data_slips():
     """Data slips: identical, duplicated and contradictory (tied) rows and shared prompts, each where it is.
     Fails if a finding is missed, is ascribed to another row, or is seen in a sound one."""
     _, audit = encoded(
-        PreferencePair("p", "a", "b"),
-        PreferencePair("p", "a", "c"),  # only the prompt in common
-        PreferencePair("q", "b", "a"),  # only the completions in common
-        PreferencePair("p", "a", "b"),  # row 1 again
-        PreferencePair("p", "b", "a"),  # row 1 reversed
-        PreferencePair("r", "a", "a"),
+        PreferencePair("p ", "a", "b"),
+        PreferencePair("p ", "a", "c"),  # only the prompt in common
+        PreferencePair("q ", "b", "a"),  # only the completions in common
+        PreferencePair("p ", "a", "b"),  # row 1 again
+        PreferencePair("p ", "b", "a"),  # row 1 reversed
+        PreferencePair("r ", "a", "a"),
     )
     found = {
         name: [place.removeprefix("toy.jsonl, ") for place in places]
@@ -304,7 +304,7 @@ def summary(counts: list[int]) -> tuple[float, float, int]:
 
 def test_the_audit_shows_what_it_found_and_only_that():
     """Fails if a finding is not told, its place is missing, or a sound data set gets a warning."""
-    _, sound = encoded(PreferencePair("p", "a", "b"), PreferencePair("q", "a", "bc"))
+    _, sound = encoded(PreferencePair("p ", "a", "b"), PreferencePair("q\n", "a", "bc"))
     assert "warning" not in str(sound) and "note" not in str(sound)
     assert "preference pairs: 2, different prompts: 2" in str(sound)
     rows = [PreferencePair("prompt" * 3, "a<|endoftext|>", "b"), *[PreferencePair("p", "a", "b")] * 9]

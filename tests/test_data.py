@@ -15,7 +15,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from planting import CAUGHT, plant
 
-from dpo_minimal.text import data, files
+from dpo_minimal.text import data, files, forms, messages
 from dpo_minimal.text.data import (
     KINDS,
     Demonstration,
@@ -57,6 +57,12 @@ def sentence(call, *named) -> str:
     for part in named:
         assert part in message, message
     return message
+
+
+def repeats(pair) -> bool:
+    """Whether both completions may begin with the prompt."""
+    prompt = pair.prompt.strip()
+    return bool(prompt) and all(prompt in text for text in pair[1:])
 
 
 def written(folder, name: str, content) -> Path:
@@ -194,6 +200,35 @@ GOLDEN = {
         {"prompt": [user("Hi")], "completion": [assistant("Hello")], "label": False},
         LabelledCompletion(HUMAN_AND_TURN, " Hello", False),
     ),
+    "tied ranks": (
+        "rankings",
+        {"prompt": "p", "responses": ["c", "a", "b", "d"], "ranking": [3, 1, 1.0, 3]},
+        Ranking("p", ("a", "c")),
+    ),
+    "content in parts": (
+        "preferences",
+        {
+            "prompt": [user([{"type": "text", "text": "H"}, {"type": "text", "text": "i"}])],
+            "chosen": "a",
+            "rejected": "b",
+        },
+        PreferencePair(HUMAN_AND_TURN, " a", " b"),
+    ),
+    "messages after a prompt given as text": (
+        "preferences",
+        {"prompt": "Hi", "chosen": [assistant("a")], "rejected": assistant("b")},
+        PreferencePair(HUMAN_AND_TURN, " a", " b"),
+    ),
+    "messages after an instruction": (
+        "preferences",
+        {"instruction": "Hi", "input": "you", "chosen": [assistant("a")], "rejected": [assistant("b")]},
+        PreferencePair("\n\nHuman: Hi\n\nyou\n\nAssistant:", " a", " b"),
+    ),
+    "a label as text": (
+        "labels",
+        {"prompt": "p", "completion": " c", "label": " False"},
+        LabelledCompletion("p", " c", False),
+    ),
     "demonstration": ("demonstrations", {"prompt": "p", "completion": " c"}, Demonstration("p", " c")),
     "demonstration of messages": (
         "demonstrations",
@@ -217,10 +252,10 @@ GOLDEN = {
         {"chosen": TALKED + " See you.", "rejected": TALKED + " Stay."},
         Demonstration(TALKED, " See you."),
     ),
-    "output before chosen": (
+    "chosen before output": (
         "demonstrations",
         {"instruction": "Add.", "output": "3", "chosen": "4", "rejected": "5", "text": "6"},
-        Demonstration("### Instruction:\nAdd.\n\n### Response:\n", "3"),
+        Demonstration("### Instruction:\nAdd.\n\n### Response:\n", "4"),
     ),
 }
 
@@ -242,7 +277,7 @@ def test_what_a_row_becomes(name):
     "name, field",
     [
         ("demonstration", "completion"),
-        ("output before chosen", "output"),
+        ("chosen before output", "chosen"),
         ("demonstration of a pair", "chosen"),
         ("demonstration of a whole chat", "messages"),
         ("demonstration of a text", "text"),
@@ -314,7 +349,7 @@ def test_rows_come_back_from_every_container(rows, container):
     """Write rows, read them: the same texts in the same order, each with its place, whatever they hold.
     Fails if a text's U+2028, U+0085 or form feed ends a line, a byte-order mark stays, or columns mix."""
     expected = [PreferencePair(**row) for row in rows]
-    assume(not any(data._repeats_prompt(pair) for pair in expected if pair.prompt.strip()))  # refused below
+    assume(not any(repeats(pair) for pair in expected))  # most of them would be refused, as below
     with tempfile.TemporaryDirectory() as folder:
         path = written(folder, "pairs.data", CONTAINERS[container](rows))
         dataset = load_dataset(path, "preferences")
@@ -437,29 +472,30 @@ BAD_ROWS = {
     "identical transcripts": (P, {"chosen": TALKED + " a", "rejected": TALKED + " a"}, "rejected", ["same"]),
     "transcript null": (P, {"chosen": None, "rejected": TALKED}, "chosen", ["text", "null"]),
     "content null": (P, CHAT | {"chosen": [assistant(None)]}, "chosen", ["content of message 1", "null"]),
-    "content in parts": (
-        P, CHAT | {"prompt": [user([{"type": "text", "text": "Hi"}])]}, "prompt", ["message 1", "a list"],
+    "content in parts, one an image": (
+        P, CHAT | {"prompt": [user([{"type": "image_url", "image_url": "x"}])]}, "prompt",
+        ["message 1", "'image_url'"],
     ),
     "content a lone surrogate": (P, CHAT | {"prompt": [user("\ud800")]}, "prompt", ["surrogate"]),
     "content empty": (P, CHAT | {"rejected": [assistant(" ")]}, "rejected", ["empty"]),
     "no messages": (P, CHAT | {"prompt": []}, "prompt", ["message"]),
     "no answering messages": (P, CHAT | {"chosen": []}, "chosen", ["message"]),
     "answer null": (P, CHAT | {"chosen": None}, "chosen", ["message"]),
-    "message a text": (P, CHAT | {"chosen": ["Hello"]}, "chosen", ["message 1", "role"]),
-    "message without a role": (P, CHAT | {"prompt": [user("a"), {"content": "b"}]}, "prompt", ["message 2"]),
+    "message a text": (P, CHAT | {"chosen": ["Hello"]}, "chosen", ["part 1", "role"]),
+    "message without a role": (P, CHAT | {"prompt": [user("a"), {"content": "b"}]}, "prompt", ["part 2"]),
     "message of a tool": (
-        P, CHAT | {"prompt": [{"role": "tool", "content": "b"}]}, "prompt", ["message 1", "user, assistant"],
+        P, CHAT | {"prompt": [{"role": "tool", "content": "b"}]}, "prompt",
+        ["message 1", "'tool'", "leave the row out"],
     ),
     "role a list": (P, CHAT | {"prompt": [{"role": [], "content": "b"}]}, "prompt", ["message 1", "a list"]),
     "answered by the user": (P, CHAT | {"chosen": [user("b")]}, "chosen", ["assistant"]),
     "only the prompt": (P, CHAT | {"chosen": CHAT["prompt"]}, "chosen", ["assistant"]),
     "prompt ends with an answer": (P, CHAT | {"prompt": [user("a"), assistant("b")]}, "prompt", ["ends"]),
-    "messages after another prompt": (P, CHAT | {"prompt": "Hi"}, "chosen", ["text", "prompt"]),
-    "messages after an instruction": (
-        P, TASK | {"chosen": CHAT["chosen"]}, "prompt", ["missing"],
+    "messages after another prompt": (
+        P, CHAT | {"prompt": "Ho", "chosen": [user("Hi"), assistant("a")]}, "chosen", ["assistant", "prompt"],
     ),
-    "tie": (R, altered(R, ranking=[1, 1, 2]), "ranking", ["[1, 2, 3]", "ties"]),
-    "ranks from 0": (R, altered(R, ranking=[0, 1, 2]), "ranking", ["[1, 2, 3]"]),
+    "all responses tied": (R, altered(R, ranking=[1, 1, 1]), "ranking", ["same rank"]),
+    "ranks from 0": (R, altered(R, ranking=[0, 1, 2]), "ranking", ["[1, 2, 3]", "add 1"]),
     "too few ranks": (R, altered(R, ranking=[1, 2]), "ranking", ["[1, 2, 3]"]),
     "too many ranks": (R, altered(R, ranking=[1, 2, 3, 4]), "ranking", ["[1, 2, 3]"]),
     "rank true": (R, altered(R, ranking=[True, 2, 3]), "ranking", ["[1, 2, 3]"]),
@@ -470,7 +506,7 @@ BAD_ROWS = {
     "a response null": (R, altered(R, responses=["a", None, "c"]), "responses", ["text", "null"]),
     "a response empty": (R, altered(R, responses=["a", "", "c"]), "responses", ["empty"]),
     "a response twice": (R, altered(R, responses=["a", "b", "a"]), "responses", ["twice"]),
-    "label a text": (L, altered(L, label="true"), "label", ["true (good)"]),
+    "label a text": (L, altered(L, label="yes"), "label", ["true (good)"]),
     "label 2": (L, altered(L, label=2), "label", ["true (good)"]),
     "label null": (L, altered(L, label=None), "label", ["true (good)"]),
     "label a list": (L, altered(L, label=[1]), "label", ["true (good)"]),
@@ -482,7 +518,7 @@ BAD_ROWS = {
     "text empty": (D, {"text": "\n"}, "text", ["empty"]),
     "text a list": (D, {"text": ["a"]}, "text", ["text", "a list"]),
     "messages null": (D, {"messages": None}, "messages", ["list"]),
-    "messages an object": (D, {"messages": {}}, "messages", ["list"]),
+    "messages an object": (D, {"messages": {}}, "messages", ["messages with"]),
     "messages end with the user": (D, {"messages": TALK}, "messages", ["assistant"]),
     "last message empty": (D, {"messages": [user("a"), assistant("")]}, "messages", ["empty"]),
     "pair without rejected": (D, altered(P, rejected=...), "rejected", ["missing"]),
@@ -517,7 +553,7 @@ def test_a_bad_row_is_named_or_skipped(tmp_path, name):
 BAD_LINES = {
     "cut off": (b'{"prompt": "a', ["not JSON", "column 12"]),
     "two rows": (as_lines([PAIR, PAIR], end=" "), ["not JSON", "Extra data"]),
-    "not JSON": (b"prompt\tchosen", ["not JSON", "column 1"]),
+    "not JSON": (b"prompt and chosen", ["not JSON", "column 1"]),
     "not UTF-8": ('{"prompt": "é"}'.encode("latin-1"), ["UTF-8"]),
     "nested too deeply": (b'{"a":' * 100_000, ["nested"]),
     "too many digits": (b'{"a": ' + b"1" * 5000 + b"}", ["digits"]),
@@ -534,6 +570,8 @@ def test_a_damaged_line_is_named_or_skipped(tmp_path, name):
     message = sentence(lambda: load_dataset(path, P), f"{path}, line 3", *words)
     dataset = load_dataset(path, P, skip_bad_rows=True)
     assert dataset.rows == [PreferencePair(**PAIR), PreferencePair(**OTHER)] and dataset.skipped == [message]
+    if name == "two rows":  # which are a file of two rows where they stand alone
+        return
     alone = written(tmp_path, "alone.jsonl", bad)
     sentence(lambda: load_dataset(alone, P), str(alone), *words)
 
@@ -595,7 +633,6 @@ BAD_FILES = {
     "columns cut off": (as_columns([PAIR, OTHER])[:-9], ["not JSON"]),
     "list not UTF-8": (json.dumps([PAIR], indent=1).encode() + b"\n\xff", ["line 8", "UTF-8"]),
     "list nested too deeply": (b"[" * 100_000, ["nested"]),
-    "one row set out": (json.dumps(PAIR, indent=1).encode(), ["not of columns", "list"]),
     "in UTF-16": (json.dumps([PAIR]).encode("utf-16"), ["UTF-8"]),
     "gzip cut off": (GZIPPED[:-20], ["gzip"]),
     "gzip cut off in its head": (GZIPPED[:5], ["gzip"]),
@@ -719,7 +756,8 @@ def shared_file(name: str) -> Path:
 
 def test_real_instruction_preferences():
     """900 rows, of which 6 have identical answers: refused, or left out and listed. As demonstrations the
-    same rows give their "output", all 900. Fails if the count, the templates or the order change."""
+    same rows give all 900 "chosen", and it is said that "output" is not read.
+    Fails if the count, the templates or the order change."""
     path = shared_file("instruction_preferences.json")
     raw = json.loads(path.read_text(encoding="utf-8"))
     same = [number for number, row in enumerate(raw, start=1) if row["chosen"] == row["rejected"]]
@@ -729,12 +767,13 @@ def test_real_instruction_preferences():
     assert [text.partition(", field")[0] for text in dataset.skipped] == [f"{path}, row {n}" for n in same]
     kept = [row for row in raw if row["chosen"] != row["rejected"]]
     demonstrations = load_dataset(path, D)
-    assert demonstrations.field == "output" and len(demonstrations.rows) == 900
+    assert (demonstrations.field, demonstrations.unread) == ("chosen", ["output"])
+    assert len(demonstrations.rows) == 900
     for row, pair in zip(kept, dataset.rows):
         assert (pair.chosen, pair.rejected) == (row["chosen"], row["rejected"])
         middle = f"### Input:\n{row['input']}\n\n" if row["input"] else ""
         assert pair.prompt == f"### Instruction:\n{row['instruction']}\n\n{middle}### Response:\n"
-    assert [row.completion for row in demonstrations.rows] == [row["output"] for row in raw]
+    assert [row.completion for row in demonstrations.rows] == [row["chosen"] for row in raw]
 
 
 def test_real_rows_in_every_container(tmp_path):
@@ -747,9 +786,9 @@ def test_real_rows_in_every_container(tmp_path):
 
 
 def test_real_tables_are_refused():
-    """A table of labels and texts is no JSON. Fails if it is read as anything, or the line is not named."""
+    """A table without names of columns. Fails if it is read as anything, or what was read is not shown."""
     path = shared_file("movie_reviews.tsv")
-    sentence(lambda: load_dataset(path, D), f"{path}, line 1", "not JSON")
+    sentence(lambda: load_dataset(path, D), f"{path}, line 2, field 'completion'", "there are '1'")
 
 
 # ------------------------------------------------------------------------------------------- planted bugs
@@ -767,41 +806,45 @@ def bad_file(name):
 
 MUTANTS = {
     "prompt split from the chosen transcript alone": (
-        data._split, "not rejected.startswith(chosen[: turn + len(_TURN)])", "False",
+        messages.shared_text, "while turn >= 0 and", "while False and",
         test_what_a_row_becomes, "transcripts that part in the human's words",
     ),
     "rejected sliced one character late": (
-        data._split, "rejected[end:]", "rejected[end + 1 :]", test_what_a_row_becomes, "transcripts",
+        forms.texts_of, "[text[start:] for text in texts]", "[text[start + 1 :] for text in texts]",
+        test_what_a_row_becomes, "transcripts",
     ),
     "ranking read as positions": (
-        data._ranking, "text for _, text in sorted(zip(ranks, texts))", "texts[rank - 1] for rank in ranks",
+        forms.ranking_of, "numbers.index(rank)] for rank in distinct", "int(rank) - 1] for rank in numbers",
         test_the_best_response_comes_first_in_every_order, 3,
     ),
-    "lines split at every line end": (
-        files.read_rows, 'data.split(b"\\n")', "[line.encode() for line in data.decode().splitlines()]",
+    "lines split at other line ends": (
+        files._rows_of_lines, 'data.find(b"\\n", start)', 'data.find(b"\\r", start)',
         test_rows_come_back_from_every_container,
     ),
     "completions stripped": (
-        data._answer, "return text", "return text.strip()", test_what_a_row_becomes, "whitespace is kept",
+        forms._finished, "*texts]", "*map(str.strip, texts)]", test_what_a_row_becomes, "whitespace is kept",
     ),
     "no space before a chat's answer": (
-        data._chat, "removeprefix(_TURN)", 'removeprefix(_TURN + " ")', test_what_a_row_becomes, "messages",
+        forms._talk, "removeprefix(TURN)", 'removeprefix(TURN + " ")', test_what_a_row_becomes, "messages",
     ),
-    "ties accepted": (
-        data._ranking, "sorted(ranks) != counted", "not set(ranks) <= set(counted)", bad_row, "tie",
+    "a tied response kept": (
+        forms.ranking_of, "for rank in distinct", "for rank in numbers",
+        test_what_a_row_becomes, "tied ranks",
     ),
     "identical answers accepted": (
-        data._preference, "pair.chosen == pair.rejected", "False", bad_row, "identical",
+        data._preference, "chosen == rejected", "False", bad_row, "identical",
     ),
-    "any truth accepted": (data._label, "label not in (0, 1)", "label is None", bad_row, "label a text"),
+    "any truth accepted": (
+        forms.label_of, 'label not in ("1", "0", "true", "false")', "not label", bad_row, "label a text",
+    ),
     "columns cut to the shortest": (
         files._rows_of_columns, "other != length", "other > length", bad_file, "unequal columns",
     ),
     "skipped rows not listed": (
-        data._dataset, "dataset.skipped.append(str(error))", "pass", bad_row, "empty chosen",
+        data._dataset, "skipped.append(str(error))", "pass", bad_row, "empty chosen",
     ),
     "prompt doubled": (
-        data._repeats_prompt, "text.lstrip().startswith(", "text == str(",
+        forms._note_repeats, "text.startswith(start)", "text == start",
         test_a_file_whose_completions_repeat_the_prompt_is_refused, "transcripts", False,
     ),
 }  # fmt: skip

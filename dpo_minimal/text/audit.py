@@ -5,6 +5,8 @@ But: what only tokens show is counted by `batches.tokenize`.
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -22,13 +24,21 @@ class Lengths(NamedTuple):
 # What an audit may find: level, description and remedy.
 FINDINGS = {
     "skipped": ("warning", "bad and left out; correct them in the file"),
+    "labelled_bad": ("note", "labelled bad and left out, as nobody wants them imitated"),
     "too_long": ("warning", "too long for max_length and left out, as no completion is ever cut; raise it"),
     "truncated": ("warning", "prompt cut on the left to fit; raise max_length or max_prompt_length"),
     "empty_prompt": ("note", "no prompt; end-of-text takes its place"),
-    "literal_end_of_text": (
-        "warning",
-        f"{END_OF_TEXT} spelled out in the text, where it is plain text; delete it",
-    ),
+    "glued": ("warning", "nothing between prompt and answer; end prompts with a space or a line end"),
+    "repeats_prompt": ("warning", "a completion repeats its prompt, which is learnt; cut it off"),
+    "human_turn": ("warning", "a turn of the human inside a completion, which is learnt; end it before"),
+    "template_marks": ("warning", "marks of a chat template spelled out, here plain text; use messages"),
+    "json_messages": ("warning", "text that is JSON of messages; give the messages themselves"),
+    "literal_end_of_text": ("warning", END_OF_TEXT + " spelled out, where it is plain text; delete it"),
+    "against_scores": ("warning", "chosen has the lower score of the two; exchange them or drop the row"),
+    "tied_scores": ("warning", "chosen and rejected have the same score, which is a tie; drop the row"),
+    "tied": ("note", "responses tied with another are left out, as a ranking has one for each rank"),
+    "one_class": ("warning", "all labels are the same, so that nothing is told apart; add the other kind"),
+    "white_space": ("warning", "completions that differ only in white space; drop the row"),
     "identical": ("warning", "two completions with the same tokens, which teach nothing; drop the row"),
     "duplicated": ("warning", "repeats an earlier row, which so counts more than once; keep one of each"),
     "contradictory": ("warning", "an earlier row's completions, judged otherwise; fine if people disagree"),
@@ -37,13 +47,40 @@ FINDINGS = {
 }
 Findings = dict[str, list[str]]  # for each of these names the places where it was found
 
+_HUMAN = re.compile(
+    r"\n\s*(?:Human|User|###\s*Instruction):|<\|(?:im_start\|>)?user|\[INST\]|<start_of_turn>user"
+)
+_MARK = re.compile(
+    r"<[|\uff5c](?!endoftext)[\w\u2581 -]{1,30}[|\uff5c]>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|</?s>"
+)
+_JSON = re.compile(r"\s*\[?\s*\{\s*['\"](?:role|from|content|value)['\"]\s*:")
 
-def text_findings(prompt: str, completions: Sequence[str]) -> Iterator[str]:
-    """The names of what the text of one row shows, before any token."""
+
+def text_findings(prompt: str, completions: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """What the text of one row shows, before any token: (name, what to add to its place)."""
+    texts = (prompt, *completions)
     if not prompt:
-        yield "empty_prompt"
-    if any(END_OF_TEXT in text for text in (prompt, *completions)):
-        yield "literal_end_of_text"
+        yield "empty_prompt", ""
+    for completion in completions:
+        if prompt and _glued(prompt[-1], completion[0]):
+            yield "glued", f" ({prompt[-12:]!r} + {completion[:12]!r})"
+            break
+    if any(map(_HUMAN.search, completions)):
+        yield "human_turn", ""
+    if any(map(_MARK.search, texts)):
+        yield "template_marks", ""
+    if any(map(_JSON.match, texts)):
+        yield "json_messages", ""
+    if any(END_OF_TEXT in text for text in texts):
+        yield "literal_end_of_text", ""
+    if len({"".join(text.split()) for text in completions}) < len(set(completions)):
+        yield "white_space", ""
+
+
+def _glued(left: str, right: str) -> bool:
+    """Whether two characters stand together that a language with spaces keeps apart."""
+    written_apart = right.isalnum() and unicodedata.east_asian_width(right) not in "WF"
+    return written_apart and not left.isspace()
 
 
 FEW = 3  # places shown of each finding

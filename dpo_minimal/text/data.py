@@ -1,7 +1,6 @@
 """Preference files become checked rows of plain text: prompt, chosen, rejected.
 
-README.md lists the kinds of rows, the forms that each may have, and the templates that turn instructions and
-chat messages into text. A template is part of the data: every log-probability depends on it.
+README.md lists the kinds of rows, and the forms that each may have; forms.py reads a single row.
 
 But: no tokens (batches.py); a row is checked as text only.
 """
@@ -14,7 +13,8 @@ from typing import Any, NamedTuple
 
 from ..validation import InputError
 from .audit import text_findings
-from .files import Located, Row, read_rows
+from .files import EMPTY, Located, Row, listed, read_rows
+from .forms import LABELS, completion_of, form_of, label_of, pair_of, ranking_of
 
 
 class PreferencePair(NamedTuple):
@@ -66,14 +66,21 @@ class Dataset(NamedTuple):
     """Checked rows and where they come from."""
 
     rows: list[Any]  # all of one of the four types above
-    places: list[str]  # "FILE, row 3" (JSON) or "FILE, line 3" (JSON lines) of each row, for messages
+    places: list[str]  # "FILE, row 3" (JSON) or "FILE, line 3" (lines) of each row, for messages
     skipped: list[str]  # one sentence for each bad row that was left out
     field: str  # the column that the completions are from
-    findings: dict[str, list[str]]  # what the texts alone show (`audit.text_findings`): name -> places
+    findings: dict[str, list[str]]  # what the texts alone show: names of audit.py -> places
+    read: list[str]  # the columns that were read of some row
+    unread: list[str]  # those with something in them that were not, and unread parts of messages
+
+    def columns(self) -> str:
+        """Which columns were read and which not, in a line."""
+        unread = f"; not read: {listed(self.unread, 12)}" if self.unread else ""
+        return f"columns read: {listed(self.read, 12)}{unread}; completions from {self.field!r}."
 
 
 def load_preferences(path: str | Path) -> list[PreferencePair]:
-    """Read a file of preference pairs in any of this module's formats [D2.1].
+    """Read a file of preference pairs in any of the forms of README.md [D2.1].
 
     Raises InputError naming file, row and field.
     """
@@ -84,7 +91,7 @@ def load_dataset(path: str | Path, kind: str, *, skip_bad_rows: bool = False) ->
     """Read a file of rows of one kind.
 
     Args:
-        path: JSON or JSON lines, gzipped or not.
+        path: JSON, JSON lines, CSV or TSV, gzipped or not.
         kind: one of `KINDS`.
         skip_bad_rows: leave out and list bad rows instead of stopping at the first.
     Raises:
@@ -110,190 +117,85 @@ def dataset_from_rows(
 def _dataset(name: str, located: Iterable[Located], kind: str, skip_bad_rows: bool) -> Dataset:
     if kind not in KINDS:
         raise InputError(f"kind {kind!r}: choose one of {', '.join(KINDS)}.")
-    dataset = Dataset([], [], [], "", {})
-    for place, read in located:
+    rows, places, skipped, field, left_out = [], [], [], "", 0
+    findings: dict[str, list[str]] = {}
+    read, filled = {}, {}  # as ordered sets
+    prompted = repeating = 0
+    for place, parse in located:
         try:
-            row = Row(place, read())
-            parsed, field = _PARSERS[kind](row)
-            if dataset.rows and field != dataset.field:
-                raise row.error(field, f"earlier rows have {dataset.field!r} there; make all rows alike")
+            row = Row(place, parse())
+            parsed, taken = _PARSERS[kind](row)
+            if rows and taken != field:
+                raise row.error(taken, f"earlier rows have {field!r} there; make all rows alike")
         except InputError as error:
             if not skip_bad_rows:
                 raise
-            dataset.skipped.append(str(error))
+            skipped.append(str(error))
             continue
-        dataset.rows.append(parsed)
-        dataset.places.append(place)
-        for finding in text_findings(parsed.prompt, completions_of(parsed)):
-            dataset.findings.setdefault(finding, []).append(place)
-        dataset = dataset._replace(field=field)
-    if not dataset.rows:
-        bad = dataset.skipped
-        remedy = f"all {len(bad)} are bad ({bad[0][:-1]})" if bad else "add some"
+        read |= dict.fromkeys(name for name in row.columns if name in row.read)
+        filled |= dict.fromkeys(name for name, value in row.columns.items() if value not in EMPTY)
+        filled |= dict.fromkeys(row.unread)
+        found = row.findings
+        if parsed is not None:
+            rows.append(parsed)
+            places.append(place)
+            field = taken
+            prompted += bool(parsed.prompt.strip())
+            repeating += row.repeats_prompt
+            found = found | dict(text_findings(parsed.prompt, completions_of(parsed)))
+        else:
+            left_out += 1
+        for finding, detail in found.items():
+            findings.setdefault(finding, []).append(place + detail)
+    if not rows:
+        remedy = f"all {len(skipped)} are bad ({skipped[0][:-1]})" if skipped else "add some"
+        remedy = f"all {left_out} are labelled bad; add good ones" if left_out else remedy
         raise InputError(f"{name}: no row is left; {remedy}.")
-    _refuse_repeated_prompts(name, dataset.rows)
-    return dataset
-
-
-def _refuse_repeated_prompts(name: str, rows: list[Any]) -> None:
-    """Refuse a file in which most completions begin with their prompt, as exports of whole transcripts do.
-
-    A single row may do so by chance. The file is not repaired: only its owner knows where the answers begin.
-    """
-    prompted = [row for row in rows if row.prompt.strip()]
-    repeating = sum(map(_repeats_prompt, prompted))
-    if repeating > len(prompted) / 2:
+    if repeating > prompted / 2:  # a single row may do so by chance; only its owner knows where answers begin
         raise InputError(
-            f"{name}: in {repeating} of {len(prompted)} rows the completions start with the prompt, which "
+            f"{name}: in {repeating} of {prompted} rows the completions start with the prompt, which "
             "would be read twice; cut it off them, or delete the field 'prompt' if they are transcripts."
         )
+    if kind == "labels" and len({row.label for row in rows}) == 1:
+        findings["one_class"] = places
+    unread = [name for name in filled if name not in read]
+    return Dataset(rows, places, skipped, field, findings, list(read), unread)
 
 
-def _repeats_prompt(row: Any) -> bool:
-    prompt = row.prompt.strip()
-    return all(text.lstrip().startswith((prompt, f"Human: {prompt}")) for text in completions_of(row))
-
-
-# ---------------------------------------------------------------------------------------------- one row
-
-_SPEAKERS = {"user": "Human", "assistant": "Assistant", "system": "System"}
-_TURN = "\n\nAssistant:"
-
-
-def _answer(row: Row, field: str, value: Any) -> str:
-    text = row.text(field, value)
-    if not text.strip():
-        raise row.error(field, "is empty; give a completion or delete the row")
-    return text
-
-
-def _messages(row: Row, field: str, values: Any) -> list[tuple[str, str]]:
-    """Chat messages as (role, content)."""
-    if not isinstance(values, list) or not values:
-        raise row.error(field, "must be a list of at least one message")
-    result = []
-    for number, message in enumerate(values, start=1):
-        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-            raise row.error(field, f"message {number} must be an object with a role and a content")
-        role = row.text(field, message["role"], f"the role of message {number} ")
-        if role not in _SPEAKERS:
-            raise row.error(field, f"the role of message {number} is none of {', '.join(_SPEAKERS)}")
-        result.append((role, row.text(field, message["content"], f"the content of message {number} ")))
-    return result
-
-
-def _render(messages: list[tuple[str, str]]) -> str:
-    return "".join(f"\n\n{_SPEAKERS[role]}: {content}" for role, content in messages)
-
-
-def _texts(row: Row, *answers: tuple[str, Any]) -> list[str]:
-    """The prompt and the completions, given as (field, value), of a row that has a prompt."""
-    prompt = row.columns.get("prompt")
-    if isinstance(prompt, list) or any(isinstance(value, list) for _, value in answers):
-        return _chat(row, *answers)
-    if "prompt" in row.columns or "instruction" not in row.columns:
-        prompt = row.text("prompt", row.get("prompt"))
-    else:
-        given = row.columns.get("input")
-        prompt = f"### Instruction:\n{row.text('instruction', row.get('instruction'))}\n\n"
-        prompt += "" if given in (None, "") else f"### Input:\n{row.text('input', given)}\n\n"
-        prompt += "### Response:\n"
-    return [prompt, *(_answer(row, field, value) for field, value in answers)]
-
-
-def _chat(row: Row, *answers: tuple[str, Any]) -> list[str]:
-    """The same where the prompt or an answer is a list of messages."""
-    prompt = row.get("prompt")
-    if isinstance(prompt, list):
-        before = _messages(row, "prompt", prompt)
-    else:  # it must then be seen that this text is the message of the user, so the answers must repeat it
-        before = [("user", row.text("prompt", prompt))]
-    if before[-1][0] == "assistant":
-        raise row.error("prompt", "ends with a message of the assistant, where the completion should begin")
-    texts = [_render(before) + _TURN]
-    for field, value in answers:
-        text = isinstance(value, str)
-        messages = [("assistant", row.text(field, value))] if text else _messages(row, field, value)
-        if messages[: len(before)] == before:
-            messages = messages[len(before) :]
-        elif isinstance(prompt, str):
-            raise row.error(field, "must be text, as the prompt is, or messages that begin with the prompt")
-        if not messages or messages[0][0] != "assistant":
-            raise row.error(field, "must have a message of the assistant where the prompt ends")
-        _answer(row, field, messages[0][1])
-        texts.append(_render(messages).removeprefix(_TURN))
-    return texts
-
-
-def _split(row: Row, chosen: str, rejected: str) -> list[str]:
-    """Two transcripts: the prompt ends with the last turn of the assistant that both share."""
-    turn = chosen.rfind(_TURN)
-    while turn >= 0 and not rejected.startswith(chosen[: turn + len(_TURN)]):
-        turn = chosen.rfind(_TURN, 0, turn)
-    if turn < 0:
-        raise row.error(
-            "chosen", f"shares no {_TURN!r} with rejected where the prompt could end; add a field 'prompt'"
-        )
-    end = turn + len(_TURN)
-    return [chosen[:end], _answer(row, "chosen", chosen[end:]), _answer(row, "rejected", rejected[end:])]
+# ------------------------------------------------------------------------------------------------ kinds
 
 
 def _preference(row: Row) -> tuple[PreferencePair, str]:
-    readers = {"ranking": "`dpo --loss-type plackett_luce`", "label": "`audit --kind labels`"}
-    for sign, reader in readers.items():
-        if sign in row.columns and "chosen" not in row.columns:
-            raise row.error("chosen", f"is missing; this is a row of {sign}s, which {reader} reads")
-    answers = [(field, row.get(field)) for field in ("chosen", "rejected")]
-    if {"prompt", "instruction"} & set(row.columns):
-        pair = PreferencePair(*_texts(row, *answers))
-    else:
-        read = (_render(_messages(row, *a)) if isinstance(a[1], list) else row.text(*a) for a in answers)
-        pair = PreferencePair(*_split(row, *read))
-    if pair.chosen == pair.rejected:
+    (prompt, chosen, rejected), field = pair_of(row)
+    if chosen == rejected:
         raise row.error("rejected", "is the same as chosen, which leaves nothing to prefer; delete the row")
-    return pair, "chosen"
+    return PreferencePair(prompt, chosen, rejected), field
 
 
 def _ranking(row: Row) -> tuple[Ranking, str]:
-    if "chosen" in row.columns and "responses" not in row.columns:
-        raise row.error("responses", "is missing; this row is a pair of chosen and rejected, no ranking")
-    responses, ranks = row.get("responses"), row.get("ranking")
-    if not isinstance(responses, list) or len(responses) < 2:
-        raise row.error("responses", "must be a list of at least two texts")
-    prompt, *texts = _texts(row, *(("responses", response) for response in responses))
-    if len(set(texts)) < len(texts):
-        raise row.error("responses", "lists the same text twice; delete one")
-    counted = list(range(1, len(texts) + 1))
-    whole = isinstance(ranks, list) and all(type(rank) is int for rank in ranks)
-    if not whole or sorted(ranks) != counted:
-        raise row.error(
-            "ranking", f"must give each response its rank, {counted} in some order, 1 for the best, no ties"
-        )
-    return Ranking(prompt, tuple(text for _, text in sorted(zip(ranks, texts)))), "responses"
+    (prompt, *responses), field = ranking_of(row)
+    return Ranking(prompt, tuple(responses)), field
 
 
 def _label(row: Row) -> tuple[LabelledCompletion, str]:
-    label = row.get("label")
-    if label not in (0, 1):  # false and true are equal to them
-        raise row.error("label", "must be true (good) or false (bad)")
-    return LabelledCompletion(*_texts(row, ("completion", row.get("completion"))), bool(label)), "completion"
+    (prompt, completion), label, field = label_of(row)
+    return LabelledCompletion(prompt, completion, label), field
 
 
-def _demonstration(row: Row) -> tuple[Demonstration, str]:
-    names = ("completion", "output", "chosen", "messages", "text")
-    field = next((name for name in names if name in row.columns), "completion")
-    value = row.get(field)
-    if field == "chosen":
-        pair, _ = _preference(row)
-        return Demonstration(pair.prompt, pair.chosen), field
-    if field == "messages":
-        *before, (role, content) = _messages(row, field, value)
-        if role != "assistant":
-            raise row.error(field, "must end with a message of the assistant")
-        return Demonstration(_render(before) + _TURN, " " + _answer(row, field, content)), field
-    if field == "text":
-        return Demonstration("", _answer(row, field, value)), field
-    return Demonstration(*_texts(row, (field, value))), field
+def _demonstration(row: Row) -> tuple[Demonstration | None, str]:
+    """What there is to imitate: the best of several completions, and nothing that is labelled bad."""
+    if form_of(row):
+        (prompt, chosen, _), field = pair_of(row)
+    elif {"responses", "answers"} & row.columns.keys():
+        (prompt, chosen, *_), field = ranking_of(row)
+    elif not row.columns.keys().isdisjoint(LABELS):
+        (prompt, chosen), good, field = label_of(row)
+        if not good:
+            row.findings["labelled_bad"] = ""
+            return None, field
+    else:
+        (prompt, chosen), field = completion_of(row)
+    return Demonstration(prompt, chosen), field
 
 
 _PARSERS: dict[str, Callable[[Row], tuple[Any, str]]] = {

@@ -1,14 +1,20 @@
-"""JSON and JSON lines, gzipped or not, as located rows.
+"""Files of rows, each with its place: JSON, JSON lines, CSV or TSV, gzipped or not.
+
+README.md, "Files and rows", lists what is read. What is not is known by its first bytes, and answered with
+the line that converts it.
 
 But: which columns a row must have is data.py's business.
 """
 
 from __future__ import annotations
 
-import gzip
+import csv
+import io
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +22,40 @@ from ..validation import InputError
 
 Located = tuple[str, Callable[[], Any]]  # "FILE, row 3", and what parses the row
 
+EMPTY: tuple[Any, ...] = (None, "", [], {})  # what stands in a column where nothing does
+
 
 class Row:
-    """A row's columns and its place, for messages."""
+    """A row's columns and its place, for messages; what was read of it, and what was found in it."""
 
     def __init__(self, place: str, columns: Any):
         self.place = place
         if not isinstance(columns, dict):
-            raise InputError(f"{place}: must be an object with named fields, got {_type(columns)}.")
+            raise InputError(f"{place}: must be an object with named fields, got {kind_of(columns)}.")
         self.columns = columns
+        self.read: set[str] = set()  # of the columns
+        self.unread: set[str] = set()  # parts of columns that were read: "'name' of messages"
+        self.findings: dict[str, str] = {}  # name of a finding -> what to add to the place, mostly nothing
+        self.repeats_prompt = False  # all completions
 
     def error(self, field: str, problem: str) -> InputError:
-        return InputError(f"{self.place}, field {field!r}: {problem}.")
+        return InputError(f"{self.place}, field {short(field)}: {problem}.")
 
     def get(self, field: str) -> Any:
+        """A column that must be there. Raises InputError where it is not."""
         if field not in self.columns:
-            there = ", ".join(map(repr, self.columns)) or "none"
-            raise self.error(field, f"is missing; the fields there are {there}")
-        return self.columns[field]
+            raise self.error(field, f"is missing; the fields there are {listed(self.columns)}")
+        return self.peek(field)
+
+    def peek(self, field: str) -> Any:
+        """A column, None where it is not there."""
+        self.read.add(field)
+        return self.columns.get(field)
 
     def text(self, field: str, value: Any, part: str = "") -> str:
         """`value`, all of a field or the named part of it, as a string that can be encoded."""
         if not isinstance(value, str):
-            raise self.error(field, f"{part}must be text, got {_type(value)}")
+            raise self.error(field, f"{part}must be text, got {kind_of(value)}")
         try:
             value.encode()
         except UnicodeEncodeError:
@@ -46,85 +63,134 @@ class Row:
         return value
 
 
-def _type(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What a value of JSON is, in words."""
     if isinstance(value, float) and value != value:
         return "NaN"  # what data frames write where there is nothing
+    if isinstance(value, dict) and value:
+        return f"an object with the fields {listed(value)}"
     names = {type(None): "null", dict: "an object", list: "a list", bool: "true or false", str: "text"}
     return names.get(type(value), "a number")
+
+
+def short(text: Any) -> str:
+    """Quoted, and cut where it is long, for a message."""
+    shown = repr(text)
+    return shown if len(shown) <= 40 else shown[:36] + " ..."
+
+
+def listed(names: Any, most: int = 6) -> str:
+    """The first few of names, quoted."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(short, names[:most])) + more or "none"
 
 
 def read_rows(path: str | Path) -> Iterator[Located]:
     """The rows of a file, each with its place and a function that parses it or says what is wrong with it.
 
-    A list of rows and an object of columns are JSON; anything else is one row a line. Lines end at a line
-    feed only: a text may hold other characters that some tools take for line ends.
+    Lines end at a line feed only: a text may hold other characters that some tools take for line ends.
 
     Raises:
-        InputError: the file is missing, unreadable, a truncated gzip, empty, or JSON that is neither rows nor
-            columns. A row that is not JSON or not UTF-8 raises when it is parsed.
+        InputError: the file is missing, unreadable, damaged, empty, or of another format. A row that is not
+            JSON or not UTF-8 raises when it is parsed.
     """
     data = _read_bytes(Path(path))
-    start = data.lstrip()
+    start = data[:LOOK].lstrip() or data.lstrip()
     if not start:
         raise InputError(f"{path}: is empty; add rows.")
     if start[:1] == b"[":
         yield from _rows_of_list(path, _parse(str(path), data))
         return
-    first, _, rest = start.partition(b"\n")
-    spread = first.strip() == b"{"  # one object, set out over many lines
-    if spread or (not rest.strip() and start[:1] == b"{"):
-        content = _parse(str(path), data)
-        if _is_columns(content):
-            yield from _rows_of_columns(path, content)
+    if separator := _separator(path, start):
+        yield from _rows_of_table(path, data, separator)
+        return
+    if start[:1] == b"{" and (objects := _objects(path, data)):
+        rows = _rows_of_object(path, objects[0]) if len(objects) == 1 else objects
+        if rows is not None or b"\n" in data.strip():
+            yield from _rows_of_list(path, objects if rows is None else rows)
             return
-        if spread:
-            raise InputError(f"{path}: is one object but not of columns; put rows into a list or on lines.")
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        if line.strip():
-            place = f"{path}, line {number}"
-            yield place, lambda place=place, line=line: _parse(place, line)
+    yield from _rows_of_lines(path, data)
 
 
-def _is_columns(content: dict[str, Any]) -> bool:
-    """Lists only, and none of chat messages: those belong to a single row."""
-    return bool(content) and all(
-        isinstance(values, list) and not (values and isinstance(values[0], dict) and "role" in values[0])
-        for values in content.values()
-    )
+LOOK = 100_000  # bytes in which the first line is looked for
 
 
-def _rows_of_list(path: str | Path, rows: list[Any]) -> Iterator[Located]:
-    if not rows:
-        raise InputError(f"{path}: holds an empty list; add rows.")
-    for number, row in enumerate(rows, start=1):
-        yield f"{path}, row {number}", lambda row=row: row
+# ---------------------------------------------------------------------------------------------------- bytes
 
+# What a file begins with, what it then is, and the line that makes rows of it.
+_PANDAS = (
+    "python -c \"import pandas; pandas.read_{}('{}').to_json('rows.jsonl', orient='records', lines=True)\""
+)
+_OTHER = {
+    b"PAR1": ("a Parquet file", _PANDAS.format("parquet", "{}")),
+    b"ARROW1": ("an Arrow (Feather) file", _PANDAS.format("feather", "{}")),
+    b"\xff\xff\xff\xff": (
+        "an Arrow stream",
+        "python -c \"import datasets; datasets.Dataset.from_file('{}').to_json('rows.jsonl')\"",
+    ),
+    b"PK\x03\x04": ("a zip archive (or a spreadsheet)", "unzip {}"),
+    b"\xd0\xcf\x11\xe0": ("a spreadsheet", _PANDAS.format("excel", "{}")),
+    b"\x28\xb5\x2f\xfd": ("compressed by zstd", "zstd -d {} -o rows.jsonl"),
+    b"BZh": ("compressed by bzip2", "bzip2 -dk {}"),
+    b"\xfd7zXZ": ("compressed by xz", "xz -dk {}"),
+    b"SQLite format 3": (
+        "a SQLite database",
+        "sqlite3 -json {} 'select prompt, chosen, rejected from NAME' > rows.json",
+    ),
+    b"\x80\x04\x95": ("a pickle", _PANDAS.format("pickle", "{}") + ", if you trust it"),
+    b"version https://git-lfs": ("a pointer of Git LFS and not the file itself", "git lfs pull"),
+    b"<!DOCTYPE": ("a web page and not the file itself", "curl -L -O ADDRESS_OF_THE_FILE"),
+    b"<html": ("a web page and not the file itself", "curl -L -O ADDRESS_OF_THE_FILE"),
+    b"\xff\xfe": ("UTF-16 text and not UTF-8", "iconv -f utf-16 -t utf-8 {} > rows.jsonl"),
+    b"\xfe\xff": ("UTF-16 text and not UTF-8", "iconv -f utf-16 -t utf-8 {} > rows.jsonl"),
+}  # fmt: skip
 
-def _rows_of_columns(path: str | Path, columns: dict[str, list[Any]]) -> Iterator[Located]:
-    (first, length), *others = ((name, len(values)) for name, values in columns.items())
-    for name, other in others:
-        if other != length:
-            raise InputError(
-                f"{path}, field {name!r}: has {other} entries where {first!r} has {length}; make the columns "
-                "equally long."
-            )
-    yield from _rows_of_list(path, [dict(zip(columns, row)) for row in zip(*columns.values())])
+# A gzip may always unpack to this many bytes, and beyond it to so many times its own size; text that people
+# write shrinks by less than twenty times, a bomb by a thousand.
+_UNPACKED, _RATIO = 2**26, 100
 
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        data = path.read_bytes()
-        if data[:2] == b"\x1f\x8b":
-            data = gzip.decompress(data)
+        special = path.exists() and not (path.is_file() or path.is_dir())
+        data = b"" if special else path.read_bytes()
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; a name counts from the folder that you are in.") from None
     except IsADirectoryError:
         raise InputError(f"{path}: is a folder; name a file in it.") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile):
-        raise InputError(f"{path}: is a truncated or damaged gzip file; copy it again.") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}).") from None
+    except ValueError:
+        raise InputError(f"{short(str(path))}: is not a name that a file can have.") from None
+    if special:
+        raise InputError(f"{path}: is no ordinary file; copy its content into one.")
+    if data[:2] == b"\x1f\x8b":
+        data = _unzipped(path, data)
+    for magic, (what, remedy) in _OTHER.items():
+        if data.startswith(magic):
+            raise InputError(f"{path}: is {what}; convert it with `{remedy.replace('{}', str(path))}`.")
     return data.removeprefix(b"\xef\xbb\xbf")
+
+
+def _unzipped(path: Path, data: bytes) -> bytes:
+    most, parts, left = max(_UNPACKED, _RATIO * len(data)), [], data
+    damaged = InputError(f"{path}: is a truncated or damaged gzip file; copy it again.")
+    while left:  # members, one after another
+        member = zlib.decompressobj(wbits=31)
+        try:
+            parts.append(member.decompress(left, most))
+        except zlib.error:
+            raise damaged from None
+        most -= len(parts[-1])
+        if most <= 0 and not member.eof:
+            raise InputError(
+                f"{path}: unpacks to more than {_RATIO} times its size, as no text does; unpack it yourself."
+            )
+        if not member.eof:
+            raise damaged
+        left = member.unused_data
+    return b"".join(parts)
 
 
 def _parse(place: str, data: bytes) -> Any:
@@ -142,3 +208,155 @@ def _parse(place: str, data: bytes) -> Any:
         raise InputError(f"{place}: is nested too deeply to be a row.") from None
     except ValueError:  # Python's limit on the digits of an integer
         raise InputError(f"{place}: holds a number with too many digits; write it as text.") from None
+
+
+# ---------------------------------------------------------------------------------------------------- rows
+
+
+def _rows_of_lines(path: str | Path, data: bytes) -> Iterator[Located]:
+    start, number = 0, 0
+    while start < len(data):
+        end = data.find(b"\n", start)
+        end, number = len(data) if end < 0 else end, number + 1
+        line = data[start:end]
+        if line.strip():
+            place = f"{path}, line {number}"
+            yield place, lambda place=place, line=line: _parse(place, line)
+        start = end + 1
+
+
+def _rows_of_list(path: str | Path, rows: list[Any]) -> Iterator[Located]:
+    if not rows:
+        raise InputError(f"{path}: holds an empty list; add rows.")
+    for number, row in enumerate(rows, start=1):
+        yield f"{path}, row {number}", lambda row=row: row
+
+
+def _separator(path: str | Path, start: bytes) -> str:
+    """What separates the cells of a table's first line; "" where the file is none."""
+    header = start.partition(b"\n")[0].decode("utf-8", errors="replace").strip()
+    cells = {mark: [cell.strip(' "').lower() for cell in header.split(mark)] for mark in "\t,;|"}
+    for mark, names in cells.items():
+        if len(names) > 1 and not set(names).isdisjoint(_NAMES):
+            return mark
+    named = {".csv": ",", ".tsv": "\t"}.get(Path(str(path).removesuffix(".gz")).suffix.lower(), "")
+    return named if start[:1] != b"{" and named in header else ""
+
+
+_NAMES = {
+    "prompt",
+    "instruction",
+    "question",
+    "chosen",
+    "rejected",
+    "completion",
+    "output",
+    "winner",
+    "loser",
+}
+
+
+def _rows_of_table(path: str | Path, data: bytes, separator: str) -> Iterator[Located]:
+    """Lines of cells under a line of names; cells that hold separators or line ends stand in quotes."""
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(10) + 1
+        raise InputError(f"{path}, line {line}: is not UTF-8 text; save the file as UTF-8.") from None
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    names: list[str] = []
+    try:
+        for cells in reader:
+            if not names:
+                names = [cell.strip() for cell in cells]
+                if len(set(names)) < len(names):
+                    raise InputError(f"{path}: names a column twice in {listed(names)}; keep one.")
+            elif any(cells):
+                place = f"{path}, line {reader.line_num}"
+                yield place, partial(_row_of_cells, place, names, cells)
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num}: is not valid CSV ({error}).") from None
+
+
+def _row_of_cells(place: str, names: list[str], cells: list[str]) -> dict[str, str]:
+    if len(cells) != len(names):
+        raise InputError(
+            f"{place}: has {len(cells)} cells where the first line names {len(names)}; put cells that hold a "
+            "separator or a line end into quotes."
+        )
+    return dict(zip(names, cells))
+
+
+def _objects(path: str | Path, data: bytes) -> list[Any]:
+    """The objects of a file that is not one object a line: a single one, or several set out over lines."""
+    begin = len(data) - len(data.lstrip())
+    end = data.find(b"\n", begin)
+    first = data[begin:] if end < 0 else data[begin:end]
+    if data[begin + len(first) :].strip() and _is_json(first):
+        return []  # lines, which are parsed one by one
+    try:
+        text, decoder = data.decode(), json.JSONDecoder()
+        found, place = [], _BLANK.match(text).end()
+        while place < len(text):
+            content, place = decoder.raw_decode(text, place)
+            found.append(content)
+            place = _BLANK.match(text, place).end()
+        return found
+    except (ValueError, RecursionError):
+        if first.strip() == b"{":
+            _parse(str(path), data)  # says what is wrong, and where
+        return []
+
+
+_BLANK = re.compile(r"[ \t\r\n]*")
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _rows_of_object(path: str | Path, content: Any) -> list[Any] | None:
+    """The rows of one object that holds many; None where it is a row itself."""
+    names, values = list(content), list(content.values())
+    columns, rows = content.get("columns"), content.get("data")
+    if isinstance(rows, list) and isinstance(columns, list) and set(names) <= {"columns", "data", "index"}:
+        if any(not isinstance(row, list) or len(row) != len(columns) for row in rows):
+            raise InputError(f"{path}, field 'data': must be lists of one value for each of 'columns'.")
+        return [dict(zip(map(str, columns), row)) for row in rows]  # of pandas, orient="split"
+    if isinstance(rows, list) and set(names) == {"schema", "data"}:  # orient="table"
+        return rows
+    if all(isinstance(value, dict) and value for value in values):
+        if all(name.isdigit() for name in names):  # orient="index"
+            return values
+        if "".join(values[0]).isdigit() and all(value.keys() == values[0].keys() for value in values):
+            return _rows_of_columns(path, {name: [*value.values()] for name, value in content.items()})
+    if not all(isinstance(value, list) for value in values):
+        return None
+    first = [value[0] if value else None for value in values]
+    if not all(isinstance(value, dict) for value in first):
+        return _rows_of_columns(path, content)
+    if any({"role", "from"} & set(value) for value in first):
+        return None  # chat messages, which belong to a single row
+    if len(names) > 1:
+        line = f"import json; json.dump(json.load(open('{path}'))['{names[0]}'], open('rows.json', 'w'))"
+        raise InputError(
+            f"{path}: holds the splits {listed(names)}; write the one that is meant into a file of its own, "
+            f'with `python -c "{line}"`.'
+        )
+    return values[0]
+
+
+def _rows_of_columns(path: str | Path, columns: dict[str, Any]) -> list[Any]:
+    (first, length), *others = ((name, len(values)) for name, values in columns.items())
+    for name, other in others:
+        if other != length:
+            raise InputError(
+                f"{path}, field {short(name)}: has {other} entries where {short(first)} has {length}; make "
+                "the columns equally long."
+            )
+    return [dict(zip(columns, row)) for row in zip(*columns.values())]

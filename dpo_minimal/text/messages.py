@@ -1,0 +1,144 @@
+"""Chat messages, and what else stands before an answer, become text: the templates of README.md.
+
+A template is part of the data: every log-probability depends on it.
+
+But: which columns hold messages is data.py's business.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .files import EMPTY, Row, kind_of, short
+
+Messages = list[tuple[str, str]]  # (speaker, content)
+
+TURN = "\n\nAssistant:"
+_SPEAKERS = {
+    "user": "Human", "human": "Human", "assistant": "Assistant", "gpt": "Assistant", "model": "Assistant",
+    "bot": "Assistant", "system": "System", "developer": "System",
+}  # fmt: skip
+ASSISTANT = "Assistant"
+
+# Columns, and parts of a message, that belong to the prompt and that no template here can show.
+UNSHOWN = {"tools", "functions", "tool_calls", "function_call", "image", "images", "audio", "documents"}
+
+
+def is_chat(value: Any) -> bool:
+    """Whether a value is messages, or one message, and not text."""
+    return isinstance(value, (list, dict))
+
+
+def messages_of(row: Row, field: str, value: Any) -> Messages:
+    """A list of {role, content} or {from, value}; one message for a list of one; or an object of messages.
+
+    Raises InputError: anything else, an unknown role, content that is not text.
+    """
+    if isinstance(value, dict) and isinstance(value.get("messages"), list):  # of OpenAI's preference rows
+        refuse_unshown(row, value, field)
+        value = value["messages"]
+    values = [value] if isinstance(value, dict) else value
+    if not isinstance(values, list) or not values:
+        raise row.error(field, f"must be a list of at least one message, got {kind_of(value)}")
+    return [_message(row, field, number, message) for number, message in enumerate(values, start=1)]
+
+
+def _message(row: Row, field: str, number: int, message: Any) -> tuple[str, str]:
+    names = ("from", "value") if isinstance(message, dict) and "from" in message else ("role", "content")
+    if not isinstance(message, dict) or not set(names) <= set(message):
+        raise row.error(
+            field, f"must be text, or messages with a role and a content, but part {number} is "
+            f"{kind_of(message)}; completions in a list need a row each",
+        )  # fmt: skip
+    refuse_unshown(row, message, f"{field}, message {number}")
+    row.unread.update(f"{name} of messages" for name in message if name not in names)
+    role = row.text(field, message[names[0]], f"the role of message {number} ")
+    if role.strip().lower() not in _SPEAKERS:
+        raise row.error(
+            field, f"the role of message {number}, {short(role)}, is none of {', '.join(_SPEAKERS)}; write "
+            "what it says into a message of the user, or leave the row out",
+        )  # fmt: skip
+    content = message[names[1]]
+    if isinstance(content, list):
+        content = "".join(_part(row, field, number, part) for part in content)
+    return _SPEAKERS[role.strip().lower()], row.text(field, content, f"the content of message {number} ")
+
+
+def _part(row: Row, field: str, number: int, part: Any) -> str:
+    """One of the parts of a message's content, {type: text, text}."""
+    if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+        what = short(part["type"]) if isinstance(part, dict) and "type" in part else kind_of(part)
+        raise row.error(field, f"message {number} has a part that is no text but {what}; leave the row out")
+    return part["text"]
+
+
+def refuse_unshown(row: Row, columns: dict[str, Any], field: str = "") -> None:
+    """Raise InputError for what belongs to the prompt and would be lost."""
+    for name in UNSHOWN & columns.keys():
+        if columns[name] not in EMPTY:
+            raise row.error(
+                field or name, f"{name if field else 'it'} belongs to the prompt, and no template shows it; "
+                "write it into the prompt as text, or delete it where the answers do not depend on it",
+            )  # fmt: skip
+
+
+def rendered(messages: Messages) -> str:
+    """Each message after two line ends and its speaker."""
+    return "".join(f"\n\n{speaker}: {content}" for speaker, content in messages)
+
+
+def shared_turns(answers: list[Messages]) -> int:
+    """How many messages all answers begin with, each going on with the assistant's; of a single answer, all
+    but the assistant's last and what follows it."""
+    count = 0
+    while all(len(answer) > count + 1 and answer[count] == answers[0][count] for answer in answers):
+        count += 1
+    while count and any(answer[count][0] != ASSISTANT for answer in answers):
+        count -= 1
+    return count
+
+
+def shared_text(texts: list[str]) -> int:
+    """How many characters of transcripts are shared up to the last turn of the assistant; 0 where none is."""
+    turn = texts[0].rfind(TURN)
+    while turn >= 0 and not all(text.startswith(texts[0][: turn + len(TURN)]) for text in texts):
+        turn = texts[0].rfind(TURN, 0, turn)
+    return turn + len(TURN) if turn >= 0 else 0
+
+
+def preceding(row: Row, used: str | None) -> tuple[list[str], Messages | None]:
+    """What other columns put before the prompt: texts of a system and a context; earlier turns.
+
+    Args: used: the column that is the prompt itself.
+    Returns: (texts, turns), turns None where the row has no column of them.
+    """
+    refuse_unshown(row, row.columns)
+    texts: list[str] = []
+    turns: Messages | None = None
+    for name in (name for name in PRECEDING if name in row.columns and name != used):
+        value = row.peek(name)
+        if name == "history":
+            turns = turns or []
+        if value in EMPTY:
+            continue
+        if isinstance(value, list) and all(isinstance(part, str) for part in value):
+            value = "\n\n".join(value)
+        if isinstance(value, str):
+            texts.append(row.text(name, value))
+        elif isinstance(value, list) and all(isinstance(part, list) and len(part) == 2 for part in value):
+            both = zip(("Human", ASSISTANT) * len(value), (text for pair in value for text in pair))
+            turns = [*(turns or []), *((who, row.text(name, text, "a turn ")) for who, text in both)]
+        else:
+            turns = [*(turns or []), *messages_of(row, name, value)]
+    return texts, turns
+
+
+PRECEDING = ("system", "system_prompt", "system_message", "context", "history")
+
+
+def instruction(texts: list[str], turns: Messages, asked: str, given: str) -> str:
+    """The prompt of an instruction with its input, after what precedes it."""
+    headings = {"Human": "### Instruction:\n", ASSISTANT: "### Response:\n", "System": ""}
+    parts = [*texts, *(headings[speaker] + content for speaker, content in turns), headings["Human"] + asked]
+    parts += [f"### Input:\n{given}"] if given else []
+    return "\n\n".join([*parts, headings[ASSISTANT]])
