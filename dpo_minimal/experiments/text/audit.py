@@ -79,14 +79,15 @@ def run(args: argparse.Namespace) -> Audit:
     )  # fmt: skip
     source = args.data or f"{REVIEWS} generated reviews"
     if args.json:
-        settings = {"data": source, "kind": args.kind, "field": dataset.field, "max_length": args.max_length,
+        settings = {"data": source, "kind": args.kind, "field": dataset.field, "read": dataset.read,
+                    "not_read": dataset.unread, "max_length": args.max_length,
                     "max_prompt_length": args.max_prompt_length, "tokenizer": tokenizer.kind,
                     "vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint}  # fmt: skip
         example = {"place": examples[0].place, **_as_texts(examples[0], tokenizer)}
         print(json.dumps(settings | audit.as_dict() | {"example": example}, indent=2))
         return audit
     limit = "none" if args.max_length is None else f"{args.max_length} tokens"
-    print(f"{source}, read as {args.kind}; completions from {dataset.field!r}")
+    print(f"{source}, read as {args.kind}; {dataset.columns()}")
     print(f"tokenizer: {tokenizer.kind} with {tokenizer.vocab_size} tokens; limit of a row: {limit}\n")
     print(f"{audit}\n")
     print("prompt + longest completion, as the model reads them: how many rows, and how many up to here")

@@ -125,7 +125,7 @@ def prepare(options: argparse.Namespace, dataset: Dataset, policy: Policy) -> Ro
         dataset, policy.tokenizer, max_length=context_of(options, policy.model.config.block_size),
         max_prompt_length=options.max_prompt_length, skip_bad_rows=bool(options.skip_bad_rows),
     )  # fmt: skip
-    print(f"{audit}\n", flush=True)
+    print(*[dataset.columns()] * (options.data is not None), f"{audit}\n", sep="\n", flush=True)
     fraction = options.held_out
     if fraction is None:
         fraction = min(HELD_OUT, MOST_HELD_OUT / len(examples))
