@@ -85,7 +85,7 @@ def _optional(path: Path) -> dict[str, Any]:
 
 def _older_files(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """vocab.json, merges.txt and the tokens added to them, in the form of a tokenizer.json."""
-    if not (folder / "vocab.json").exists():
+    if not ((folder / "vocab.json").exists() and (folder / "merges.txt").exists()):
         others = [path.name for pattern in ("vocab.txt", "*.model") for path in folder.glob(pattern)]
         what = f"{others[0]}, WordPiece or SentencePiece," if others else "no tokenizer"
         raise InputError(
