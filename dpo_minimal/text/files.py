@@ -234,13 +234,15 @@ def _rows_of_list(path: str | Path, rows: list[Any]) -> Iterator[Located]:
 
 def _separator(path: str | Path, start: bytes) -> str:
     """What separates the cells of a table's first line; "" where the file is none."""
+    if start[:1] == b"{":
+        return ""
     header = start.partition(b"\n")[0].decode("utf-8", errors="replace").strip()
     cells = {mark: [cell.strip(' "').lower() for cell in header.split(mark)] for mark in "\t,;|"}
     for mark, names in cells.items():
         if len(names) > 1 and not set(names).isdisjoint(_NAMES):
             return mark
     named = {".csv": ",", ".tsv": "\t"}.get(Path(str(path).removesuffix(".gz")).suffix.lower(), "")
-    return named if start[:1] != b"{" and named in header else ""
+    return named if named in header else ""
 
 
 _NAMES = {
@@ -343,11 +345,8 @@ def _rows_of_object(path: str | Path, content: Any) -> list[Any] | None:
     if any({"role", "from"} & set(value) for value in first):
         return None  # chat messages, which belong to a single row
     if len(names) > 1:
-        line = f"import json; json.dump(json.load(open('{path}'))['{names[0]}'], open('rows.json', 'w'))"
-        raise InputError(
-            f"{path}: holds the splits {listed(names)}; write the one that is meant into a file of its own, "
-            f'with `python -c "{line}"`.'
-        )
+        line = f"import json; json.dump(json.load(open('{path}'))['{names[0][:40]}'], open('rows.json', 'w'))"
+        raise InputError(f'{path}: holds splits, {listed(names, 3)}; take one by `python -c "{line}"`.')
     return values[0]
 
 
