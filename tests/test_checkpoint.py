@@ -3,14 +3,17 @@
 tests/golden/ holds a tiny GPT-2 that Hugging Face saved, and its logits (make_golden.py stands beside them).
 """
 
+import contextlib
 import copy
 import errno
+import io
 import json
 import os
 import random
+import re
 import shutil
+import struct
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from planting import CAUGHT, plant
 
+from dpo_minimal.generation import generate
 from dpo_minimal.model import GPT, GPTConfig
 from dpo_minimal.text import checkpoint, training_state
 from dpo_minimal.text.checkpoint import load_model, read_config, save_model, state_fingerprint
@@ -77,12 +81,23 @@ FORMS = {  # what such folders hold, in the wild
     },
     "a copy of the tied head": lambda t: {**t, "lm_head.weight": t["transformer.wte.weight"].clone()},
     "float64": lambda t: {name: v.double() for name, v in t.items()},
+    "compiled": lambda t: {f"_orig_mod.{name}": v for name, v in t.items()},
+    "of a parallel wrapper": lambda t: {f"module.{name}": v for name, v in t.items()},
+    "compiled, then wrapped, without prefix": lambda t: {
+        name.replace("transformer.", "module._orig_mod."): v for name, v in t.items()
+    },
+    "compiled block by block": lambda t: {re.sub(r"(h\.\d)", r"\1._orig_mod", n): v for n, v in t.items()},
+    "with a value head": lambda t: {
+        **{f"pretrained_model.{name}": v for name, v in t.items()},
+        "v_head.summary.weight": torch.ones(1, 16),
+        "v_head.summary.bias": torch.ones(1),
+    },
 }
 
 
 def write_folder(folder: Path, tensors: dict[str, torch.Tensor], container: str = "safetensors") -> Path:
     """The golden config.json beside other weights."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(TINY / CONFIG, folder)
     if container == "safetensors":
         safetensors.torch.save_file(tensors, folder / WEIGHTS)
@@ -144,6 +159,87 @@ def test_live_comparison_with_hugging_face(tmp_path):
     torch.testing.assert_close(ours, theirs(tmp_path / "new"), rtol=0, atol=1e-13)
     save_model(random_gpt(), tmp_path / "none")  # no end of text is named, so none is made up
     assert transformers.GPT2Config.from_pretrained(tmp_path / "none").eos_token_id is None
+
+
+# ------------------------------------------------------------------------------------- parts, rows too many
+
+
+def write_parts(folder: Path, ending: str, tensors: dict[str, torch.Tensor]) -> Path:
+    """The golden config.json, weights in three parts, and the index that names them."""
+    write_folder(folder, {})
+    (folder / WEIGHTS).unlink()
+    where = {}
+    for number, name in enumerate(tensors):
+        where[name] = f"{Path(ending).stem}-0000{number % 3 + 1}-of-00003{Path(ending).suffix}"
+    for part in set(where.values()):
+        some = {name: tensors[name] for name in tensors if where[name] == part}
+        (safetensors.torch.save_file if ending == WEIGHTS else torch.save)(some, folder / part)
+    index = {"metadata": {"total_size": 1}, "weight_map": where}
+    (folder / f"{ending}.index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.parametrize("ending", [WEIGHTS, PICKLED])
+def test_parts_are_read_as_one(tmp_path, ending):
+    folder = write_parts(tmp_path, ending, golden_tensors())
+    assert_same_bits(load_model(folder).state_dict(), load_model(TINY).state_dict())
+    part = sorted(folder.glob("*-of-*"))[1]
+    part.rename(folder / "elsewhere")
+    with pytest.raises(InputError) as caught:
+        load_model(folder)
+    one_sentence(caught.value, part)
+
+
+@pytest.mark.parametrize("ending", [WEIGHTS, PICKLED])
+@pytest.mark.parametrize("part", ["../../model.safetensors", "/etc/passwd", "..", "", "a/b", 7, None, ["x"]])
+def test_an_index_names_files_of_its_folder_only(tmp_path, ending, part):
+    """Even where the file outside is whole."""
+    folder = write_parts(tmp_path / "in" / "model", ending, golden_tensors())
+    outside = safetensors.torch.save_file if ending == WEIGHTS else torch.save
+    outside(golden_tensors(), tmp_path / "model.safetensors")
+    path = folder / f"{ending}.index.json"
+    content = json.loads(path.read_text())
+    content["weight_map"][next(iter(content["weight_map"]))] = part
+    for wrong in (content, {"weight_map": part}, {}):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(InputError) as caught:
+            load_model(folder)
+        one_sentence(caught.value, path, "weight_map")
+
+
+def load_noting(folder: Path, vocab_size: int) -> tuple[GPT, str]:
+    """The model, and what was said on stderr."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        return load_model(folder, vocab_size=vocab_size), said.getvalue()
+
+
+def test_embeddings_beyond_the_vocabulary_are_left_out(tmp_path):
+    """The logits are those of a model that never had them, bit for bit, and nothing of them is drawn."""
+    cut, padded = golden_tensors(), golden_tensors()
+    cut[WTE] = cut[WTE][:60].clone()
+    padded[WTE][60:] = 9.0  # would take most of the probability
+    write_folder(tmp_path / "cut", cut)
+    content = json.loads((TINY / CONFIG).read_text())
+    (tmp_path / "cut" / CONFIG).write_text(json.dumps({**content, "vocab_size": 60}))
+    expected = load_model(tmp_path / "cut")
+    for form in (padded, {**padded, "lm_head.weight": padded[WTE].clone()}):
+        model, said = load_noting(write_folder(tmp_path / "padded", form), 60)
+        assert said.startswith("note: ") and "4 embeddings" in said and said.endswith(".\n")
+        assert model.config == expected.config and model.wte.weight.requires_grad
+        assert_same_bits(model.state_dict(), expected.state_dict())
+    ids = safetensors.torch.load_file(GOLDEN / "logits.safetensors")["ids"].clamp(max=59)
+    assert torch.equal(bits(model(ids)), bits(expected(ids)))
+    many = {"prompts": [[1]] * 50, "max_new_tokens": 9}
+    assert max(map(max, generate(model, **many))) < 60
+    assert max(map(max, generate(load_model(tmp_path / "padded"), **many))) >= 60  # so it would be seen
+    save_model(model, tmp_path / "saved")
+    again, said = load_noting(tmp_path / "saved", 60)
+    assert_same_bits(again.state_dict(), expected.state_dict())
+    assert said == ""
+    for vocab_size in (65, 50, 1):  # too large, or too far below to be padding
+        with pytest.raises(InputError) as caught:
+            load_model(tmp_path / "padded", vocab_size=vocab_size)
+        one_sentence(caught.value, tmp_path / "padded", vocab_size, 64, "tokenizer")
 
 
 # ------------------------------------------------------------------------------------------ exact both ways
@@ -282,6 +378,11 @@ BAD_TENSORS = {  # what is wrong: how, and what the message must name
     "untied head": (lambda t: {**t, "lm_head.weight": t[WTE] + 1}, "lm_head.weight", "wte.weight"),
     "twice": (lambda t: {**t, "wte.weight": t[WTE].clone()}, "'transformer.'"),
     "none": (lambda t: {}, "wte.weight", "missing"),
+    "a long name": (lambda t: {**t, "x" * 9999: torch.zeros(1)}, "none of GPT-2's"),
+    "quantised": (lambda t: {**t, C_FC: t[C_FC].to(torch.int8)}, "c_fc.weight", "torch.int8", "quantised"),
+    "wrapped and not": (lambda t: {**t, f"module.{WTE}": t[WTE].clone()}, "'transformer.'"),
+    "a reward model": (lambda t: {**t, "score.weight": torch.ones(1, 16)}, "reward model", "score.weight"),
+    "a head of another shape": (lambda t: {**t, "lm_head.weight": torch.ones(9, 16)}, "lm_head", "(9, 16)"),
 }
 
 
@@ -299,6 +400,7 @@ BAD_FIELDS = [
     ("model_type", "llama"),
     ("activation_function", "relu"),
     ("activation_function", "gelu"),  # the exact one
+    ("activation_function", "gelu" * 999),
     ("layer_norm_epsilon", 1e-6),
     ("scale_attn_weights", False),
     ("scale_attn_by_inverse_layer_idx", True),
@@ -313,6 +415,7 @@ BAD_FIELDS = [
     ("vocab_size", -64),
     ("n_positions", 0),
     ("n_positions", None),
+    ("quantization_config", {"quant_method": "gptq", "bits": 4}),
 ]
 
 
@@ -323,7 +426,11 @@ def test_field_at_fault_is_named(tmp_path, field, value):
     (tmp_path / CONFIG).write_text(json.dumps({**content, field: value}))
     with pytest.raises(InputError) as caught:
         load_model(tmp_path)
-    one_sentence(caught.value, tmp_path / CONFIG, field, value)
+    named = (field, "" if len(str(value)) > 99 else value)
+    if field == "quantization_config":
+        named = "quantised", "made from"
+    one_sentence(caught.value, tmp_path / CONFIG, *named)
+    assert len(str(caught.value).replace(str(tmp_path), "")) < 400
 
 
 @pytest.mark.parametrize(
@@ -403,6 +510,86 @@ def test_code_in_a_pickled_file_is_not_run(tmp_path):
     assert (tmp_path / "run").exists()
 
 
+HEADERS = {  # of a safetensors file: its length as written, its content
+    "of terabytes": (2**45, b"{}"),
+    "of more bytes than there are": (2**63 + 1, b"{}"),
+    "a tensor of terabytes": (None, {"shape": [2**40], "data_offsets": [0, 2**42]}),
+    "a tensor of terabytes in four bytes": (None, {"shape": [2**40], "data_offsets": [0, 4]}),
+    "a shape that overflows": (None, {"shape": [2**40, 2**40], "data_offsets": [0, 4]}),
+    "of lines": (None, {"dtype": "F32\n. x" * 999, "shape": [1], "data_offsets": [0, 4]}),
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_a_header_that_lies_is_refused(tmp_path, case):
+    """Before anything of that size is asked for."""
+    length, header = HEADERS[case]
+    if isinstance(header, dict):
+        header = json.dumps({WTE: {"dtype": "F32", **header}}).encode()
+    write_folder(tmp_path, {})
+    (tmp_path / WEIGHTS).write_bytes(struct.pack("<Q", length or len(header)) + header + bytes(4))
+    with pytest.raises(InputError) as caught:
+        load_model(tmp_path)
+    message = str(caught.value)
+    assert str(tmp_path / WEIGHTS) in message and "damaged" in message and "\n" not in message
+    assert len(message.replace(str(tmp_path), "")) < 400
+
+
+@pytest.mark.parametrize("name", [WTE, "lm_head.weight"])
+def test_a_pickled_tensor_of_terabytes_is_refused(tmp_path, name):
+    """One number, said to be repeated 2^44 times."""
+    huge = torch.ones(1, dtype=torch.float16).expand(2**40, 16)
+    write_folder(tmp_path, {**golden_tensors(), name: huge}, "zip")
+    with pytest.raises(InputError) as caught:
+        load_model(tmp_path)
+    one_sentence(caught.value, tmp_path / PICKLED, name.removeprefix("transformer."), 2**40)
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, "vocab.json"])
+def test_links(tmp_path, name):
+    """One to a file is read as that file, as in the cache of huggingface_hub; one to a device is refused."""
+    folder = write_folder(tmp_path / "model", golden_tensors())
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("/dev/zero")  # without end
+    with pytest.raises(InputError) as caught:
+        load_model(folder)
+    one_sentence(caught.value, folder / name, "delete it")
+    (folder / name).unlink()
+    os.mkfifo(folder / name)  # reading would wait for a writer
+    with pytest.raises(InputError) as caught:
+        load_model(folder)
+    one_sentence(caught.value, folder / name, "delete it")
+    (folder / name).unlink()
+    (tmp_path / "secret").write_text("not for others")
+    (folder / name).symlink_to(tmp_path / "secret")
+    if name != "vocab.json":  # which is no file of the weights
+        with pytest.raises(InputError) as caught:
+            load_model(folder)
+        one_sentence(caught.value, folder / name)
+        assert "not for others" not in str(caught.value)
+    (folder / name).unlink()
+    if name != "vocab.json":
+        (folder / name).symlink_to(TINY / name)
+    assert_same_bits(load_model(folder).state_dict(), load_model(TINY).state_dict())
+
+
+def test_what_training_leaves_is_named(tmp_path):
+    shutil.copy(TINY / CONFIG, tmp_path)
+    for number in (500, 1000, 90):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+    (tmp_path / "checkpoint-best").mkdir()
+    with pytest.raises(InputError) as caught:
+        load_model(tmp_path)
+    one_sentence(caught.value, tmp_path, "checkpoints", f"name {tmp_path / 'checkpoint-1000'}.")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).touch()
+    with pytest.raises(InputError) as caught:
+        load_model(tmp_path)
+    one_sentence(caught.value, tmp_path, "adapter", "merge_and_unload()")
+    shutil.copy(TINY / WEIGHTS, tmp_path)  # beside weights of its own they do no harm
+    assert_same_bits(load_model(tmp_path).state_dict(), load_model(TINY).state_dict())
+
+
 @pytest.mark.parametrize("content", [[torch.ones(1)], {"model": {}}, {1: torch.ones(1)}, "weights"])
 def test_a_pickled_file_of_something_else(tmp_path, content):
     write_folder(tmp_path, content, "zip")
@@ -421,7 +608,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-@contextmanager
+@contextlib.contextmanager
 def little_room(size: int):
     """No file may grow beyond `size` bytes: a real write that fails half-way, as on a full disk."""
     resource = pytest.importorskip("resource", reason="this system has no limits on file sizes")
@@ -787,6 +974,20 @@ MUTANTS = {  # function, right, wrong, guard, its arguments after tmp_path
         "if head is None and not torch.equal",
         test_tensor_at_fault_is_named,
         ("untied head", "safetensors"),
+    ),
+    "rows too many keep their probability": (
+        checkpoint.load_model,
+        "    if surplus:",
+        "    if not surplus:",
+        test_embeddings_beyond_the_vocabulary_are_left_out,
+        (),
+    ),
+    "files outside the folder": (
+        checkpoint._read_tensors,
+        r"\w[\w.-]*",
+        r"[\w./-]+",
+        test_an_index_names_files_of_its_folder_only,
+        (WEIGHTS, "../../model.safetensors"),
     ),
     "weights stay in the file": (
         checkpoint._converted,
