@@ -245,6 +245,8 @@ def test_draw_at_zero():
     """A uniform number of exactly 0 must not pick a first token of probability 0."""
     zero = torch.zeros(1, 1, dtype=torch.float64)
     assert generation._draw(torch.tensor([[0.0, 0.5, 0.5]]), zero).item() == 1
+    with pytest.raises(InputError, match="logits are not finite"):  # of one row of two
+        generation._draw(torch.tensor([[0.5, 0.5], [math.nan, 0.5]]), zero.expand(2, 1))
 
 
 def every_greedy_loop():

@@ -149,6 +149,17 @@ def test_the_penalty_of_tokens_sums_to_that_of_the_sequence():
         assert togo[place].item() == pytest.approx(rest.sum().item())
 
 
+def test_returns_that_are_all_alike_are_explained():
+    """At the reference a constant reward makes every return the same: nothing is left to explain, and the
+    log says 1 where 0 / 0 would be NaN."""
+    reference, value = reference_gpt(), ppo.value_function(reference_gpt())
+    _, record = collect(
+        copy.deepcopy(reference), reference, value, ASKED, lambda x, y: torch.zeros(len(y)), SETTINGS, 0.3,
+        eos=EOS, generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    assert record["ppo/explained_variance"] == 1 and record["ppo/value_loss"] == 0
+
+
 def test_returns_and_records_are_summed_in_float64():
     """A float32 network has float32 returns, each the exact sum rounded once, however much other completions
     were paid; and what is logged of them is summed in float64."""

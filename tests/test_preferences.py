@@ -473,8 +473,10 @@ def test_slate_weights_need_not_be_even():
     [
         ([0, 0], [[0, 1], [1, -1]], [1.0, 1.0], "one is negative"),  # read as the last completion
         ([0, -1], [[0, 1], [1, 0]], [1.0, 1.0], "one is negative"),
+        ([0], [[0, -1]], [1.0], "one is negative"),
         ([0, 0], [[0, 1], [1, 0]], [1.0, -1.0], "at least 0"),  # maximised instead of minimised
         ([0, 0], [[0, 1], [1, 0]], [1.0, math.nan], "finite"),
+        ([0, 0], [[0, 1], [1, 0]], [1.0, math.inf], "finite"),
         ([0, 0], [0, 1], [1.0, 1.0], r"got \(2,\), \(2,\), \(2,\)"),
         ([0], [[0, 1], [1, 0]], [1.0, 1.0], "need shapes"),  # broadcast to both rows
     ],

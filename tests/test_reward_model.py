@@ -97,6 +97,12 @@ def test_the_gradient_is_that_of_eq_2():
     assert metrics["rewards/accuracies"].item() == pytest.approx(sum(m > 0 for m in margins) / 3)
 
 
+def test_metrics_keep_no_graph():
+    """They are kept for the log; with their graph, each would keep a batch's activations."""
+    loss, metrics = reward_model_objective(loud_model())(shared_prompt_batch(ASKED, PAIRS))
+    assert loss.requires_grad and not any(value.requires_grad for value in metrics.values())
+
+
 def test_at_first_nothing_is_preferred():
     loss, metrics = reward_model_objective(RewardModel(loud(GPT(SMALL))))(shared_prompt_batch(ASKED, PAIRS))
     assert loss.item() == pytest.approx(math.log(2), rel=1e-15)

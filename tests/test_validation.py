@@ -7,6 +7,8 @@ import torch
 
 import dpo_minimal
 from dpo_minimal import closed_form, losses, preferences
+from dpo_minimal.laws import finite_data, sampling_laws
+from dpo_minimal.rivals import baselines
 
 NAN, INF = math.nan, math.inf
 LOGPS = torch.tensor([[0.2, 0.3, 0.5], [0.1, 0.1, 0.8]]).log()  # (2, 3), each row a distribution
@@ -115,7 +117,8 @@ CLOSED_FORM = {
         dict(
             completion_logps=bad_tables(LOGPS, distribution=True, alone=True),
             completions=dict(flat=COMPLETIONS[:, 0], too_few=COMPLETIONS[:2]),
-            lengths=dict(too_few=LENGTHS[:2], column=LENGTHS.unsqueeze(-1)),
+            lengths=dict(too_few=LENGTHS[:2], column=LENGTHS.unsqueeze(-1))
+            | dict(empty=torch.tensor([2, 2, 0]), too_long=torch.tensor([2, 3, 1])),
         ),
     ),
 }
@@ -266,9 +269,96 @@ def test_losses_refuse(function, arguments, name):
     assert_refused(function, arguments, name)
 
 
+POPULATION = preferences.expected_pairs(REWARDS, SLATE)
+ONE_PROMPT = POPULATION._replace(prompt=POPULATION.prompt * 0)
+LAW = dict(optimal=LOGPS.double(), ref_logps=LOGPS.double(), beta=0.5)
+CHANCES = (1 - torch.eye(3)) / 6
+BAD_CHANCES = dict(
+    row=CHANCES[0], wide=CHANCES[:2], alone=torch.ones(1, 1), many=torch.full((21, 21), 1 / 441),
+    twice=2 * CHANCES, nan=replaced(CHANCES, NAN),
+    negative=CHANCES + torch.diag(torch.tensor([-0.1, 0.1, 0.0])),
+)  # fmt: skip
+BAD_CHANCE = dict(zero=0.0, one=1.0, negative=-0.1, more=1.1, nan=NAN)
+LAWS = {
+    "finite_data_law": (dict(rankings=POPULATION, **LAW), dict(beta=BAD_POSITIVE)),
+    "kl_law": (dict(population=POPULATION, **LAW), dict(beta=BAD_POSITIVE)),
+    "score_moments": (
+        dict(scores=REWARDS[:1], population=ONE_PROMPT, num_rankings=5),
+        dict(scores=dict(two=REWARDS), num_rankings=BAD_COUNT),
+    ),
+    "cramer_rao": (
+        dict(scores=REWARDS, population=POPULATION, num_rankings=5), dict(num_rankings=BAD_COUNT)
+    ),
+    "no_estimate_bound": (
+        dict(chances=CHANCES, num_pairs=5), dict(chances=BAD_CHANCES, num_pairs=BAD_COUNT)
+    ),
+    "normal_quantile": (dict(probability=0.5), dict(probability=BAD_CHANCE)),
+    "chi_square_quantile": (
+        dict(probability=0.5, degrees=3), dict(probability=BAD_CHANCE, degrees=BAD_COUNT)
+    ),
+}  # fmt: skip
+FINITE_DATA = {
+    "add_prior": (dict(rankings=POPULATION, exists=EXISTS, strength=1.0), dict(strength=BAD_POSITIVE))
+}
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "name"), cases(sampling_laws, LAWS) + cases(finite_data, FINITE_DATA)
+)
+def test_laws_refuse(function, arguments, name):
+    """Probabilities strictly between 0 and 1, counts from 1 on, a square table of chances that sum to one."""
+    assert_refused(function, arguments, name)
+
+
+TABLES = dict(logps=LOGPS, ref_logps=LOGPS, rewards=REWARDS, beta=0.5)
+BAD_TABLES = dict(
+    logps=finite(LOGPS), ref_logps=finite(LOGPS), rewards=finite(REWARDS), beta=BAD_POSITIVE
+)  # fmt: skip
+BAD_GRADIENT = BAD_TABLES | dict(logps=dict(unnormalised=LOGPS + 0.01, probabilities=LOGPS.exp()))
+BASELINES = {
+    "penalised_rewards": (TABLES, BAD_TABLES),
+    "policy_gradient": (TABLES, BAD_GRADIENT),
+    "natural_gradient_step": (
+        TABLES | dict(learning_rate=0.1), BAD_GRADIENT | dict(learning_rate=BAD_POSITIVE)
+    ),
+    "reinforce_variance": (
+        TABLES | dict(baseline=REWARDS[:, 0]),
+        dict(baseline=dict(column=REWARDS[:, :1], longer=REWARDS[0], number=torch.tensor(0.0))),
+    ),
+    "kl_estimates": (
+        dict(logps=ROW, ref_logps=ROW), dict(logps=finite(ROW), ref_logps=finite(ROW))
+    ),
+    "clipped_surrogate": (
+        dict(logps=ROW, old_logps=ROW, advantages=ROW, clip=0.2),
+        dict(logps=finite(ROW), old_logps=finite(ROW), advantages=finite(ROW), clip=BAD_POSITIVE),
+    ),
+    "best_of_n_reward": (
+        dict(rewards=REWARDS, n=2), dict(rewards=world_tables(REWARDS), n=BAD_COUNT | dict(more=4))
+    ),
+    "best_of_n_kl_bound": (dict(n=2), dict(n=BAD_COUNT)),
+    "frontier_gap": (
+        dict(logps=LOGPS, ref_logps=LOGPS, rewards=REWARDS),
+        dict(logps=dict(flat=LOGPS[0], unnormalised=LOGPS + 0.01), ref_logps=distribution(LOGPS)),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("function", "arguments", "name"), cases(baselines, BASELINES))
+def test_baselines_refuse(function, arguments, name):
+    """As the closed forms do: a table that is none, or of another shape, would be broadcast or be NaN."""
+    assert_refused(function, arguments, name)
+
+
 GOOD = [
     pytest.param(getattr(module, function), good, id=function)
-    for module, table in ((closed_form, CLOSED_FORM), (preferences, PREFERENCES), (dpo_minimal, LOSSES))
+    for module, table in (
+        (closed_form, CLOSED_FORM),
+        (preferences, PREFERENCES),
+        (dpo_minimal, LOSSES),
+        (sampling_laws, LAWS),
+        (finite_data, FINITE_DATA),
+        (baselines, BASELINES),
+    )
     for function, (good, _) in table.items()
 ]
 
@@ -279,8 +369,8 @@ def test_good_arguments_pass_through_unchanged(function, arguments):
     numbers and left as they were."""
     before = {name: value.clone() for name, value in arguments.items() if isinstance(value, torch.Tensor)}
     result = function(**arguments)
-    for output in [result] if isinstance(result, torch.Tensor) else result:
-        assert output.numel() > 0 and torch.isfinite(output).all()
+    for output in result if isinstance(result, tuple) else [result]:
+        assert torch.as_tensor(output).numel() > 0 and torch.isfinite(torch.as_tensor(output)).all()
     assert all(torch.equal(arguments[name], value) for name, value in before.items())
 
 
