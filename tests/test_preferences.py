@@ -24,6 +24,7 @@ from dpo_minimal.preferences import (
     plackett_luce_logprob,
     preference_matrix,
     random_cycles,
+    reference_pairs,
     sample_pairs,
     sample_rankings,
     tally,
@@ -458,6 +459,18 @@ def test_slate_of_triples_gives_no_comparisons():
     for call in (lambda: expected_pairs(rewards, triples), lambda: sample_pairs(rewards, 5, slate=triples)):
         with pytest.raises(InputError, match="slate must hold pairs, got sets of 3"):
             call()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bfloat16, torch.float32])
+def test_weights_are_shared_out_in_float64(dtype):
+    """Counts are exact in every dtype, so are their shares: 1 and 2 of 3, 7 of 7, each prompt a half."""
+    data = Rankings(torch.tensor([0, 0, 1]), torch.tensor([[0, 1]] * 3), torch.tensor([1, 2, 7]).to(dtype))
+    shares = data.normalised_by_prompt().weight
+    assert shares.dtype == torch.float64
+    assert shares.tolist() == pytest.approx([1 / 6, 1 / 3, 1 / 2], rel=2 * EPS, abs=0)  # two divisions
+    # and so is the product of two float32 probabilities: no digit is lost but in the table itself
+    table = torch.randn(2, 5, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    assert torch.equal(reference_pairs(table).weight, reference_pairs(table.double()).weight)
 
 
 def test_slate_weights_need_not_be_even():

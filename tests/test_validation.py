@@ -9,6 +9,7 @@ import dpo_minimal
 from dpo_minimal import closed_form, losses, preferences
 from dpo_minimal.laws import finite_data, sampling_laws
 from dpo_minimal.rivals import baselines
+from dpo_minimal.validation import check_device, check_range
 
 NAN, INF = math.nan, math.inf
 LOGPS = torch.tensor([[0.2, 0.3, 0.5], [0.1, 0.1, 0.8]]).log()  # (2, 3), each row a distribution
@@ -403,6 +404,25 @@ def test_rounded_tables_are_still_distributions(dtype):
             dpo_minimal.InputError, match="ref_logps must be log-probabilities that sum to one"
         ):
             closed_form.log_partition(table + max(4e-4, 4 * size), rewards, beta=1.0)
+
+
+def test_ends_of_a_range_belong_to_it():
+    """[low, high] holds both ends; NaN is nowhere."""
+    for value in (0, 0.5, 1):
+        check_range("share", value, 0, 1, "a share")
+    for value in (-1e-9, 1 + 1e-9, NAN):
+        with pytest.raises(dpo_minimal.InputError, match=r"^share must lie between 0 and 1 \(a share\)"):
+            check_range("share", value, 0, 1, "a share")
+
+
+def test_devices_are_numbered_from_zero(monkeypatch):
+    """cuda is the first; the number after the last is refused, and so is any other kind."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for device in ("cpu", "cuda", "cuda:0"):
+        check_device(device)
+    for device, named in (("cuda:1", "finds no such"), ("mps", "choose cpu or cuda"), ("cuda:", "choose")):
+        with pytest.raises(dpo_minimal.InputError, match=rf"^--device {device}: [^\n]*{named}[^\n]*\.$"):
+            check_device(device)
 
 
 def test_whole_numbers_and_tensors_are_numbers():
