@@ -44,6 +44,7 @@ PAIRS = (
     Form("preferred_output", "non_preferred_output"),
     Form("human_ref_A", "human_ref_B", "labels", ("1", "0"), ("history",)),
     Form("response_0", "response_1", "better_response_id", ("0", "1")),
+    Form("response_0", "response_1", "safer_response_id", ("0", "1")),
     Form("response_a", "response_b", "winner", ("model_a", "model_b")),
 )
 COMPLETIONS = ("completion", "output", "response", "answer")
@@ -120,10 +121,9 @@ def ranking_of(row: Row) -> tuple[list[str], str]:
     below = [1 + sum(other < rank for other in numbers) for rank in numbers if None not in numbers]
     distinct = sorted({*numbers} - {None})
     if len(numbers) != len(responses) or (numbers != below and distinct != list(range(1, len(distinct) + 1))):
-        counted = list(range(1, len(responses) + 1))
         raise row.error(
-            "ranking", f"must give each response its rank, {counted} in some order, 1 for the best (where "
-            "0 is, add 1 to each); tied responses share one",
+            "ranking", f"must give each of {len(responses)} responses its rank, 1 for the best (where 0 is, "
+            "add 1 to each); tied responses share one",
         )  # fmt: skip
     if len(distinct) < 2:
         raise row.error("ranking", "gives all responses the same rank; delete the row")
@@ -163,7 +163,7 @@ def completion_of(row: Row) -> tuple[list[str], str]:
 def _plain(value: Any) -> str:
     """1, 1.0, True, "1" and " True" as "1" or "true", however a file writes them."""
     if isinstance(value, (bool, int, float)):
-        return str(int(value)) if value == value and abs(value) < 10 else ""
+        return str(int(value)) if value in (0, 1) else ""
     return value.strip().lower() if isinstance(value, str) else ""
 
 
