@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 from ..validation import InputError
@@ -71,12 +72,6 @@ def kind_of(value: Any) -> str:
         return f"an object with the fields {listed(value)}"
     names = {type(None): "null", dict: "an object", list: "a list", bool: "true or false", str: "text"}
     return names.get(type(value), "a number")
-
-
-def short(text: Any) -> str:
-    """Quoted, and cut where it is long, for a message."""
-    shown = repr(text)
-    return shown if len(shown) <= 40 else shown[:36] + " ..."
 
 
 def listed(names: Any, most: int = 6) -> str:

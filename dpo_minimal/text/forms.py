@@ -68,9 +68,12 @@ def pair_of(row: Row) -> tuple[list[str], str]:
     """([prompt, chosen, rejected], name of the columns) of a row of two completions."""
     form = form_of(row)
     if form is None:
-        for sign, (what, reader) in _READERS.items():
+        for sign, (kind, command) in _READERS.items():
             if sign in row.columns:
-                raise row.error("chosen", f"is missing; this is a row of {what}, which `{reader}` reads")
+                raise row.error(
+                    "chosen",
+                    f"is missing, as this is a row of {kind}; `{command}` or `audit --kind {kind}` reads it",
+                )
         raise row.error(
             "chosen", f"is missing; the fields there are {listed(row.columns)}; name the better completion "
             "'chosen' and the other one 'rejected'",

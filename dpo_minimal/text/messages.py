@@ -7,9 +7,10 @@ But: which columns hold messages is data.py's business.
 
 from __future__ import annotations
 
+from reprlib import repr as short
 from typing import Any
 
-from .files import EMPTY, Row, kind_of, short
+from .files import EMPTY, Row, kind_of
 
 Messages = list[tuple[str, str]]  # (speaker, content)
 

@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> Audit:
         print(json.dumps(settings | audit.as_dict() | {"example": example}, indent=2))
         return audit
     limit = "none" if args.max_length is None else f"{args.max_length} tokens"
-    print(f"{source}, read as {args.kind}; {dataset.columns()}")
+    print(f"{source}, read as {args.kind}\n{dataset.columns()}")
     print(f"tokenizer: {tokenizer.kind} with {tokenizer.vocab_size} tokens; limit of a row: {limit}\n")
     print(f"{audit}\n")
     print("prompt + longest completion, as the model reads them: how many rows, and how many up to here")
