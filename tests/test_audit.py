@@ -162,7 +162,10 @@ def test_the_generated_reviews_are_sound(capsys):
         warnings = [line for line in text.splitlines() if line.startswith("warning")]
         assert all("judged otherwise" in line or "repeats" in line for line in warnings), warnings
         assert f"{audit.REVIEWS} generated reviews" in text
-    assert "bpe with 512 tokens" in text
+    assert "bpe with 512 tokens; limit" in text
+    few = record(capsys, "--data", write(PAIRS), "--tokenizer", "bpe")["vocab_size"]
+    told = audited(capsys, "--data", write(PAIRS), "--tokenizer", "bpe")
+    assert 257 < few < 512 and f"bpe with {few} tokens, as many as the data allow; limit" in told
 
 
 def test_the_tokenizer_of_a_model(capsys):
@@ -208,7 +211,6 @@ def test_bad_input(capsys):
     assert_refused(capsys, "--data", "nowhere.jsonl", named=("nowhere.jsonl",))
     good = write(PAIRS, "good.json")
     assert_refused(capsys, "--data", good, "--model", "nowhere", named=("nowhere",))
-    assert_refused(capsys, "--data", good, "--tokenizer", "bpe", named=("--tokenizer bpe", "512"))
     assert_refused(capsys, "--data", good, "--max-length", "0", named=("--max-length", "at least 2"))
 
 

@@ -18,6 +18,7 @@ from ..train import OPTIMIZERS
 from ..validation import InputError, check_count, check_device, check_not_negative, check_positive, check_seed
 
 CONFIG_FILE = "config.json"
+WARM_UP = 150  # the paper's
 HELD_OUT, MOST_HELD_OUT = 0.05, 500  # more rows would make evaluations longer than their precision is worth
 
 
@@ -87,7 +88,7 @@ DATA: Group = {
     "max_prompt_length": Option("tokens of the prompt alone (default: no such limit)"),
     "held_out": Option(
         "share of the rows kept for evaluation, whole prompts at a time; 0 keeps none (default "
-        f"{HELD_OUT}, but {MOST_HELD_OUT} rows at most)", float,
+        f"{HELD_OUT}, but {MOST_HELD_OUT} rows at most, and none of too few)", float,
         check=must(lambda share: 0 <= share < 1, "lie in [0, 1)"),
     ),
 }  # fmt: skip
@@ -97,7 +98,10 @@ TRAINING: Group = {
     "gradient_accumulation_steps": Option("such batches in an optimizer step, exact to rounding", int, 8),
     "num_train_epochs": Option("passes over the data", int, 1),
     "max_steps": Option("optimizer steps at most (default: no limit)"),
-    "warmup_steps": Option("steps in which the learning rate grows linearly", int, 150, check=at_least(0)),
+    "warmup_steps": Option(
+        "steps in which the learning rate grows linearly (default: the paper's "
+        f"{WARM_UP}, but a tenth of all steps at most)", check=at_least(0),
+    ),
     "max_grad_norm": Option("largest norm of the gradient; 0: any", float, 1.0, check=check_not_negative),
     "optimizer": Option("without weight decay", str, choices=OPTIMIZERS),
 }  # fmt: skip

@@ -177,7 +177,7 @@ def _check_characters(text: str) -> None:
 # ---------------------------------------------------------------------------------------------- training
 
 
-def train_bpe(text: str, vocab_size: int) -> Tokenizer:
+def train_bpe(text: str, vocab_size: int, *, at_most: bool = False) -> Tokenizer:
     """Learn merges from a text: again and again, the most frequent pair of neighbours becomes one token.
 
     The text is cut into words by GPT-2's pattern. Among pairs that are equally frequent the one with the
@@ -187,6 +187,7 @@ def train_bpe(text: str, vocab_size: int) -> Tokenizer:
     Args:
         text: what to learn from; several documents are joined by line ends.
         vocab_size: ids in all: 256 bytes, the merges, and end-of-text; at least 257.
+        at_most: take fewer where the text has too few pairs that repeat.
     Returns: a tokenizer of kind "bpe".
     Raises InputError: a lone surrogate; too few pairs that repeat, and how many ids the text can give.
 
@@ -198,7 +199,7 @@ def train_bpe(text: str, vocab_size: int) -> Tokenizer:
     check_count("vocab_size", vocab_size, minimum=257)
     _check_characters(text)
     merges = learn_merges(_count_words(text), vocab_size - 257)
-    if len(merges) < vocab_size - 257:
+    if len(merges) < vocab_size - 257 and not at_most:
         raise InputError(
             f"{vocab_size} ids are more than the text has pairs for; ask for at most "
             f"{257 + len(merges)}, or give more text."
@@ -209,10 +210,10 @@ def train_bpe(text: str, vocab_size: int) -> Tokenizer:
     return Tokenizer("bpe", _in_order(tokens))
 
 
-def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int, *, at_most: bool = False) -> Tokenizer:
     """One of `TOKENIZERS`; the texts and the number of ids are for a BPE, as in `train_bpe`."""
     if kind == "bpe":
-        return train_bpe("\n".join(texts), vocab_size)
+        return train_bpe("\n".join(texts), vocab_size, at_most=at_most)
     return gpt2_tokenizer() if kind == "gpt2" else byte_tokenizer()
 
 

@@ -26,7 +26,6 @@ from ...text.audit import Audit
 from ...text.batches import Example, tokenize
 from ...text.data import KINDS, Dataset, completions_of
 from ...text.tokenizer import TOKENIZERS, Tokenizer, make_tokenizer
-from ...validation import InputError
 from ..options import COMMON, Option, add_options, at_least, resolve
 from .setup import load_policy_tokenizer, load_rows
 
@@ -47,8 +46,8 @@ GROUPS = {
     },
     "reading": {
         "tokenizer": Option(
-            f"raw bytes (default), a BPE of {VOCABULARY} tokens learnt from the data, or GPT-2's own", str,
-            choices=TOKENIZERS,
+            f"raw bytes (default), a BPE of up to {VOCABULARY} tokens learnt from the data, or GPT-2's own",
+            str, choices=TOKENIZERS,
         ),
         "model": Option("the tokenizer of this run, folder, or released name", str, metavar="MODEL"),
         "max_length": Option(
@@ -88,7 +87,9 @@ def run(args: argparse.Namespace) -> Audit:
         return audit
     limit = "none" if args.max_length is None else f"{args.max_length} tokens"
     print(f"{source}, read as {args.kind}\n{dataset.columns()}")
-    print(f"tokenizer: {tokenizer.kind} with {tokenizer.vocab_size} tokens; limit of a row: {limit}\n")
+    few = args.model is None and tokenizer.kind == "bpe" and tokenizer.vocab_size < VOCABULARY
+    tokens = f"{tokenizer.vocab_size} tokens{', as many as the data allow' if few else ''}"
+    print(f"tokenizer: {tokenizer.kind} with {tokens}; limit of a row: {limit}\n")
     print(f"{audit}\n")
     print("prompt + longest completion, as the model reads them: how many rows, and how many up to here")
     print("\n".join(histogram([len(e.prompt) + max(map(len, e.completions)) for e in examples])))
@@ -101,14 +102,7 @@ def _tokenizer(args: argparse.Namespace, dataset: Dataset) -> Tokenizer:
     if args.model is not None:
         return load_policy_tokenizer(args.model)
     texts = (text for row in dataset.rows for text in (row.prompt, *completions_of(row)))
-    try:
-        return make_tokenizer(args.tokenizer or "bytes", texts, VOCABULARY)
-    except InputError:
-        if args.tokenizer != "bpe":  # GPT-2's vocabulary cannot be fetched
-            raise
-        raise InputError(
-            f"--tokenizer bpe: the data are too few to learn {VOCABULARY} tokens from; use bytes or gpt2."
-        ) from None
+    return make_tokenizer(args.tokenizer or "bytes", texts, VOCABULARY, at_most=True)
 
 
 def histogram(counts: list[int]) -> list[str]:

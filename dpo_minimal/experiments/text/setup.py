@@ -21,11 +21,11 @@ from ...text.data import Dataset, dataset_from_rows, load_dataset
 from ...text.reviews import comparisons, demonstrations, sentiment
 from ...text.runs import new_run_folder, read_json_object, refuse_used_folder, versions, write_json
 from ...text.tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer, save_tokenizer
-from ...text.training_run import Data, Interrupted, Settings, alone_in, run_training
+from ...text.training_run import Data, Interrupted, Settings, alone_in, planned_steps, run_training
 from ...text.training_state import STATE_FILE
 from ...train import Objective, Record
 from ...validation import InputError
-from ..options import CONFIG_FILE, HELD_OUT, MOST_HELD_OUT, read_run_config
+from ..options import CONFIG_FILE, HELD_OUT, MOST_HELD_OUT, WARM_UP, read_run_config
 
 MODEL = "model"  # where a run keeps its result
 
@@ -126,11 +126,21 @@ def prepare(options: argparse.Namespace, dataset: Dataset, policy: Policy) -> Ro
         max_prompt_length=options.max_prompt_length, skip_bad_rows=bool(options.skip_bad_rows),
     )  # fmt: skip
     print(*[dataset.columns()] * (options.data is not None), f"{audit}\n", sep="\n", flush=True)
+    fingerprint = hashlib.sha256(json.dumps(dataset.rows).encode()).hexdigest()
     fraction = options.held_out
     if fraction is None:
         fraction = min(HELD_OUT, MOST_HELD_OUT / len(examples))
-    fingerprint = hashlib.sha256(json.dumps(dataset.rows).encode()).hexdigest()
-    return Rows(*split_by_prompt(examples, fraction, seed=options.seed), fingerprint)
+    try:
+        parts = split_by_prompt(examples, fraction, seed=options.seed)
+    except InputError:
+        if options.held_out is not None:
+            raise
+        print(
+            f"note: nothing is held out, so there is no eval_loss: a share of {fraction:g} of rows so few "
+            "leaves one side empty; give more rows, or a --held-out of your own.\n"
+        )
+        parts = examples, []
+    return Rows(*parts, fingerprint)
 
 
 def draw_samples(
@@ -200,12 +210,28 @@ def pin_start(folder: Path, policy: Policy, rows: Rows) -> str:
     return facts["model"]
 
 
+def _warm_up(folder: Path, steps: int) -> int:
+    """The warm-up of a run of so many steps, where none was given; said, and kept in config.json."""
+    found = min(WARM_UP, steps // 10)
+    if found < WARM_UP:
+        print(
+            f"note: optimizer steps: {steps}, a tenth of them, {found}, for the warm-up, where the paper has "
+            f"{WARM_UP}; --num-train-epochs gives more steps, --warmup-steps another warm-up.\n"
+        )
+    config = read_run_config(folder)
+    config["options"]["warmup_steps"] = found
+    write_json(folder / CONFIG_FILE, config)
+    return found
+
+
 def train_in(
     folder: Path, options: argparse.Namespace, policy: Policy, objective: Objective, data: Data, **more: Any
 ) -> list[Record]:
     """`run_training` as the options say, and the result in model/; returns all records."""
     values = {name: getattr(options, name) for name in Settings._fields}
     settings = Settings(**values | {"max_grad_norm": options.max_grad_norm or None})
+    if settings.warmup_steps is None:
+        settings = settings._replace(warmup_steps=_warm_up(folder, planned_steps(settings, data)))
     resume = options.resume is not None
     records = run_training(folder, policy.model, objective, data, settings, resume=resume, **more)
     save_policy(policy, folder)

@@ -36,6 +36,7 @@ from .report import sample_lines
 from .setup import Policy, Rows, load_policy
 
 CONTEXT, REVIEWS_CONTEXT = 256, 96  # a review is shorter than 96 tokens, but not than 96 bytes
+VOCABULARY = 1024  # of a BPE of its own
 FINE_TUNING_RATE = 2e-5  # of a model that knows a language already
 SHOWN = 4
 GROUPS = {
@@ -53,7 +54,10 @@ GROUPS = {
             "of a new model: raw bytes, a BPE learnt from the data, or GPT-2's own", str, "bpe",
             choices=TOKENIZERS,
         ),
-        "vocab_size": Option("tokens of that BPE", int, 1024, 704, check=at_least(258)),
+        "vocab_size": Option(
+            f"tokens of that BPE (default: {VOCABULARY}, or as many as the data allow)", reviews=704,
+            check=at_least(258),
+        ),
         "n_layer": Option("layers of a new model", int, 4, 3),
         "n_head": Option("heads of a new model", int, 4),
         "n_embd": Option("width of a new model", int, 128),
@@ -110,12 +114,16 @@ def _train(options: argparse.Namespace, folder: Path, policy: Policy, rows: Rows
 def _new_policy(options: argparse.Namespace, dataset: Dataset) -> Policy:
     """A GPT-2 with random weights, and its tokenizer."""
     texts = (row.prompt + row.completion for row in dataset.rows)
+    given = options.vocab_size
     try:
-        tokenizer = make_tokenizer(options.tokenizer, texts, options.vocab_size)
+        tokenizer = make_tokenizer(options.tokenizer, texts, given or VOCABULARY, at_most=given is None)
     except InputError as error:
-        if options.tokenizer != "bpe":  # GPT-2's vocabulary cannot be fetched
+        if options.tokenizer != "bpe" or given is None:  # GPT-2's vocabulary cannot be fetched, a bad text
             raise
-        raise InputError(f"--vocab-size {options.vocab_size}: {error}") from None
+        raise InputError(f"--vocab-size {given}: {error}") from None
+    size = tokenizer.vocab_size
+    if options.tokenizer == "bpe" and given is None and size < VOCABULARY:
+        print(f"note: the vocabulary has {size} tokens instead of {VOCABULARY}, as many as the data allow.\n")
     reviews = options.data is None and options.tokenizer != "bytes"
     context = options.max_length or (REVIEWS_CONTEXT if reviews else CONTEXT)
     shape = {name: getattr(options, name) for name in ("n_layer", "n_head", "n_embd")}
