@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -300,6 +300,8 @@ class Loss:
         title: as tables of results write it.
         function: tensors of shape (B,), or (B, K) -> PreferenceLoss of (B,) tensors.
         summary: a few words for the help.
+        labelled: the same for single completions, where there is such a loss: (B,) log-probabilities of
+            policy and reference, labels and kl_estimate -> `zoo.kto.LabelLoss`.
         options: in the order in which they are printed.
         start: (K, **options) -> the loss of a row of K completions where policy = reference; None where
             there is no reference, or for a loss that does not say.
@@ -318,6 +320,7 @@ class Loss:
     optimum: Callable[..., Tensor] | str = "not known"
     proof: str = ""
     source: str = ""
+    labelled: Callable[..., Any] | None = None
 
     @staticmethod
     @lru_cache

@@ -603,7 +603,7 @@ MUTANTS = {
     ),
     "epoch ignored": (batches.windows, "_digest(seed, epoch)", "_digest(seed)", test_epochs_and_seeds_differ),
     "always the chosen one": (
-        batches.with_mismatched, "[number % 2]", "[0]", check_third_completion,
+        batches.with_mismatched, "[number % len(other.completions)]", "[0]", check_third_completion,
     ),
     "the prompt not shortened": (
         batches.with_mismatched, "map(len, completions)", "map(len, own.completions)", check_third_completion,

@@ -121,7 +121,7 @@ SHARES = {"rewards/accuracies", "dpo/saturated_fraction", "dpo/displacement", "d
 def by_hand(
     loss_type: str, options: dict, policy_logps: list[float], reference: list[float], lengths, z0: float
 ) -> dict:
-    """Loss and metrics of one row, in plain Python; KTO's z0 is that of its micro-batch."""
+    """Loss and metrics of one row, in plain Python; KTO's z0 is that of its window."""
     beta = options.get("beta", math.nan)
     if loss_type == "kto":  # the third completion is not the row's own
         policy_logps, reference, lengths = policy_logps[:2], reference[:2], lengths[:2]
@@ -177,23 +177,23 @@ def by_hand(
     } | ({"kto/kl_estimate": z0} if loss_type == "kto" else {})
 
 
+def divergence(policy_logps: list[list[float]], reference: list[list[float]]) -> float:
+    """KTO's z0 of a window, whose rows end with a mismatched completion."""
+    return max(0.0, sum(p[-1] - r[-1] for p, r in zip(policy_logps, reference)) / len(reference))
+
+
 def check_by_hand(loss_type: str, seed: int, beta: float, sizes: list[int]) -> None:
     gpt, reference = loud(GPT(SHAPE), seed), loud(GPT(SHAPE), seed + 1)
-    if loss_type == "kto":
-        sizes = [size + 1 for size in sizes]  # two rows at least
     rows = rows_of(seed, sizes_of(loss_type, sum(sizes)))
     policy_logps, reference_table = looped(gpt, rows), looped(reference, rows)
-    window = make_window(rows, cut(rows, sizes), padded(reference_table), **HERE)
+    estimator = gpt if loss_type == "kto" else None
+    window = make_window(rows, cut(rows, sizes), padded(reference_table), policy=estimator, **HERE)
     options = options_of(loss_type, beta)
     record = average(preference_objective(gpt, loss_type, dtype="float32", **options), window)
-    z0 = [0.0] * len(rows)
-    for micro in cut(rows, sizes) if loss_type == "kto" else ():
-        mean = sum(policy_logps[n][2] - reference_table[n][2] for n in micro) / len(micro)
-        for n in micro:
-            z0[n] = max(0.0, mean)
+    z0 = divergence(policy_logps, reference_table) if loss_type == "kto" else 0.0
     expected = [
-        by_hand(loss_type, options, p, r, [len(ids) for ids in row.completions], z)
-        for p, r, row, z in zip(policy_logps, reference_table, rows, z0)
+        by_hand(loss_type, options, p, r, [len(ids) for ids in row.completions], z0)
+        for p, r, row in zip(policy_logps, reference_table, rows)
     ]
     assert list(record) == list(expected[0])
     for name in record:
@@ -224,33 +224,120 @@ def relatives_by_hand():
         check_by_hand(loss_type, 5, 0.3, [3, 3, 1])
 
 
-def test_kto_asks_for_two_rows_and_a_third_completion():
-    """#6: one row's estimate would be that of its own prompt's completions, or of nothing."""
-    gpt, rows = gpt_of(0), rows_of(0, [3] * 3)
-    objective = preference_objective(gpt, "kto", dtype="float32", **options_of("kto"))
-    one, two = make_window(rows, [[0], [1, 2]], torch.zeros(3, 3), **HERE).micro_batches
-    assert objective(two)[0].isfinite()
-    with pytest.raises(InputError, match=r"two or more; raise --per-device-train-batch-size\.$"):
-        objective(one)
-    pairs = make_window(rows_of(0, [2] * 3), [[0, 1, 2]], torch.zeros(3, 2), **HERE).micro_batches[0]
-    with pytest.raises(InputError, match=r"three completions.*they have 2; .*with_mismatched\.$"):
-        objective(pairs)
-
-
-def test_the_third_completion_only_moves_ktos_estimate():
-    """Its log-probability gets no gradient, and the better it is the higher is z0."""
+def test_the_mismatched_completion_only_moves_ktos_estimate():
+    """It is no part of what is trained, and the better it is the higher is z0, one for the whole window."""
     gpt, rows = gpt_of(1), rows_of(1, [3] * 4)
     objective = preference_objective(gpt, "kto", dtype="float32", **options_of("kto"))
-    batch = layout(rows, **HERE)
-    live = completion_logps_of(gpt, batch, "float32").detach()
-    logps = live.clone().requires_grad_()
-    loss = loss_of(LOSSES["kto"], logps, PreferenceBatch(batch, live - 0.5), options_of("kto"))
-    loss.losses.sum().backward()
-    assert (logps.grad[:, 2] == 0).all() and (logps.grad[:, 0] < 0).all() and (logps.grad[:, 1] > 0).all()
-    for shift, z0 in ((0.5, 0.5), (-0.5, 0.0)):
-        _, metrics = objective(PreferenceBatch(batch, live - shift))
-        assert metrics["kto/kl_estimate"].item() == pytest.approx(z0, abs=1e-5)  # float32
-        assert metrics["logps/rejected"].item() == pytest.approx(live[:, 1].mean().item(), rel=1e-6)
+    with torch.no_grad():
+        live = completion_logps_of(gpt, layout(rows, **HERE), "float32")
+    shifts = torch.tensor([0.5, -0.1, 0.3, 0.1])
+    for factor, z0 in ((1, 0.2), (-1, 0.0)):
+        reference = live - factor * shifts[:, None]
+        window = make_window(rows, [[0], [3, 1, 2]], reference, policy=gpt, **HERE)
+        for micro, own in zip(window.micro_batches, ([0], [3, 1, 2])):
+            metrics = objective(micro)[1]
+            assert metrics["kto/kl_estimate"].item() == pytest.approx(z0, abs=1e-5)  # float32
+            assert micro.batch.completion_lengths.tolist() == [
+                [len(ids) for ids in rows[n].completions[:2]] for n in own
+            ]
+            assert metrics["logps/rejected"].item() == pytest.approx(live[own, 1].mean().item(), rel=1e-6)
+    pairs = make_window(rows_of(0, [2] * 3), [[0, 1, 2]], torch.zeros(3, 2), policy=gpt, **HERE)
+    with pytest.raises(InputError, match="takes pairs"):  # rows that `with_mismatched` has not seen
+        objective(pairs.micro_batches[0])
+
+
+def apart(rows: list[Example]) -> list[Example]:
+    """Each pair with a mismatched completion as two labelled rows with the same one."""
+    return [
+        row._replace(completions=[ids, row.completions[2]], label=good, place=f"{row.place}, {good}")
+        for row in rows
+        for ids, good in zip(row.completions[:2], (True, False))
+    ]
+
+
+def test_pairs_taken_apart_cost_what_they_cost_together():
+    """Loss, gradient, z0 and the means over good and over bad rows; a pair's pull is half of its good row's,
+    because its loss is the mean of two."""
+    gpt, rows = loud(GPT(SHAPE), 2), rows_of(2, [3] * 5)
+    table = looped(loud(GPT(SHAPE), 3), rows)
+    singles = [[logps[side], logps[2]] for logps in table for side in (0, 1)]
+    objective = preference_objective(gpt, "kto", dtype="float32", **options_of("kto"))
+    found = []
+    for some, step, reference in ((rows, [[0, 1, 2], [3, 4]], table), (apart(rows), SINGLES, singles)):
+        window = make_window(some, step, padded(reference), policy=gpt, **HERE)
+        (record,) = train(objective, torch.optim.SGD(gpt.parameters(), lr=0.0), [window])
+        found.append((record, [parameter.grad.clone() for parameter in gpt.parameters()]))
+    (pair, together), (single, separate) = found
+    for one, other in zip(together, separate):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)  # float64 sums in another order
+    assert set(single) == set(pair)
+    for name in {"loss", "grad_norm", *pair} - SHARES - {"dpo/gradient_weight"}:
+        assert single[name] == pytest.approx(pair[name], **CLOSE), name
+    assert single["dpo/displacement"] == pytest.approx(pair["dpo/displacement"], abs=1e-6)
+
+
+SINGLES = [[9, 0, 2], [4], [1, 3, 5], [6, 8], [7]]  # micro-batches of one class among them
+
+
+def labelled_by_hand(options: dict, rows: list[Example], policy_logps, reference, z0: float) -> dict:
+    """Loss and metrics of labelled rows, in plain Python."""
+    columns: dict[str, list[float]] = {}
+    for row, (policy_logp, _), (reference_logp, _) in zip(rows, policy_logps, reference):
+        ratio, blur = policy_logp - reference_logp, 1e-4 * math.sqrt(len(row.completions[0]))
+        reward, sign = options["beta"] * ratio, 1 if row.label else -1
+        near = 1 / (1 + math.exp(-sign * (reward - options["beta"] * z0)))
+        weight = options["desirable_weight" if row.label else "undesirable_weight"]
+        side = "chosen" if row.label else "rejected"
+        values = {
+            "loss": weight * (1 - near), f"rewards/{side}": reward, f"logps/{side}": policy_logp,
+            "rewards/accuracies": sign * ratio > blur, "dpo/ties": abs(ratio) <= blur,
+            "dpo/gradient_weight": weight * options["beta"] * near * (1 - near),
+            "dpo/saturated_fraction": sign * reward > math.log(99), "kto/kl_estimate": z0,
+        }  # fmt: skip
+        if row.label:
+            values |= {"dpo/displacement": ratio < -blur, "dpo/chosen_logratio": ratio}
+        for name, value in values.items():
+            columns.setdefault(name, []).append(value)
+    means = {name: sum(values) / len(values) for name, values in columns.items()}
+    if {"rewards/chosen", "rewards/rejected"} <= set(means):
+        means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
+    return means
+
+
+LABELS = {"both": [True, False, False, True, False, False, False], "good": [True] * 7, "bad": [False] * 7}
+
+
+@pytest.mark.parametrize("labels", LABELS)
+def test_labelled_rows_by_hand_however_they_are_cut(labels):
+    """Means over one class are those of the window: of micro-batches without it, of different shares of it,
+    or with none at all in the window, where nothing is said of it. Gradients against autograd on losses
+    written out."""
+    check_labelled(labels)
+
+
+def check_labelled(labels: str = "both") -> None:
+    gpt, options = loud(GPT(SHAPE), 6), options_of("kto", 0.7)
+    rows = [row._replace(label=label) for row, label in zip(rows_of(6, [2] * 7), LABELS[labels])]
+    table = looped(loud(GPT(SHAPE), 7), rows)
+    policy_logps = looped(gpt, rows)
+    z0 = divergence(policy_logps, table)
+    expected = labelled_by_hand(options, rows, policy_logps, table, z0)
+    losses = []
+    for row, (reference, _) in zip(rows, table):
+        ids = torch.tensor([row.prompt + row.completions[0]])
+        lengths = torch.tensor([len(row.prompt)]), torch.tensor([ids.shape[1]])
+        gain = 0.7 * (sequence_logps(gpt, SequenceBatch(ids, *lengths)) - reference - z0)
+        losses.append(1.3 * torch.sigmoid(-gain) if row.label else 0.8 * torch.sigmoid(gain))
+    gradient = gradients(gpt, sum(losses) / len(rows))
+    objective = preference_objective(gpt, "kto", dtype="float32", **options)
+    for step in ([[0, 1, 2, 3, 4, 5, 6]], [[1, 2], [0, 4, 3], [5, 6]], [[n] for n in range(7)]):
+        window = make_window(rows, step, padded(table), policy=gpt, **HERE)
+        (record,) = train(objective, torch.optim.SGD(gpt.parameters(), lr=0.0), [window])
+        for name, parameter in gpt.named_parameters():
+            torch.testing.assert_close(parameter.grad, gradient[name], rtol=1e-9, atol=1e-12)
+        assert set(record) - {"step", "grad_norm", "learning_rate"} == set(expected)
+        for name, value in expected.items():
+            assert record[name] == pytest.approx(value, **({"abs": 1e-6} if name in SHARES else CLOSE)), name
 
 
 @settings(max_examples=8)
@@ -331,6 +418,7 @@ def test_displacement_is_more_than_rounding(dtype, nats):
 def separate_gradients(gpt: GPT, loss_type: str | None, rows: list[Example], reference, beta: float) -> dict:
     """Of the whole window as one mean, each completion a sequence of its own."""
     losses, tokens = [], 0
+    z0 = divergence(looped(gpt, rows), reference.tolist()) if loss_type == "kto" else 0.0
     for number, row in enumerate(rows):
         logps = []
         for ids in row.completions:
@@ -346,6 +434,9 @@ def separate_gradients(gpt: GPT, loss_type: str | None, rows: list[Example], ref
             of_row = PreferenceBatch(SharedPromptBatch(None, None, lengths), reference[number : number + 1])
             loss = loss_of(LOSSES[loss_type], torch.stack(logps, -1), of_row, options_of(loss_type))
             losses.append(loss.losses)
+        elif loss_type == "kto":  # the third is not the row's own
+            good, bad = torch.sigmoid(beta * (ratios[:2] - z0))
+            losses.append((1.3 * (1 - good) + 0.8 * bad) / 2)
         elif loss_type == "ipo":
             losses.append((ratios[0] - ratios[1] - 1 / (2 * beta)) ** 2)
         else:  # with two answers, Plackett-Luce is DPO
@@ -356,8 +447,7 @@ def separate_gradients(gpt: GPT, loss_type: str | None, rows: list[Example], ref
 WINDOWS = [[7], [3, 3, 1], [1, 4, 2], [1] * 7]
 
 
-# not KTO, whose estimate is each micro-batch's own
-@pytest.mark.parametrize("loss_type", [*(name for name in LOSSES if name != "kto"), None])
+@pytest.mark.parametrize("loss_type", [*LOSSES, None])
 def test_micro_batches_give_what_the_whole_window_gives(loss_type):
     """#14: a share forgotten or the same for each micro-batch, above all for a last smaller one; tokens where
     rows are meant or the reverse; a gradient that is not accumulated, or is twice."""
@@ -373,7 +463,8 @@ def test_micro_batches_give_what_the_whole_window_gives(loss_type):
             objective = sft_objective(gpt, dtype="float32")
         else:
             objective = preference_objective(gpt, loss_type, dtype="float32", **options_of(loss_type))
-        window = make_window(rows, cut(rows, sizes), reference, **HERE)
+        estimator = gpt if loss_type == "kto" else None
+        window = make_window(rows, cut(rows, sizes), reference, policy=estimator, **HERE)
         (record,) = train(objective, torch.optim.SGD(gpt.parameters(), lr=1.0), [window])
         records.append(record)
         for (name, after), start in zip(gpt.named_parameters(), before.parameters()):
@@ -442,9 +533,9 @@ def test_a_start_by_name_is_the_loss_where_policy_is_reference():
             continue
         for K in (2,) if of.rows == "preferences" else (2, 3, 5):
             for beta in (0.1, 3.0):
-                logps = torch.randn(4, K + (name == "kto"), dtype=torch.float64)
+                logps = torch.randn(4, K, dtype=torch.float64)
                 lengths = torch.randint(1, 9, logps.shape)
-                micro = PreferenceBatch(SharedPromptBatch(None, None, lengths), logps)
+                micro = PreferenceBatch(SharedPromptBatch(None, None, lengths), logps, torch.tensor(0.0))
                 options = options_of(name, beta)
                 losses = loss_of(of, logps, micro, options).losses
                 assert losses.tolist() == pytest.approx([of.start(K, **options)] * 4, rel=1e-12)
@@ -761,6 +852,7 @@ def test_weights_that_are_not_numbers_stop_the_first_step():
     gpt = gpt_of(0)
     rows = {name: rows_of(0, [3 if name == "kto" else 2] * 5) for name in (*LOSSES, None)}
     tables = {name: reference_logps(gpt, some, **PASSES) for name, some in rows.items()} | {None: None}
+    sound = copy.deepcopy(gpt)
     gpt.ln_f.bias.data[0] = math.nan
     before = copy.deepcopy(gpt.state_dict())
     for loss_type in (*LOSSES, None):
@@ -768,9 +860,13 @@ def test_weights_that_are_not_numbers_stop_the_first_step():
             objective = sft_objective(gpt, dtype="float32")
         else:
             objective = preference_objective(gpt, loss_type, dtype="float32", **options_of(loss_type))
-        window = make_window(rows[loss_type], [[0, 1], [2, 3, 4]], tables[loss_type], **HERE)
+        of_rows = functools.partial(make_window, rows[loss_type], [[0, 1], [2, 3, 4]], tables[loss_type])
+        window = of_rows(policy=sound if loss_type == "kto" else None, **HERE)
+        if loss_type == "kto":
+            with pytest.raises(InputError, match=r"not finite; lower the learning rate"):
+                of_rows(policy=gpt, **HERE)
         stream = train(objective, make_optimizer(gpt.parameters(), "adamw", 0.1), [window], first_step=8)
-        with pytest.raises(InputError, match=r"^step 8 \(row 1; row 2; row 3 and 2 more\): .*nan.*\.$"):
+        with pytest.raises(InputError, match=r"^step 8 \(row 1; row 2; row 3 and 2 more\): .*; lower .*\.$"):
             next(stream)
         for name, weight in gpt.state_dict().items():
             assert torch.equal(weight.view(torch.int32), before[name].view(torch.int32)), name  # NaN too
@@ -829,11 +925,33 @@ MUTANTS = {
         test_by_hand_fixed,
     ),
     "columns of the reference swapped": (
-        objectives.make_window, "logps.to(device)", "logps.flip(-1).to(device)", test_by_hand_fixed,
+        objectives.make_window, "].to(device)", "].flip(-1).to(device)", test_by_hand_fixed,
     ),
     "KTO's estimate from the matched pair": (
-        objectives._kl_estimate, "policy[:, 2], micro.reference_logps[:, 2]",
-        "policy[:, 0], micro.reference_logps[:, 0]", relatives_by_hand,
+        objectives._kl_estimate, "row.completions[-1:]", "row.completions[:1]", relatives_by_hand,
+    ),
+    "KTO's estimate of the last micro-batch alone": (
+        objectives._kl_estimate, "zip(*pieces, strict=True)", "zip(*pieces[-1:])", relatives_by_hand,
+    ),
+    "labels swapped": (objectives.make_window, "[row.label for", "[not row.label for", check_labelled),
+    "means over the class of a micro-batch": (
+        objectives.make_window,
+        "weights = tuple(len(labels) / count if count else 0.0 for count in classes)",
+        "weights = (1.0, 1.0)",
+        check_labelled,
+    ),
+    "a bad row counted as good": (
+        objectives._label_metrics, "of_bad, ~micro.labels", "of_bad, micro.labels",
+        check_labelled,
+    ),
+    "displacement of bad rows": (
+        objectives._label_metrics, "micro.labels & (ratios", "(ratios", check_labelled,
+    ),
+    "a bad row right where it is likelier": (
+        objectives._label_metrics, "1.0, -1.0)", "1.0, 1.0)", check_labelled,
+    ),
+    "pulls of two signs that cancel": (
+        objectives._label_metrics, "result.gradient_weights.abs()", "result.gradient_weights", check_labelled,
     ),
     "KTO's labels swapped": (
         kto._of_pairs, "torch.tensor([True, False]", "torch.tensor([False, True]", relatives_by_hand,
@@ -848,8 +966,8 @@ MUTANTS = {
     "order by sums where the loss averages": (
         objectives._metrics, 'if "lengths" in reads', "if False", relatives_by_hand,
     ),
-    "the mismatched completion counted": (
-        objectives._metrics, 'if "kl_estimate" in reads:  # the', "if False:  # the",
+    "the mismatched completion trained": (
+        objectives.make_window, "row.completions[:-1]", "row.completions[:1] + row.completions[2:]",
         relatives_by_hand,
     ),
     "ties count as right": (

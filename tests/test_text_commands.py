@@ -201,22 +201,98 @@ def test_every_loss_starts_where_it_must_and_falls(world, loss_type, capsys, req
     assert f"; loss {loss_type}, {listed}." in capsys.readouterr().out
 
 
-def test_kto_goes_on_and_says_which_row_is_alone(world, capsys, no_figure):
-    """39 training and 5 held-out rows in fours: the rest of the held-out ones, and of an epoch of 8, is 1 and
-    3. The mismatched completions are the same when the run goes on, so that the kept reference fits."""
+def test_kto_takes_pairs_one_by_one_and_goes_on(world, no_figure):
+    """A micro-batch of one row is no trouble, since the estimate is the window's. The mismatched completions
+    are the same when the run goes on, so that the kept reference fits."""
     Path("some.jsonl").write_text(lines(pairs(44)))
-    flags = dpo_flags(world, loss_type="kto", data="some.jsonl", held_out=5 / 44, undesirable_weight=1.5)
-    assert main(flags) == 0
-    printed = capsys.readouterr().out
-    assert printed.count("is left out: kto needs two rows together") == 1
+    single = dict(per_device_train_batch_size=1, gradient_accumulation_steps=8)
+    flags = dict(loss_type="kto", data="some.jsonl", held_out=5 / 44, undesirable_weight=1.5, **single)
+    assert main(dpo_flags(world, **flags)) == 0
     records = records_of(Path("run"))
     assert records[0]["eval_loss"] == pytest.approx(2.5 / 4, abs=1e-5)
     assert records[0]["eval_kto/kl_estimate"] == pytest.approx(0, abs=1e-5)
     assert all(record.get("kto/kl_estimate", 0) >= 0 for record in records)
-    before = Path("run/model/model.safetensors").read_bytes()
+    assert records[-1]["eval_loss"] < 0.6
+    ends_as_before()
+
+
+def ends_as_before() -> None:
+    """The run goes on from the checkpoint before its last one, to the same files."""
+    names = "metrics.jsonl", "model/model.safetensors"
+    kept = [(Path("run") / name).read_bytes() for name in names]
     shutil.rmtree("run/model")
+    shutil.rmtree(max(Path("run/checkpoints").iterdir()))
     assert main(["dpo", "--resume", "run"]) == 0
-    assert Path("run/model/model.safetensors").read_bytes() == before
+    assert [(Path("run") / name).read_bytes() for name in names] == kept
+
+
+def labelled(count: int) -> list[dict]:
+    """Each pair as a good and a bad row; a third of the bad ones is not there."""
+    return [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+        for number, row in enumerate(pairs(count))
+        for side in ("chosen", "rejected")
+        if number % 3 or side == "chosen"
+    ]
+
+
+def test_labelled_completions_train_by_kto(world, capsys):
+    """Good ones become likelier than bad ones, on held-out rows too; half way it goes on to the same weights
+    and records."""
+    Path("labels.jsonl").write_text(lines(labelled(90)))
+    flags = dpo_flags(world, loss_type="kto", data="labels.jsonl", held_out=0.2, desirable_weight=1.5)
+    assert main(flags) == 0
+    printed = capsys.readouterr().out
+    assert "labelled completions: 150" in printed and "60% of the completions are labelled good" in printed
+    records = records_of(Path("run"))
+    first, *_, last = (record for record in records if "eval_loss" in record)
+    good = first["eval_loss"] * 4 - 2  # (1.5 g + 1 - g) / 2 for a share g of good rows
+    assert good * 30 == pytest.approx(round(good * 30), abs=1e-3) and 10 < good * 30 < 30
+    assert last["eval_loss"] < 0.6 and last["eval_rewards/margins"] > 1
+    assert last["eval_rewards/margins"] == pytest.approx(
+        last["eval_rewards/chosen"] - last["eval_rewards/rejected"], abs=1e-5
+    )
+    assert Path("run/training.png").stat().st_size > 10_000
+    ends_as_before()
+    refused(capsys, dpo_flags(world, "other", data="labels.jsonl"), "row of labels", "--loss-type kto")
+    Path("one.jsonl").write_text(lines(labelled(1)))
+    refused(capsys, dpo_flags(world, "other", data="one.jsonl", loss_type="kto"), "other prompts")
+    assert not Path("other").exists()
+
+
+@pytest.mark.parametrize("count", [1, 5, 12])
+def test_a_handful_of_rows_trains_at_the_first_try(count, capsys, no_figure):
+    """Nothing can be held out of five rows, no 1,024 tokens be learnt, and 150 steps of warm-up would never
+    end: all three adapt, in words, and go on adapted."""
+    Path("few.jsonl").write_text(lines([row | {"prompt": f"Say {k}"} for k, row in enumerate(pairs(count))]))
+    few = ["--num-train-epochs", "12", "--n-layer", "1", "--n-head", "2", "--n-embd", "16"]
+    assert main(["sft", "--data", "few.jsonl", *few, "--output-dir", "sft"]) == 0
+    printed = capsys.readouterr().out
+    assert "tokens instead of 1024" in printed and "steps: 12, a tenth of them, 1, for the warm-up" in printed
+    assert ("note: nothing is held out" in printed) == (count < 11)
+    records = [record["loss"] for record in records_of(Path("sft")) if "loss" in record]
+    assert len(records) == 12 and records[-1] < records[0] - 0.01
+    options = json.loads(Path("sft/config.json").read_text())["options"]
+    assert options["warmup_steps"] == 1
+    assert options["vocab_size"] == load_policy("sft").tokenizer.vocab_size < 1024
+    run = ["dpo", "--data", "few.jsonl", "--model", "sft", "--num-train-epochs", "20", "--save-steps", "9"]
+    assert main([*run, "--output-dir", "run"]) == 0
+    printed = capsys.readouterr().out
+    assert "steps: 20, a tenth of them, 2, for the warm-up" in printed
+    losses = [record["loss"] for record in records_of(Path("run")) if "loss" in record]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6) and losses[-1] < losses[0]
+    ends_as_before()
+
+
+def test_what_was_asked_for_and_cannot_be_is_refused(world, capsys):
+    """What is given is obeyed, or refused before anything is written."""
+    Path("few.jsonl").write_text(lines(pairs(5)))
+    few = ["sft", "--data", "few.jsonl"]
+    refused(capsys, [*few, "--vocab-size", "1024"], "--vocab-size 1024", "at most")
+    refused(capsys, [*few, "--held-out", "0.05"], "held-out fraction of 0.05")
+    assert [path.name for path in Path().iterdir()] == ["few.jsonl"]
+    assert main([*dpo_flags(world, data="few.jsonl", held_out=0.2), "--warmup-steps", "150"]) == 0
+    assert "note: all 1 steps are warm-up" in capsys.readouterr().out
 
 
 def test_score_reads_runs_without_a_beta(world, capsys, no_figure):
@@ -428,9 +504,6 @@ BAD_FLAGS = {
     "half of the labels": (dict(loss_type="robust", flip_probability=0.5), ("--flip-probability", "0.5")),
     "more than all": (dict(loss_type="unlikelihood", alpha=1.5), ("--alpha", "[0, 1]")),
     "negative margin": (dict(loss_type="simpo", gamma=-1), ("--gamma", "0")),
-    "kto row by row": (
-        dict(loss_type="kto", per_device_train_batch_size=1), ("--per-device-train-batch-size 2",),
-    ),
     "learning rate": (dict(learning_rate=-1), ("--learning-rate",)),
     "no epochs": (dict(num_train_epochs=0), ("--num-train-epochs",)),
     "negative warm-up": (dict(warmup_steps=-1), ("--warmup-steps",)),

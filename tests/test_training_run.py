@@ -398,13 +398,14 @@ def test_displacement_is_told_once_and_only_where_it_is(tmp_path, capsys):
     assert not training_run.is_displaced([risen] * 10)
     assert not training_run.is_displaced([fallen | {"dpo/displacement": 0.4}] * 10)
     assert not training_run.is_displaced([{"loss": 1.0}] * 10)
+    assert not training_run.is_displaced([{"loss": 1.0}, *[fallen] * 9])  # a window without good rows
     progress = training_run._Progress("test", 0, 30, 4)
     for step in range(1, 31):
         progress.show(
             {"step": step, "loss": 0.5, "rewards/margins": 1.0, "rewards/accuracies": 1.0, **fallen}
         )
     printed = capsys.readouterr().out
-    assert printed.count("Displacement") == 1 and printed.count("pairs/s") == 10
+    assert printed.count("Displacement") == 1 and printed.count("rows/s") == 10
 
 
 # ------------------------------------------------------------------------------------------ what goes wrong
@@ -498,7 +499,7 @@ MUTANTS = {
         training_run._save, "[:-KEEP]", "[:0]", test_checkpoints_are_the_newest_two_and_whole,
     ),
     "evaluation sees the first batch alone": (
-        training_run.evaluate, "held_out, rows, reference", "held_out, rows[:1], reference",
+        training_run.evaluate, "data.held_out, rows,", "data.held_out, rows[:1],",
         test_evaluation_is_the_mean_over_the_held_out_rows,
     ),
 }  # fmt: skip

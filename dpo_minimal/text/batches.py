@@ -331,21 +331,22 @@ def mismatched(examples: Sequence[Example]) -> list[Example]:
 def with_mismatched(
     examples: Sequence[Example], *, max_length: int, others: Sequence[Example] = ()
 ) -> list[Example]:
-    """Rows of pairs with a third completion each, of another prompt: as KTO reads them.
+    """Rows with one more completion each, of another prompt: as KTO reads them.
 
-    It is the chosen one of `mismatched` in every other row and the rejected one in between, because KTO's
-    estimate needs the completions that it is trained on, which are both. A prompt is cut on the left to fit.
+    Of pairs it is the chosen one of `mismatched` in every other row and the rejected one in between, because
+    KTO's estimate needs the completions that it is trained on, which are both. A prompt is cut on the left to
+    fit.
 
     Args:
-        examples: N rows of [chosen, rejected].
+        examples: N rows of [chosen, rejected], or of one labelled completion.
         max_length: as in `tokenize`.
         others: further rows of which only the completions are used, where N are too few to have two prompts.
-    Returns: N examples of [chosen, rejected, another prompt's].
+    Returns: N examples with another prompt's completion last.
     Raises InputError: all prompts are the same, or a completion of max_length tokens or more.
     """
     result = []
     for number, (own, other) in enumerate(zip(examples, mismatched([*examples, *others]))):
-        completions = [*own.completions, other.completions[number % 2]]
+        completions = [*own.completions, other.completions[number % len(other.completions)]]
         limit = max_length - max(map(len, completions))
         if limit < 1:
             raise InputError(

@@ -7,6 +7,7 @@ But: no tokens (batches.py); a row is checked as text only.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,6 +100,15 @@ def load_dataset(path: str | Path, kind: str, *, skip_bad_rows: bool = False) ->
             is left; most rows repeat their prompt.
     """
     return _dataset(str(path), read_rows(path), kind, skip_bad_rows)
+
+
+def has_labels(path: str | Path) -> bool:
+    """Whether a file holds labelled completions and no pairs, by its first row that can be read."""
+    for place, parse in read_rows(path):
+        with contextlib.suppress(InputError):  # a bad row, which `load_dataset` names
+            row = Row(place, parse())
+            return form_of(row) is None and not row.columns.keys().isdisjoint(LABELS)
+    return False
 
 
 def dataset_from_rows(

@@ -28,7 +28,7 @@ from ..policy import SharedPromptBatch, shared_prompt_batch, shared_prompt_logps
 from ..train import Objective, Window
 from ..validation import InputError
 from ..zoo import LOSSES
-from ..zoo.kto import kto_kl_estimate
+from ..zoo.kto import LabelLoss, kto_kl_estimate
 from .batches import Example, in_passes
 from .checkpoint import state_fingerprint
 from .runs import write_atomically
@@ -38,43 +38,34 @@ DTYPES = ("float32", "bfloat16")
 
 
 class PreferenceBatch(NamedTuple):
-    """Rows of K completions each, with the reference's log-probabilities of them, (B, K) nats."""
+    """Rows of K completions each, and what a loss reads of them beside the policy."""
 
     batch: SharedPromptBatch
-    reference_logps: Tensor
+    reference_logps: Tensor  # (B, K) nats
+    kl_estimate: Tensor | None = None  # KTO's z0, nats, a scalar: one for all micro-batches of a window
+    labels: Tensor | None = None  # (B,) True (good) or False (bad) where K = 1; None for pairs and rankings
+    # Rows of the whole window per good one and per bad one, 0 where there is none: times these, a mean over
+    # rows is one over good (bad) rows.
+    class_weights: tuple[float, float] = (0.0, 0.0)
 
 
-def loss_of(loss: Loss, policy: Tensor, micro: PreferenceBatch, options: dict[str, float]) -> PreferenceLoss:
-    """A loss on a batch.
+def loss_of(
+    loss: Loss, policy: Tensor, micro: PreferenceBatch, options: dict[str, float]
+) -> PreferenceLoss | LabelLoss:
+    """A loss on a batch: a PreferenceLoss, or of labelled rows a LabelLoss, of (B,) tensors.
 
-    KTO's divergence is estimated from the third completion of each row, of another prompt
-    (`batches.with_mismatched`): it is the micro-batch's own, so its pieces do not add up to the whole
-    window's exactly.
-
-    Args: policy (B, K) log-probabilities, nats; options of the loss. Returns PreferenceLoss of (B,) tensors.
+    Args: policy (B, K) log-probabilities, nats; options of the loss.
     """
-    own = slice(2) if "kl_estimate" in loss.reads else slice(None)
+    if micro.labels is not None:
+        columns = policy[:, 0], micro.reference_logps[:, 0], micro.labels, micro.kl_estimate
+        return loss.labelled(*columns, **options)
     tables = {
-        "policy": lambda: policy[:, own],
-        "reference": lambda: micro.reference_logps[:, own],
-        "lengths": lambda: micro.batch.completion_lengths[:, own],
-        "kl_estimate": lambda: _kl_estimate(policy, micro),
+        "policy": lambda: policy,
+        "reference": lambda: micro.reference_logps,
+        "lengths": lambda: micro.batch.completion_lengths,
+        "kl_estimate": lambda: micro.kl_estimate,
     }
     return loss.on(tables, options)
-
-
-def _kl_estimate(policy: Tensor, micro: PreferenceBatch) -> Tensor:
-    if policy.shape[1] != 3:
-        raise InputError(
-            f"kto needs rows of three completions, the third of another prompt, but they have "
-            f"{policy.shape[1]}; make them with batches.with_mismatched."
-        )
-    if len(policy) < 2:
-        raise InputError(
-            "kto estimates a divergence from the rows that go through the model together and needs two or "
-            "more; raise --per-device-train-batch-size."
-        )
-    return kto_kl_estimate(policy[:, 2], micro.reference_logps[:, 2])
 
 
 def loss_options(loss_type: str, given: dict[str, float | None]) -> dict[str, float]:
@@ -115,6 +106,10 @@ def preference_objective(model: GPT, loss_type: str, *, dtype: str, **options: f
         dpo/chosen_logratio: the mean log(pi / pi_ref), nats, also of losses whose rewards are something else.
         dpo/ties: share of rows (neighbours) with equal rewards up to rounding, neither right nor wrong.
         kto/kl_estimate: of KTO alone, its z0.
+    Of labelled rows, chosen stands for the good ones, over which its means are, and rejected for the bad
+    ones; rewards/margins is the difference of the two means, and accuracies, ties and saturation judge each
+    reward against 0, where the reference is: above it is right for a good row, below it for a bad one. What
+    has no row in a window is left out of its record.
     The divergence from the reference is not among them: it is a mean over the policy's own samples.
 
     Args:
@@ -127,16 +122,23 @@ def preference_objective(model: GPT, loss_type: str, *, dtype: str, **options: f
     loss = LOSSES[loss_type]
 
     def objective(micro: PreferenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        logps = completion_logps_of(model, micro.batch, dtype)
-        if not logps.isfinite().all():
-            raise InputError(
-                "a log-probability is nan or infinite; lower the learning rate or look for bad data."
-            )
+        logps = _finite(completion_logps_of(model, micro.batch, dtype))
         result = loss_of(loss, logps, micro, options)
-        metrics = _metrics(loss.reads, logps.detach(), micro, result, dtype)
+        if micro.labels is None:
+            metrics = _metrics(loss.reads, logps.detach(), micro, result, dtype)
+        else:
+            metrics = _label_metrics(logps.detach()[:, 0], micro, result, dtype)
+        if micro.kl_estimate is not None:
+            metrics["kto/kl_estimate"] = micro.kl_estimate
         return result.losses.mean(), {name: values.mean() for name, values in metrics.items()}
 
     return objective
+
+
+def _finite(logps: Tensor) -> Tensor:
+    if not logps.isfinite().all():
+        raise InputError("a log-probability is not finite; lower the learning rate or look for bad data.")
+    return logps
 
 
 def _metrics(
@@ -144,10 +146,6 @@ def _metrics(
 ) -> dict[str, Tensor]:
     """What `preference_objective` logs of each row of log-probabilities (B, K)."""
     ratios, lengths = policy - micro.reference_logps, micro.batch.completion_lengths
-    metrics = {}
-    if "kl_estimate" in reads:  # the completion of another prompt has done its part
-        metrics["kto/kl_estimate"] = _kl_estimate(policy, micro)
-        policy, ratios, lengths = policy[:, :2], ratios[:, :2], lengths[:, :2]
     # What the loss orders completions by, and how far rounding may have moved it: float32's in bfloat16 too,
     # by whose own most rows would be ties; exact ties stay ties.
     scores, blur = ratios if "reference" in reads else policy, _rounding(lengths, "float32")
@@ -168,7 +166,32 @@ def _metrics(
         "dpo/displacement": (ratios[:, 0] < -_rounding(lengths[:, 0], dtype)).float(),
         "dpo/chosen_logratio": ratios[:, 0],
         "dpo/ties": (order.abs() <= tie).float(),
-    } | metrics
+    }
+
+
+def _label_metrics(
+    policy: Tensor, micro: PreferenceBatch, result: LabelLoss, dtype: str
+) -> dict[str, Tensor]:
+    """The same of each labelled row of log-probabilities (B,)."""
+    ratios, lengths = policy - micro.reference_logps[:, 0], micro.batch.completion_lengths[:, 0]
+    sign, blur = torch.where(micro.labels, 1.0, -1.0), _rounding(lengths, "float32")
+    metrics = {
+        "rewards/accuracies": (sign * ratios > blur).float(),
+        "dpo/gradient_weight": result.gradient_weights.abs(),
+        "dpo/saturated_fraction": (sign * result.rewards > math.log(99)).float(),
+        "dpo/ties": (ratios.abs() <= blur).float(),
+    }
+    of_good, of_bad = micro.class_weights
+    for side, weight, own in (("chosen", of_good, micro.labels), ("rejected", of_bad, ~micro.labels)):
+        if weight:
+            metrics[f"rewards/{side}"] = weight * (own * result.rewards)
+            metrics[f"logps/{side}"] = weight * (own * policy)
+    if of_good:
+        metrics["dpo/displacement"] = of_good * (micro.labels & (ratios < -_rounding(lengths, dtype)))
+        metrics["dpo/chosen_logratio"] = of_good * (micro.labels * ratios)
+    if of_good and of_bad:
+        metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+    return metrics
 
 
 def sft_objective(model: GPT, *, dtype: str) -> Objective:
@@ -214,7 +237,13 @@ def layout(examples: Sequence[Example], *, dtype: str, device: str) -> SharedPro
 
 
 def make_window(
-    examples: Sequence[Example], step: list[list[int]], reference: Tensor | None, *, dtype: str, device: str
+    examples: Sequence[Example],
+    step: list[list[int]],
+    reference: Tensor | None,
+    *,
+    dtype: str,
+    device: str,
+    policy: GPT | None = None,
 ) -> Window:
     """The window of one optimizer step.
 
@@ -223,22 +252,47 @@ def make_window(
         step: micro-batches of indices, from `batches.windows`.
         reference: (N, K) log-probabilities for a preference loss, whose shares are rows; None for SFT, whose
             shares are completion tokens.
+        policy: for a loss with a KL estimate, the model as it is now; the rows are then those of
+            `batches.with_mismatched`. What they end with is read for the estimate alone, which belongs to the
+            whole window, so that its pieces add up to it.
     """
     micro_batches: list[SharedPromptBatch | PreferenceBatch] = []
-    sizes = []
+    sizes, z0 = [], None
+    if policy is not None:
+        z0 = _kl_estimate(policy, examples, step, reference, dtype=dtype, device=device)
+    labels = [examples[index].label for rows in step for index in rows]
+    classes = labels.count(True), labels.count(False)
+    weights = tuple(len(labels) / count if count else 0.0 for count in classes)
     for rows in step:
         chosen = [examples[index] for index in rows]
+        if policy is not None:
+            chosen = [row._replace(completions=row.completions[:-1]) for row in chosen]
         batch = layout(chosen, dtype=dtype, device=device)
         if reference is None:
             micro_batches.append(batch)
             sizes.append(sum(len(ids) for example in chosen for ids in example.completions))
         else:
-            logps = reference[rows, : batch.completion_lengths.shape[1]]
-            micro_batches.append(PreferenceBatch(batch, logps.to(device)))
+            logps = reference[rows, : batch.completion_lengths.shape[1]].to(device)
+            marks = torch.tensor([row.label for row in chosen], device=device) if any(classes) else None
+            micro_batches.append(PreferenceBatch(batch, logps, z0, marks, weights))
             sizes.append(len(rows))
     places = [examples[index].place for rows in step for index in rows]
     name = "; ".join(places[:3]) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
     return Window(micro_batches, [size / sum(sizes) for size in sizes], name)
+
+
+def _kl_estimate(
+    policy: GPT, examples: Sequence[Example], step: list[list[int]], reference: Tensor, **where: str
+) -> Tensor:
+    """KTO's z0 of a window, from the last completion of each of its rows."""
+    pieces = []
+    for rows in step:
+        last = [examples[index] for index in rows]
+        batch = layout([row._replace(completions=row.completions[-1:]) for row in last], **where)
+        with torch.no_grad():
+            logps = _finite(completion_logps_of(policy, batch, where["dtype"])[:, 0])
+        pieces.append((logps, reference[rows, -1].to(logps.device)))
+    return kto_kl_estimate(*map(torch.cat, zip(*pieces, strict=True)))
 
 
 # -------------------------------------------------------------------------------------- reference log-probs

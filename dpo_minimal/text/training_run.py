@@ -78,6 +78,7 @@ class Data(NamedTuple):
     held_out: Sequence[Example]
     train_reference: Tensor | None = None
     held_out_reference: Tensor | None = None
+    policy: GPT | None = None  # for a loss with a KL estimate, as `make_window` takes it
 
 
 class Interrupted(KeyboardInterrupt):
@@ -99,17 +100,17 @@ def _windows_from(settings: Settings, data: Data, first_step: int, last_step: in
     """The windows of steps first_step to last_step: the same whether or not the run began earlier."""
     all_steps = (rows for epoch in itertools.count() for rows in _epoch(settings, data, epoch))
     for rows in itertools.islice(all_steps, first_step - 1, last_step):
-        reference = data.train_reference
-        yield make_window(data.train, rows, reference, dtype=settings.dtype, device=settings.device)
+        where = {"dtype": settings.dtype, "device": settings.device, "policy": data.policy}
+        yield make_window(data.train, rows, data.train_reference, **where)
 
 
 def evaluate(objective: Objective, settings: Settings, data: Data) -> Record:
     """Loss and metrics on the held-out rows, named eval_...; nothing where none are held out."""
     if not data.held_out:
         return {}
-    held_out, reference = data.held_out, data.held_out_reference
-    rows = in_passes(held_out, settings.per_device_train_batch_size)
-    window = make_window(held_out, rows, reference, dtype=settings.dtype, device=settings.device)
+    rows = in_passes(data.held_out, settings.per_device_train_batch_size)
+    where = {"dtype": settings.dtype, "device": settings.device, "policy": data.policy}
+    window = make_window(data.held_out, rows, data.held_out_reference, **where)
     return {f"eval_{name}": value for name, value in average(objective, window).items()}
 
 
@@ -300,7 +301,7 @@ def is_displaced(recent: Sequence[Record]) -> bool:
 
     Single windows do so by chance.
     """
-    if len(recent) < RECENT or "dpo/chosen_logratio" not in recent[-1]:
+    if len(recent) < RECENT or not all("dpo/chosen_logratio" in record for record in recent):
         return False
     names = "dpo/displacement", "dpo/chosen_logratio"
     share, logratio = (sum(record[name] for record in recent) / RECENT for name in names)
@@ -332,7 +333,7 @@ class _Progress:
         if "rewards/margins" in record:
             shown["accuracy"] = f"{record['rewards/accuracies']:.2f}"
             shown["margin"] = f"{record['rewards/margins']:.2f}"
-        shown["pairs/s" if len(shown) > 1 else "rows/s"] = f"{rate:.0f}"
+        shown["rows/s"] = f"{rate:.0f}"
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
         before, after = ((s * self.LINES) // self.last_step for s in (step - 1, step))

@@ -83,15 +83,13 @@ def kto_kl_estimate(policy_logps: Tensor, reference_logps: Tensor) -> Tensor:
 
     The completion of another prompt stands in for a sample of the policy. It is a rough stand-in, and biased
     even where prompts do not matter, but it must not be the matched completion itself, whose log-ratio is
-    what is being trained: hence two rows or more, re-paired before they are scored.
+    what is being trained: rows are re-paired before they are scored.
 
-    Args: policy_logps, reference_logps (B,), nats, of mismatched rows, B >= 2.
+    Args: policy_logps, reference_logps (B,), nats, of mismatched rows.
     Returns: a scalar, nats.
-    Raises: InputError: shapes differ, an entry is not finite, fewer than two rows.
+    Raises: InputError: shapes differ, an entry is not finite, no rows.
     """
     check_finite(policy_logps=policy_logps, reference_logps=reference_logps)
-    if policy_logps.numel() < 2:
-        raise InputError("kto_kl_estimate needs two rows or more: with one there is no other prompt.")
     return (widen(policy_logps) - widen(reference_logps)).detach().mean().clamp(min=0)
 
 
@@ -153,12 +151,12 @@ def _of_pairs(policy: Tensor, reference: Tensor, kl_estimate: Tensor | float, **
 
 
 KTO = Loss(
-    "kto", "KTO", kto_pair_loss, "for single completions, good or bad",
+    "kto", "KTO", kto_pair_loss, "for completions labelled good or bad, or for pairs",
     (
         BETA,
-        Option("desirable_weight", "> 0", 1.0, "weight of chosen completions"),
-        Option("undesirable_weight", "> 0", 1.0, "weight of rejected completions"),
+        Option("desirable_weight", "> 0", 1.0, "weight of good completions"),
+        Option("undesirable_weight", "> 0", 1.0, "weight of bad completions"),
     ),
     start=lambda K, beta, desirable_weight, undesirable_weight: (desirable_weight + undesirable_weight) / 4,
-    proof="D12.4", source="Ethayarajh et al. (2024)",
+    proof="D12.4", source="Ethayarajh et al. (2024)", labelled=kto_loss,
 )  # fmt: skip

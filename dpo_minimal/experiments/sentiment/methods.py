@@ -158,7 +158,7 @@ def _learn_from_pairs(run: Run, world: World, plan: Plan, model: GPT) -> tuple[O
 
     An epoch's rest that makes no whole window is passed over, so that every step has the same size.
     """
-    examples, reference, size = world.examples, world.reference, plan.pairs
+    examples, reference, size, policy = world.examples, world.reference, plan.pairs, None
     if run.kind == "sft":
         objective = sft_objective(model, dtype="float32")
         examples = [row._replace(completions=row.completions[:1]) for row in examples]
@@ -167,7 +167,7 @@ def _learn_from_pairs(run: Run, world: World, plan: Plan, model: GPT) -> tuple[O
     else:
         objective = preference_objective(model, run.loss_type, dtype="float32", **dict(run.options))
         if "kl_estimate" in LOSSES[run.loss_type].reads:  # one more completion is scored, but teaches nothing
-            examples = with_mismatched(examples, max_length=plan.context)
+            policy, examples = model, with_mismatched(examples, max_length=plan.context)
             reference = reference_logps(world.policy.model, examples, micro_size=16, dtype="float32")
     size = min(size, len(examples))
     whole = (
@@ -176,7 +176,8 @@ def _learn_from_pairs(run: Run, world: World, plan: Plan, model: GPT) -> tuple[O
         for rows in windows(examples, window_size=size, micro_size=min(16, size), seed=run.seed, epoch=epoch)
         if sum(map(len, rows)) == size
     )
-    of_rows = partial(make_window, examples, reference=reference, dtype="float32", device="cpu")
+    where = {"dtype": "float32", "device": "cpu", "policy": policy}
+    of_rows = partial(make_window, examples, reference=reference, **where)
     return objective, map(of_rows, itertools.islice(whole, plan.steps))
 
 

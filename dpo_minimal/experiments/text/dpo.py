@@ -21,9 +21,9 @@ difference is trained (displacement). kl/policy_reference, measured on the polic
 limits; where it grows while samples get worse, raise beta or stop earlier.
 
 The other losses (zoo/README.md) are trained in the same way on the same pairs. Those without a reference are
-measured against it all the same. kto takes each chosen completion for a good one and each rejected for a bad
-one; each micro-batch estimates the divergence for itself, so that for kto, and only for it,
---gradient-accumulation-steps changes more than rounding.
+measured against it all the same. kto reads rows of one completion each, {prompt, completion, label} with true
+for good and false for bad; of pairs it takes each chosen completion for a good one and each rejected for a
+bad one.
 
 A run folder holds model/ (Hugging Face's layout), metrics.jsonl, training.png, config.json, checkpoints/, the
 reference's log-probabilities, and without --data also sft/ and preferences.jsonl.
@@ -34,9 +34,12 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import statistics
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -46,12 +49,11 @@ from ...rivals.evaluate import Samples, mean_of
 from ...text import objectives
 from ...text.batches import Example, check_limits, with_mismatched
 from ...text.checkpoint import WEIGHTS_FILE, state_fingerprint
-from ...text.data import Dataset, load_dataset
+from ...text.data import Dataset, has_labels, load_dataset
 from ...text.reviews import sentiment
 from ...text.runs import write_records
 from ...text.training_run import Data
 from ...train import Record
-from ...validation import InputError
 from ...zoo import LOSSES
 from ..options import COMMON, DATA, RUN, TRAINING, Option, add_options, altered, at_least, declared, resolve
 from . import setup, sft
@@ -150,16 +152,10 @@ def run(args: argparse.Namespace) -> Path:
         command="dpo",
     )  # fmt: skip
     loss = _loss_of(options)
-    if "kl_estimate" in LOSSES[options.loss_type].reads and options.per_device_train_batch_size < 2:
-        raise InputError(
-            f"--loss-type {options.loss_type} needs --per-device-train-batch-size 2 or more: it estimates a "
-            "divergence from the rows that go through the model together."
-        )
     setup.begin(options)
     # All that can be wrong with the input is checked before anything is written.
     policy = None if options.model is None else load_policy(options.model)
-    kind = LOSSES[options.loss_type].rows
-    dataset = None if options.data is None else setup.load_rows(options, kind, options.rows)
+    dataset = None if options.data is None else setup.load_rows(options, _kind(options), options.rows)
     context = sft.REVIEWS_CONTEXT if policy is None else policy.model.config.block_size
     setup.sample_length(options.max_new_tokens, context)
     check_limits(setup.context_of(options, context), options.max_prompt_length)
@@ -172,26 +168,22 @@ def run(args: argparse.Namespace) -> Path:
         return _train(options, loss, folder, policy, rows)
 
 
+def _kind(options: argparse.Namespace) -> str:
+    """What the rows are: labelled completions where the file has them and the loss reads them."""
+    loss = LOSSES[options.loss_type]
+    labelled = loss.labelled is not None and options.data is not None and has_labels(options.data)
+    return "labels" if labelled else loss.rows
+
+
 def _rows(options: argparse.Namespace, dataset: Dataset, policy: Policy) -> Rows:
     """Rows as tokens, as the loss reads them."""
     rows = setup.prepare(options, dataset, policy)
     if "kl_estimate" not in LOSSES[options.loss_type].reads:
         return rows
-    micro, kept = options.per_device_train_batch_size, []
-    # The held-out rows are one window.
-    windows = micro * options.gradient_accumulation_steps, len(rows.held_out) + 1
-    for some, window in zip((rows.train, rows.held_out), windows, strict=True):
-        if len(some) % window % micro == 1:  # the last micro-batch, of a single row, would allow no estimate
-            print(
-                f"note: {some[-1].place} is left out: kto needs two rows together, and it would be alone.\n"
-            )
-            some = some[:-1]
-        kept.append(some)
     length = setup.context_of(options, policy.model.config.block_size)
-    train, held_out = kept
     return rows._replace(
-        train=with_mismatched(train, max_length=length),
-        held_out=with_mismatched(held_out, max_length=length, others=train),
+        train=with_mismatched(rows.train, max_length=length),
+        held_out=with_mismatched(rows.held_out, max_length=length, others=rows.train),
     )
 
 
@@ -204,7 +196,9 @@ def _train(
     listed = ", ".join(f"{name} {value:g}" for name, value in loss.items())
     print(f"{setup.size_of(model):,} parameters; loss {options.loss_type}, {listed}.", flush=True)
     logps = _reference(options, folder, policy, [*rows.train, *rows.held_out])
-    data = Data(rows.train, rows.held_out, logps[: len(rows.train)], logps[len(rows.train) :])
+    record, count = LOSSES[options.loss_type], len(rows.train)
+    estimating = model if "kl_estimate" in record.reads else None
+    data = Data(rows.train, rows.held_out, logps[:count], logps[count:], estimating)
     length = setup.sample_length(options.max_new_tokens, model.config.block_size)
     draw = partial(
         setup.draw_samples, options, reference=reference, rows=rows, count=options.eval_samples, length=length
@@ -227,10 +221,7 @@ def _train(
     before, after = drawn[0], drawn[-1]
     from .figure import preference_figure  # matplotlib is slow to import: not before it is needed
 
-    record = LOSSES[options.loss_type]
-    starts = [record.start(len(row.completions), **loss) for row in rows.train] if record.start else []
-    start = sum(starts) / len(starts) if starts else None
-    preference_figure(records, start, before, after, folder / "training.png")
+    preference_figure(records, _start(record, rows.train, loss), before, after, folder / "training.png")
     if before is not None:
         # Losses without a reference, whose beta is none or another thing, are measured like the others.
         beta = loss["beta"] if "reference" in record.reads and "beta" in loss else REVIEWS_BETA
@@ -238,6 +229,17 @@ def _train(
         print("\n".join(["", *texts, "", *summary(before, after, beta)]))
     print(f"\nWrote {folder}/model, training.png, metrics.jsonl and config.json.", flush=True)
     return folder
+
+
+def _start(record: Loss, examples: Sequence[Example], loss: dict[str, float]) -> float | None:
+    """The mean loss of rows where policy = reference; None for a loss that does not say."""
+    if record.start is None:
+        return None
+    if examples[0].label is None:
+        return statistics.fmean(record.start(len(row.completions), **loss) for row in examples)
+    labels = torch.tensor([row.label for row in examples])
+    same = torch.zeros(len(examples))
+    return record.labelled(same, same, labels, 0.0, **loss).losses.mean().item()
 
 
 def _sample_metrics(samples: Samples | None) -> Record:
