@@ -24,6 +24,7 @@ from dpo_minimal.experiments.text.setup import load_policy
 from dpo_minimal.model import GPT, GPTConfig
 from dpo_minimal.text import objectives, tokenizer
 from dpo_minimal.text.checkpoint import load_model, save_model, state_fingerprint
+from dpo_minimal.text.data import has_labels
 from dpo_minimal.text.objectives import reference_logps
 from dpo_minimal.text.tokenizer import byte_tokenizer, save_tokenizer, train_bpe
 from dpo_minimal.validation import InputError
@@ -216,14 +217,14 @@ def test_kto_takes_pairs_one_by_one_and_goes_on(world, no_figure):
     ends_as_before()
 
 
-def ends_as_before() -> None:
-    """The run goes on from the checkpoint before its last one, to the same files."""
+def ends_as_before(command: str = "dpo", run: str = "run") -> None:
+    """The run goes on from before its last checkpoint, to the same files."""
     names = "metrics.jsonl", "model/model.safetensors"
-    kept = [(Path("run") / name).read_bytes() for name in names]
-    shutil.rmtree("run/model")
-    shutil.rmtree(max(Path("run/checkpoints").iterdir()))
-    assert main(["dpo", "--resume", "run"]) == 0
-    assert [(Path("run") / name).read_bytes() for name in names] == kept
+    kept = [(Path(run) / name).read_bytes() for name in names]
+    shutil.rmtree(Path(run) / "model")
+    shutil.rmtree(max(Path(run, "checkpoints").iterdir()))
+    assert main([command, "--resume", run]) == 0
+    assert [(Path(run) / name).read_bytes() for name in names] == kept
 
 
 def labelled(count: int) -> list[dict]:
@@ -260,6 +261,19 @@ def test_labelled_completions_train_by_kto(world, capsys):
     assert not Path("other").exists()
 
 
+def test_the_first_sound_row_says_whether_kto_reads_labels_or_pairs():
+    pair, label = pairs(1)[0], labelled(1)[0]
+    for rows, labels in (
+        ([label, pair], True),
+        ([label | {"label": "False"}], True),
+        ([pair | {"label": True}], False),  # of a pair, it says something else
+        (["no row", label], True),
+        ([{"prompt": "a"}, label], False),  # a mistake in it, which `load_dataset` names
+    ):
+        Path("rows.jsonl").write_text(lines(rows))
+        assert has_labels("rows.jsonl") == labels, rows
+
+
 @pytest.mark.parametrize("count", [1, 5, 12])
 def test_a_handful_of_rows_trains_at_the_first_try(count, capsys, no_figure):
     """Nothing can be held out of five rows, no 1,024 tokens be learnt, and 150 steps of warm-up would never
@@ -268,13 +282,13 @@ def test_a_handful_of_rows_trains_at_the_first_try(count, capsys, no_figure):
     few = ["--num-train-epochs", "12", "--n-layer", "1", "--n-head", "2", "--n-embd", "16"]
     assert main(["sft", "--data", "few.jsonl", *few, "--output-dir", "sft"]) == 0
     printed = capsys.readouterr().out
-    assert "tokens instead of 1024" in printed and "steps: 12, a tenth of them, 1, for the warm-up" in printed
+    assert "steps: 12, a tenth of them, 1, for the warm-up" in printed
     assert ("note: nothing is held out" in printed) == (count < 11)
     records = [record["loss"] for record in records_of(Path("sft")) if "loss" in record]
     assert len(records) == 12 and records[-1] < records[0] - 0.01
-    options = json.loads(Path("sft/config.json").read_text())["options"]
-    assert options["warmup_steps"] == 1
-    assert options["vocab_size"] == load_policy("sft").tokenizer.vocab_size < 1024
+    assert f"has {load_policy('sft').tokenizer.vocab_size} tokens instead of 1024" in printed
+    assert json.loads(Path("sft/config.json").read_text())["options"]["warmup_steps"] == 1
+    ends_as_before("sft", "sft")
     run = ["dpo", "--data", "few.jsonl", "--model", "sft", "--num-train-epochs", "20", "--save-steps", "9"]
     assert main([*run, "--output-dir", "run"]) == 0
     printed = capsys.readouterr().out
