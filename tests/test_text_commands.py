@@ -392,6 +392,48 @@ def test_a_folder_without_tokenizer_is_refused(world, capsys):
     refused(capsys, dpo_flags(world, model="bare"), "260", "257")
 
 
+def own_vocabulary(merges: list[str]) -> None:
+    """own/: 260 tokens in Hugging Face's files, end-of-text first, and a GPT with four embeddings more."""
+    letters = [chr(v) for v in range(256) if 33 <= v <= 126 or (v >= 161 and v != 173)]
+    letters += [chr(256 + k) for k in range(256 - len(letters))]
+    names = ["<|endoftext|>", *letters, *(merge.replace(" ", "") for merge in merges)]
+    Path("own").mkdir(exist_ok=True)
+    Path("own/vocab.json").write_text(json.dumps({name: number for number, name in enumerate(names)}))
+    Path("own/merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    torch.manual_seed(0)
+    size = len(names) + 4
+    save_model(GPT(GPTConfig(vocab_size=size, block_size=48, n_layer=1, n_head=2, n_embd=16)), "own")
+
+
+def test_a_model_that_brings_its_vocabulary(world, capsys, monkeypatch, no_figure):
+    """Its ids, its end-of-text and its padding, in a run that is interrupted, goes on and is sampled from."""
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    own_vocabulary(["C a", "Ca n", "y o"])
+    monkeypatch.setattr(objectives, "reference_logps", interrupt)
+    assert main(dpo_flags(world, model="own", max_steps=4)) == 130
+    monkeypatch.setattr(objectives, "reference_logps", reference_logps)
+    own_vocabulary(["y o", "C a", "Ca n"])
+    refused(capsys, ["dpo", "--resume", "run"], "vocabulary")
+    own_vocabulary(["C a", "Ca n", "y o"])
+    assert main(["dpo", "--resume", "run"]) == 0
+    assert "4 embeddings beyond the vocabulary are left out" in capsys.readouterr().err
+    model, own = load_policy("run")
+    assert (own.kind, own.vocab_size, own.eot, model.config.vocab_size) == ("hugging-face", 260, 0, 260)
+    assert [own.token_text(token) for token in own.encode("Can you")] == ["Can", " ", "yo", "u"]
+    assert json.loads(Path("run/model/config.json").read_text())["eos_token_id"] == 0
+    arguments = ["sample", "--model", "run", "--prompt", "Can you 7?", "--max-new-tokens", "8", "--json"]
+    assert main(arguments) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_state_to_go_on_from_is_no_model(trained, capsys):
+    state = sorted((trained / "checkpoints").iterdir())[-1]
+    refused(capsys, ["sample", "--model", str(state), "--prompt", "x"], str(state), "--resume", "its run")
+
+
 # ------------------------------------------------------------------------------------------------ going on
 
 
