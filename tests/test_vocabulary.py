@@ -1,9 +1,9 @@
 """Vocabularies that come with a model, against a slow reading of Hugging Face's files by their rule."""
 
+import itertools
 import json
 import random
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -50,7 +50,9 @@ def by_the_rule(ids: dict[str, int], merges: list[Pair], text: str) -> list[int]
     ranks, found = {pair: rank for rank, pair in enumerate(merges)}, []
     for word in WORDS.findall(text):
         parts = [LETTERS[value] for value in word.encode("utf-8")]
-        while known := [(ranks[pair], place) for place, pair in enumerate(pairwise(parts)) if pair in ranks]:
+        while known := [
+            (ranks[pair], place) for place, pair in enumerate(itertools.pairwise(parts)) if pair in ranks
+        ]:
             _, place = min(known)
             parts[place : place + 2] = ["".join(parts[place : place + 2])]
         found += [ids[part] for part in parts]
@@ -178,6 +180,20 @@ def check_moved_ids(tmp_path: Path) -> None:
 
 def test_ids_in_any_order(tmp_path):
     check_moved_ids(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")  # of another project
+def test_live_comparison_with_hugging_face(tmp_path):
+    """Their class reads the same files, and every text gets the same ids."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    moved = {name: number for number, name in enumerate([END, "<s>", *reversed(list(PLAIN)[:-1])])}
+    for form, ids in itertools.product(FORMS, (PLAIN, moved)):
+        folder = write(tmp_path, ids, MERGES, form)
+        theirs, ours = transformers.GPT2TokenizerFast.from_pretrained(folder), read(folder)
+        assert theirs.eos_token_id == ours.eot
+        rare = "lowe\u0301r\u00a0low\u3000\u200blow's'll \t\n x"
+        for text in (TEXT, TEXT[::-1], rare, " ".join(map(chr, range(700)))):
+            assert ours.encode(text) == theirs(text)["input_ids"]
 
 
 @pytest.mark.slow

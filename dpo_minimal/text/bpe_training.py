@@ -1,9 +1,7 @@
 """The merges of a byte-pair encoding, learnt from words and how often they occur.
 
-All words stand in one linked list of symbols, so that a merge costs what it has places, however long the
-words are. Pairs are counted once; each merge then changes the counts of the pairs beside it.
-
-But: no cutting of texts into words and no encoding; both are tokenizer.py's.
+All words stand in one linked list, so that a merge costs what it has places, however long the words are.
+But: no cutting of texts into words; that is tokenizer.py's.
 """
 
 from __future__ import annotations
@@ -18,8 +16,7 @@ _BORDER, _GONE = -1, -2  # between two words; the right part of what was merged
 def learn_merges(words: Counter[bytes], most: int) -> list[tuple[int, int]]:
     """At most `most` merges (left id, right id); the k-th makes id 256 + k.
 
-    The most frequent pair goes first, among equals the one with the smallest ids; pairs that occur only once
-    are no pattern.
+    The most frequent pair goes first, of equals the one with the smallest ids; one that occurs once, never.
     """
     symbols, weights = [_BORDER], [0]  # of each place: a byte of a word, and how often the word occurs
     for word, count in words.items():

@@ -114,25 +114,12 @@ def state_fingerprint(model: GPT) -> str:
 
 def _config_fields(config: GPTConfig, eos: int | None) -> dict[str, Any]:
     return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "vocab_size": config.vocab_size,
-        "n_positions": config.block_size,
-        "n_ctx": config.block_size,
-        "n_embd": config.n_embd,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_inner": None,
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-05,
-        "initializer_range": 0.02,
-        "attn_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "resid_pdrop": 0.0,
-        "bos_token_id": eos,
-        "eos_token_id": eos,
-        "tie_word_embeddings": True,
-    }
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
+        "vocab_size": config.vocab_size, "n_positions": config.block_size, "n_ctx": config.block_size,
+        "n_embd": config.n_embd, "n_layer": config.n_layer, "n_head": config.n_head, "n_inner": None,
+        "layer_norm_epsilon": 1e-05, "initializer_range": 0.02, "tie_word_embeddings": True,
+        "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "bos_token_id": eos, "eos_token_id": eos,
+    }  # fmt: skip
 
 
 # What this GPT does; a config that says otherwise is another model. None: where the field is absent, fine.
@@ -144,6 +131,7 @@ _REQUIRED = {
     "scale_attn_by_inverse_layer_idx": (False, None),
     "add_cross_attention": (False, None),
     "tie_word_embeddings": (True, None),
+    "quantization_config": (None,),
 }
 _SIZES = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")  # in the order of GPTConfig
 
@@ -151,8 +139,6 @@ _SIZES = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")  # in the 
 def read_config(path: Path) -> GPTConfig:
     """The shape that a Hugging Face config.json names. Raises InputError naming file and field."""
     fields = read_json_object(path)
-    if fields.get("quantization_config"):
-        raise InputError(f"{path}: its weights are quantised; name the model that they were made from.")
     for field, allowed in _REQUIRED.items():
         if fields.get(field) not in allowed:
             raise InputError(
@@ -232,20 +218,17 @@ def _resolve(folder_or_name: str | Path) -> Path:
 def _read_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     """The file of all tensors, or else an index and the tensors of the files that it names."""
     for name, read in ((WEIGHTS_FILE, read_safetensors), (PICKLED_WEIGHTS_FILE, _read_pickled)):
-        path = folder / name
+        path, index = folder / name, folder / f"{name}.index.json"
         if path.exists():
             return path, read(path)
-        path = folder / f"{name}.index.json"
-        if path.exists():
-            where = read_json_object(path).get("weight_map")
+        if index.exists():
+            where = read_json_object(index).get("weight_map")
             parts = where.values() if isinstance(where, dict) else [where]
             for part in parts:
                 if not isinstance(part, str) or not re.fullmatch(r"\w[\w.-]*", part):
-                    raise InputError(
-                        f"{path}, field 'weight_map': {short(part)} is no file beside it; copy it again."
-                    )
+                    raise InputError(f"{index}, field 'weight_map': {short(part)} is no file beside it.")
             found = [(t, x, part) for part in sorted(set(parts)) for t, x in read(folder / part).items()]
-            return path, {t: x for t, x, part in found if where.get(t) == part}
+            return index, {t: x for t, x, part in found if where.get(t) == part}
     raise InputError(f"{folder}: holds neither {WEIGHTS_FILE} nor {PICKLED_WEIGHTS_FILE}; add one.")
 
 

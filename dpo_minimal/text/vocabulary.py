@@ -68,11 +68,10 @@ def read_vocabulary(folder: Path) -> Vocabulary:
                     f"{folder}: its added token {short(row['content'])} is cut out of texts before any "
                     "merge, which is not done here; mark it as special if your texts do not hold it."
                 )
-        model = content["model"]
-        merges = [row.split(" ") if isinstance(row, str) else row for row in model["merges"]]
+        model, added = content["model"], {row["content"]: row["id"] for row in added}
+        merges = (row.split(" ") if isinstance(row, str) else row for row in model["merges"])
         ranks = {(left, right): rank for rank, (left, right) in enumerate(merges)}
-        added_ids = {row["content"]: row["id"] for row in added}
-        return _vocabulary(folder, model["vocab"], ranks, added_ids, settings.get("eos_token"))
+        return _vocabulary(folder, model["vocab"], ranks, added, settings.get("eos_token"))
     except InputError:
         raise
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
