@@ -80,13 +80,24 @@ def write(
 
 def whole(ids: dict[str, int], merges: list, **changes: object) -> dict:
     """A tokenizer.json; a change such as model__dropout=0.1 alters one of its fields."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    part = [{"Sequence": {"id": "A", "type_id": 0}}]
     content = {
-        "added_tokens": [{"id": ids[END], "content": END, "special": True}] if END in ids else [],
+        "version": "1.0",
+        "added_tokens": [{"id": ids[END], "content": END, **flags}] if END in ids else [],
         "normalizer": None,
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
-        "post_processor": {"type": "TemplateProcessing", "special_tokens": {}},  # as transformers 5 writes it
-        "model": {"type": "BPE", "dropout": None, "vocab": ids, "merges": merges, "end_of_word_suffix": ""},
-    }
+        "pre_tokenizer": {
+            "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True,
+        },
+        "post_processor": {  # as transformers 5 writes it
+            "type": "TemplateProcessing", "single": part, "pair": part, "special_tokens": {},
+        },
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {
+            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
+            "end_of_word_suffix": "", "fuse_unk": False, "vocab": ids, "merges": merges,
+        },
+    }  # fmt: skip
     for name, value in changes.items():
         field, _, part = name.partition("__")
         content[field] = content[field] | {part: value} if part else value
