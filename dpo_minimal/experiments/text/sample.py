@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
@@ -130,6 +131,8 @@ def _prompts(args: argparse.Namespace, policy: Policy) -> list[_Prompt]:
             raise InputError("--prompt gives the same text twice; take --count for more samples of it.")
     elif args.data is not None:
         dataset, named = load_dataset(args.data, args.kind), {}
+        if dataset.unread:
+            print(dataset.columns(), file=sys.stderr)  # not into the JSON
         for row, place in zip(dataset.rows, dataset.places, strict=True):
             named.setdefault(row.prompt, place)
     else:

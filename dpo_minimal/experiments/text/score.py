@@ -110,6 +110,8 @@ def run(args: argparse.Namespace) -> PairScores:
         dataset = dataset_from_rows([pair], "the pair given", "preferences")
     else:
         dataset = load_rows(args, "preferences", REVIEWS)
+    if dataset.unread:
+        print(dataset.columns(), file=sys.stderr)  # not into the JSON
     examples, audit = tokenize(
         dataset, policy.tokenizer, skip_bad_rows=bool(args.skip_bad_rows),
         max_length=min(*(context_of(args, gpt.config.block_size) for gpt in (policy.model, reference.model))),
