@@ -96,6 +96,10 @@ def test_the_variance_of_one_sample_and_its_best_baseline():
         brute = enumerated_variance(logps[0], ref[0], rewards[0], best[0] + shift, beta)
         assert abs(found - brute) <= 1e-12
         assert abs(found - lowest - shift**2 * (1 - logps.exp().square().sum())) <= 1e-12
+    both = torch.cat([logps, ref]), torch.cat([ref, ref]), torch.cat([rewards, 2 * rewards])  # two prompts
+    rows = [b.reinforce_variance(*(table[x : x + 1] for table in both), best + x, beta=beta) for x in (0, 1)]
+    together = b.reinforce_variance(*both, torch.cat([best, best + 1]), beta=beta)
+    torch.testing.assert_close(together, torch.cat(rows), rtol=1e-13, atol=0)  # the same operations
     optimal, value = optimal_logps(ref, rewards, beta=beta), soft_value(ref, rewards, beta=beta)
     assert b.reinforce_variance(optimal, ref, rewards, value, beta=beta).abs() <= 1e-14
     without = b.reinforce_variance(optimal, ref, rewards, 0 * value, beta=beta)
@@ -175,6 +179,9 @@ def test_the_controller_moves_towards_its_target():
     for arguments in ((0.0,), (1.0, -1.0), (1.0, 1.0, 0.0)):
         with pytest.raises(InputError):
             b.AdaptiveKL(*arguments)
+    for kl in (math.nan, math.inf):  # would stay in the coefficient for ever, also of a fixed one
+        with pytest.raises(InputError, match=f"the divergence is {kl}; lower the learning rate"):
+            fixed.update(kl)
 
 
 def climb(beta=0.5, target=None, baseline="learned", iterations=200, start=None, seed=0, **changes):
@@ -206,6 +213,26 @@ def test_ppo_reaches_the_closed_form(baseline):
     assert kl_divergence(policy, optimal).max() <= 1e-4
     assert records[0]["kl/policy_reference"] == 0 and len(records) == 200
     assert abs(records[0]["reward"] - (ref.exp() * rewards).sum(-1).mean()) <= 1e-14
+
+
+@pytest.mark.parametrize("baseline", ["learned", "soft"])
+def test_advantages_are_penalised_rewards_minus_the_baseline(baseline, monkeypatch):
+    """[D7.7] Three rounds: minus beta log Z of the whole table, or minus the mean of the first round's
+    samples, which each round moves by 0.3 of the way after its use. Both epochs see the same ones."""
+    rounds, seen = [], []
+    penalised, surrogate = b.penalised_rewards, b.clipped_surrogate
+    monkeypatch.setattr(
+        b, "penalised_rewards", lambda *a, **k: rounds.append(penalised(*a, **k)) or rounds[-1]
+    )
+    monkeypatch.setattr(b, "clipped_surrogate", lambda *a, **k: seen.append(a[2]) or surrogate(*a, **k))
+    _, _, _, ref, rewards = climb(baseline=baseline, iterations=3, samples=5, epochs=2)
+    value = soft_value(ref, rewards, beta=0.5) if baseline == "soft" else rounds[0].mean(-1)
+    for R, *advantages in zip(rounds, seen[::2], seen[1::2]):
+        for found in advantages:
+            torch.testing.assert_close(found, R - value.unsqueeze(-1), rtol=0, atol=1e-14)  # rounding
+        if baseline == "learned":
+            value = value + 0.3 * (R.mean(-1) - value)
+    assert len(rounds) == 3 and len(seen) == 6
 
 
 def test_ppo_at_the_optimum_stays_there():
@@ -346,6 +373,21 @@ def test_the_ends_of_the_frontier():
     for wrong in (ref[:1], ref.tolist()):
         with pytest.raises(InputError, match="logps must be a tensor"):
             frontier_gap(wrong, ref, rewards)
+
+
+def test_the_gap_of_float32_tables_and_of_rewards_that_are_all_equal():
+    """Tables of any dtype are reckoned in float64, to which the bisection goes. Where no completion is better
+    than another, no KL buys anything and all of it is wasted; a size of 10^9 is no difference."""
+    ref, logps, rewards = (table.float() for table in world(X=2, Y=4))
+    tables = logps, ref, rewards
+    single, double = frontier_gap(*tables), frontier_gap(*(table.double() for table in tables))
+    assert all(torch.equal(one, other) and one.dtype == torch.float64 for one, other in zip(single, double))
+    for size in (0.0, -3.0, 1e9):
+        level = frontier_gap(logps, ref, torch.full_like(rewards, size))
+        # the reward by the rounding of a sum of probabilities of float32
+        assert level.kl_gap == level.kl > 0 and abs(level.reward_gap) <= 1e-6 * abs(size)
+    with pytest.raises(InputError, match=r"^logps must [^\n]*\.$"):
+        frontier_gap(logps[0], ref[0], rewards[0])
 
 
 def test_ten_thousand_policies_lie_below():

@@ -173,6 +173,9 @@ def test_the_interval_is_satterthwaites():
     half = student_95(degrees) * math.sqrt(total / 12)
     interval = crossed_interval(values)
     assert interval == pytest.approx((mean, mean - half, mean + half), rel=1e-12)  # a few float64 sums
+    two = crossed_interval(values[:1, :2])  # one degree of freedom is enough, none is not
+    assert two.high - two.value == pytest.approx(12.706 * abs(table[0][0] - table[0][1]) / 2)
+    assert crossed_interval(values[:, :1]) == (pytest.approx(columns[0]), -math.inf, math.inf)
     cut = crossed_interval(values, within=(mean - half / 2, mean + half / 3))
     assert cut == pytest.approx((mean, mean - half / 2, mean + half / 3), rel=1e-12)
 

@@ -575,6 +575,32 @@ def test_a_completion_without_data_has_no_error():
     torch.testing.assert_close(errors[[0, 2]], torch.cat(alone), rtol=1e-14, atol=0)  # the same operations
 
 
+def test_a_law_leaves_out_what_was_never_compared():
+    """[D11.4] A prompt without data, and a completion that nobody was asked about, have no deviation and no
+    degree of freedom; `plenty` is that of the prompt that has least."""
+    rewards = normal(3, 4, generator=generator_of(3), scale=1.0)
+    ref = torch.full((3, 4), -math.log(4), dtype=torch.float64)
+    exists = torch.tensor([[True] * 4, [True, True, True, False], [True] * 4])
+    slate = all_sets(exists)
+    shown = slate.prompt < 2
+    slate = Slate(*(field[shown] for field in slate))
+    data = sample_pairs(rewards, 3000, slate=slate, generator=generator_of(1))
+    rare = data._replace(weight=torch.where(data.prompt == 0, 1.0, 50.0) * data.weight)
+    optimal = optimal_logps(ref, rewards, beta=0.5)
+    law = finite_data_law(optimal, ref, rare, beta=0.5)
+    assert law.degrees == 3 + 2
+    none = torch.tensor([[False] * 4, [False, False, False, True], [True] * 4])
+    for table in (law.logp_deviation, law.logp_limit):
+        assert torch.equal(table == 0, none) and table.isfinite().all()
+    state = curvature(0.5 * (optimal - ref), rare)
+    each = [(state.total[x] / largest_resistance(state)[x]).item() for x in (0, 1)]
+    assert law.plenty == each[0] < each[1]
+    # a completion that is certain has no deviation, where rounding makes its variance -1e-16 or so
+    sure = torch.tensor([[0.0, -60.0, -70.0, -80.0]], dtype=torch.float64).log_softmax(-1)
+    known = finite_data_law(sure, sure, expected_pairs(0 * rewards[:1], all_sets(exists[:1])), beta=0.5)
+    assert known.logp_deviation.isfinite().all() and known.logp_deviation[0, 0] < 1e-7  # the root of it
+
+
 def test_errors_shrink_with_the_root_of_the_data():
     """[D11.3] four times the counts halve every standard error and deviation."""
     rewards = normal(1, 5, generator=generator_of(6), scale=1.0)

@@ -273,6 +273,7 @@ def test_both_networks_step_along_their_own_gradient(limit):
     value along the mean squared error of all tokens, each as far as max_grad_norm lets it."""
     policy, value = other_gpt(), some_value()
     rollouts, _ = collected(policy, value)
+    rollouts[0] = rollouts[0]._replace(old_logps=rollouts[0].old_logps - 0.5)  # e^0.5 is beyond the clip
     losses = [sum(parts) for parts in zip(*(ppo_losses(policy, value, r, clip=0.2)[:2] for r in rollouts))]
     counts = SETTINGS.prompts, sum(len(r.returns) for r in rollouts)
     networks, before = (policy, value), [copy.deepcopy(n).state_dict() for n in (policy, value)]
@@ -289,6 +290,7 @@ def test_both_networks_step_along_their_own_gradient(limit):
             torch.testing.assert_close(start[name] - parameter, step, rtol=0, atol=1e-11 * (1 + norm))
         if network is policy:
             assert record["grad_norm"] == pytest.approx(norm, rel=1e-9)  # before it was clipped
+    assert record["ppo/clip_fraction"] == len(rollouts[0].returns) / counts[1]
 
 
 # ----------------------------------------------------------------------------------------------- training

@@ -161,6 +161,13 @@ def test_the_union_bound_over_all_data_sets(K, N):
         assert bound > union * (1 + 1e-6)
 
 
+def test_the_union_bound_of_a_sure_winner():
+    """Who always wins never loses: no estimate, with certainty, also where the chances sum to a little more
+    than one, as rounded ones do."""
+    for chance in (1.0, 1 + 5e-7):
+        assert no_estimate_bound(torch.tensor([[0.0, chance], [0.0, 0.0]]).double(), 7) == 1
+
+
 def test_the_cramer_rao_bound_by_hand():
     """[D11.3] With two completions, N independent answers leave the gap, twice either reward, a variance of
     1 / (N p (1 - p)); with more, I is the covariance of the gradients of single comparisons."""

@@ -8,7 +8,7 @@ import torch
 import dpo_minimal
 from dpo_minimal import closed_form, losses, preferences
 from dpo_minimal.laws import finite_data, sampling_laws
-from dpo_minimal.rivals import baselines
+from dpo_minimal.rivals import baselines, evaluate
 from dpo_minimal.validation import check_device, check_range
 
 NAN, INF = math.nan, math.inf
@@ -320,31 +320,39 @@ BASELINES = {
     "penalised_rewards": (TABLES, BAD_TABLES),
     "policy_gradient": (TABLES, BAD_GRADIENT),
     "natural_gradient_step": (
-        TABLES | dict(learning_rate=0.1), BAD_GRADIENT | dict(learning_rate=BAD_POSITIVE)
+        TABLES | dict(learning_rate=0.1),
+        BAD_GRADIENT | dict(learning_rate=BAD_POSITIVE),
     ),
     "reinforce_variance": (
         TABLES | dict(baseline=REWARDS[:, 0]),
         dict(baseline=dict(column=REWARDS[:, :1], longer=REWARDS[0], number=torch.tensor(0.0))),
     ),
-    "kl_estimates": (
-        dict(logps=ROW, ref_logps=ROW), dict(logps=finite(ROW), ref_logps=finite(ROW))
-    ),
+    "kl_estimates": (dict(logps=ROW, ref_logps=ROW), dict(logps=finite(ROW), ref_logps=finite(ROW))),
     "clipped_surrogate": (
         dict(logps=ROW, old_logps=ROW, advantages=ROW, clip=0.2),
         dict(logps=finite(ROW), old_logps=finite(ROW), advantages=finite(ROW), clip=BAD_POSITIVE),
     ),
     "best_of_n_reward": (
-        dict(rewards=REWARDS, n=2), dict(rewards=world_tables(REWARDS), n=BAD_COUNT | dict(more=4))
+        dict(rewards=REWARDS, n=2),
+        dict(rewards=world_tables(REWARDS), n=BAD_COUNT | dict(more=4)),
     ),
     "best_of_n_kl_bound": (dict(n=2), dict(n=BAD_COUNT)),
     "frontier_gap": (
         dict(logps=LOGPS, ref_logps=LOGPS, rewards=REWARDS),
         dict(logps=dict(flat=LOGPS[0], unnormalised=LOGPS + 0.01), ref_logps=distribution(LOGPS)),
     ),
+}
+EVALUATE = {
+    "exact_win_rate": (
+        dict(logps=LOGPS, other_logps=LOGPS, rewards=REWARDS),
+        dict(logps=distribution(LOGPS), other_logps=distribution(LOGPS), rewards=finite(REWARDS)),
+    ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("function", "arguments", "name"), cases(baselines, BASELINES))
+@pytest.mark.parametrize(
+    ("function", "arguments", "name"), cases(baselines, BASELINES) + cases(evaluate, EVALUATE)
+)
 def test_baselines_refuse(function, arguments, name):
     """As the closed forms do: a table that is none, or of another shape, would be broadcast or be NaN."""
     assert_refused(function, arguments, name)
@@ -359,6 +367,7 @@ GOOD = [
         (sampling_laws, LAWS),
         (finite_data, FINITE_DATA),
         (baselines, BASELINES),
+        (evaluate, EVALUATE),
     )
     for function, (good, _) in table.items()
 ]
