@@ -100,6 +100,17 @@ def test_probabilities_are_those_of_the_definition(vocab, data):
         )
 
 
+@pytest.mark.parametrize("temperature", [0, 0.5, 1, 2])
+@pytest.mark.parametrize("shape", [(7,), (2, 7), (3, 2, 7)])
+def test_probabilities_of_any_number_of_rows(shape, temperature):
+    """(..., V): each row by itself, also at the temperatures that people write."""
+    logits = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = sampling_probabilities(logits, temperature=temperature).view(-1, 7).tolist()
+    for row, probabilities in zip(logits.view(-1, 7).tolist(), found):
+        weights = [float(x == max(row)) if temperature == 0 else math.exp(x / temperature) for x in row]
+        assert probabilities == pytest.approx([w / sum(weights) for w in weights], rel=1e-13)
+
+
 def test_small_probabilities_and_temperatures_are_kept():
     """float32, as models are: a tail of 2^20 tokens with 1e-9 each has 0.1 % together, of which a running sum
     in float32 sees nothing, so that top_p cut it away. A temperature near 0 must not make NaN of a difference
