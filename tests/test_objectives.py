@@ -928,7 +928,7 @@ MUTANTS = {
         objectives.make_window, "].to(device)", "].flip(-1).to(device)", test_by_hand_fixed,
     ),
     "KTO's estimate from the matched pair": (
-        objectives._kl_estimate, "row.completions[-1:]", "row.completions[:1]", relatives_by_hand,
+        objectives._kl_estimate, ".completions[-1:]", ".completions[:1]", relatives_by_hand,
     ),
     "KTO's estimate of the last micro-batch alone": (
         objectives._kl_estimate, "zip(*pieces, strict=True)", "zip(*pieces[-1:])", relatives_by_hand,
@@ -1007,7 +1007,7 @@ MUTANTS = {
         test_in_bfloat16_the_log_softmax_is_still_float32,
     ),
     "weights in bfloat16": (
-        objectives.completion_logps_of, "return shared", "model.bfloat16(); return shared",
+        objectives.completion_logps_of, "logps = shared", "model.bfloat16(); logps = shared",
         lambda: test_weights_stay_float32_and_small_steps_count("adamw", 1.0),
     ),
     "rows left in the order of their lengths": (

@@ -282,8 +282,8 @@ def test_a_handful_of_rows_trains_at_the_first_try(count, capsys, no_figure):
     few = ["--num-train-epochs", "12", "--n-layer", "1", "--n-head", "2", "--n-embd", "16"]
     assert main(["sft", "--data", "few.jsonl", *few, "--output-dir", "sft"]) == 0
     printed = capsys.readouterr().out
-    assert "steps: 12, a tenth of them, 1, for the warm-up" in printed
-    assert ("note: nothing is held out" in printed) == (count < 11)
+    assert "warm-up takes 1 of 12 steps, a tenth, not the paper's 150" in printed
+    assert ("too few rows or prompts to hold some out" in printed) == (count < 11)
     records = [record["loss"] for record in records_of(Path("sft")) if "loss" in record]
     assert len(records) == 12 and records[-1] < records[0] - 0.01
     assert f"has {load_policy('sft').tokenizer.vocab_size} tokens instead of 1024" in printed
@@ -292,7 +292,7 @@ def test_a_handful_of_rows_trains_at_the_first_try(count, capsys, no_figure):
     run = ["dpo", "--data", "few.jsonl", "--model", "sft", "--num-train-epochs", "20", "--save-steps", "9"]
     assert main([*run, "--output-dir", "run"]) == 0
     printed = capsys.readouterr().out
-    assert "steps: 20, a tenth of them, 2, for the warm-up" in printed
+    assert "warm-up takes 2 of 20 steps" in printed
     losses = [record["loss"] for record in records_of(Path("run")) if "loss" in record]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6) and losses[-1] < losses[0]
     ends_as_before()

@@ -122,23 +122,15 @@ def preference_objective(model: GPT, loss_type: str, *, dtype: str, **options: f
     loss = LOSSES[loss_type]
 
     def objective(micro: PreferenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        logps = _finite(completion_logps_of(model, micro.batch, dtype))
+        logps = completion_logps_of(model, micro.batch, dtype)
         result = loss_of(loss, logps, micro, options)
-        if micro.labels is None:
-            metrics = _metrics(loss.reads, logps.detach(), micro, result, dtype)
-        else:
-            metrics = _label_metrics(logps.detach()[:, 0], micro, result, dtype)
+        measure = _metrics if micro.labels is None else _label_metrics
+        metrics = measure(loss.reads, logps.detach(), micro, result, dtype)
         if micro.kl_estimate is not None:
             metrics["kto/kl_estimate"] = micro.kl_estimate
         return result.losses.mean(), {name: values.mean() for name, values in metrics.items()}
 
     return objective
-
-
-def _finite(logps: Tensor) -> Tensor:
-    if not logps.isfinite().all():
-        raise InputError("a log-probability is not finite; lower the learning rate or look for bad data.")
-    return logps
 
 
 def _metrics(
@@ -170,10 +162,11 @@ def _metrics(
 
 
 def _label_metrics(
-    policy: Tensor, micro: PreferenceBatch, result: LabelLoss, dtype: str
+    reads: tuple[str, ...], policy: Tensor, micro: PreferenceBatch, result: LabelLoss, dtype: str
 ) -> dict[str, Tensor]:
-    """The same of each labelled row of log-probabilities (B,)."""
-    ratios, lengths = policy - micro.reference_logps[:, 0], micro.batch.completion_lengths[:, 0]
+    """The same of each labelled row of log-probabilities (B, 1)."""
+    policy, lengths = policy[:, 0], micro.batch.completion_lengths[:, 0]
+    ratios = policy - micro.reference_logps[:, 0]
     sign, blur = torch.where(micro.labels, 1.0, -1.0), _rounding(lengths, "float32")
     metrics = {
         "rewards/accuracies": (sign * ratios > blur).float(),
@@ -212,7 +205,10 @@ def completion_logps_of(model: GPT, batch: SharedPromptBatch, dtype: str) -> Ten
     if dtype not in DTYPES:
         raise InputError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}.")
     with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-        return shared_prompt_logps(model, batch)
+        logps = shared_prompt_logps(model, batch)
+    if not logps.isfinite().all():
+        raise InputError("a log-probability is not finite; lower the learning rate or look for bad data.")
+    return logps
 
 
 # How far two computations of a log-probability may lie apart, in nats for a completion of one token: rows of
@@ -237,14 +233,9 @@ def layout(examples: Sequence[Example], *, dtype: str, device: str) -> SharedPro
 
 
 def make_window(
-    examples: Sequence[Example],
-    step: list[list[int]],
-    reference: Tensor | None,
-    *,
-    dtype: str,
-    device: str,
-    policy: GPT | None = None,
-) -> Window:
+    examples: Sequence[Example], step: list[list[int]], reference: Tensor | None,
+    *, dtype: str, device: str, policy: GPT | None = None,
+) -> Window:  # fmt: skip
     """The window of one optimizer step.
 
     Args:
@@ -252,9 +243,8 @@ def make_window(
         step: micro-batches of indices, from `batches.windows`.
         reference: (N, K) log-probabilities for a preference loss, whose shares are rows; None for SFT, whose
             shares are completion tokens.
-        policy: for a loss with a KL estimate, the model as it is now; the rows are then those of
-            `batches.with_mismatched`. What they end with is read for the estimate alone, which belongs to the
-            whole window, so that its pieces add up to it.
+        policy: for a loss with a KL estimate, the model as it is now. Rows are then of
+            `batches.with_mismatched`, whose last completion is for the estimate alone, one for the window.
     """
     micro_batches: list[SharedPromptBatch | PreferenceBatch] = []
     sizes, z0 = [], None
@@ -287,10 +277,9 @@ def _kl_estimate(
     """KTO's z0 of a window, from the last completion of each of its rows."""
     pieces = []
     for rows in step:
-        last = [examples[index] for index in rows]
-        batch = layout([row._replace(completions=row.completions[-1:]) for row in last], **where)
+        last = [examples[index]._replace(completions=examples[index].completions[-1:]) for index in rows]
         with torch.no_grad():
-            logps = _finite(completion_logps_of(policy, batch, where["dtype"])[:, 0])
+            logps = completion_logps_of(policy, layout(last, **where), where["dtype"])[:, 0]
         pieces.append((logps, reference[rows, -1].to(logps.device)))
     return kto_kl_estimate(*map(torch.cat, zip(*pieces, strict=True)))
 

@@ -21,9 +21,8 @@ difference is trained (displacement). kl/policy_reference, measured on the polic
 limits; where it grows while samples get worse, raise beta or stop earlier.
 
 The other losses (zoo/README.md) are trained in the same way on the same pairs. Those without a reference are
-measured against it all the same. kto reads rows of one completion each, {prompt, completion, label} with true
-for good and false for bad; of pairs it takes each chosen completion for a good one and each rejected for a
-bad one.
+measured against it all the same. kto reads {prompt, completion, label}, true for good and false for bad, as
+well as pairs, of which it takes each chosen completion for a good one and each rejected for a bad one.
 
 A run folder holds model/ (Hugging Face's layout), metrics.jsonl, training.png, config.json, checkpoints/, the
 reference's log-probabilities, and without --data also sft/ and preferences.jsonl.
@@ -155,7 +154,7 @@ def run(args: argparse.Namespace) -> Path:
     setup.begin(options)
     # All that can be wrong with the input is checked before anything is written.
     policy = None if options.model is None else load_policy(options.model)
-    dataset = None if options.data is None else setup.load_rows(options, _kind(options), options.rows)
+    dataset = None if options.data is None else _load(options)
     context = sft.REVIEWS_CONTEXT if policy is None else policy.model.config.block_size
     setup.sample_length(options.max_new_tokens, context)
     check_limits(setup.context_of(options, context), options.max_prompt_length)
@@ -168,11 +167,11 @@ def run(args: argparse.Namespace) -> Path:
         return _train(options, loss, folder, policy, rows)
 
 
-def _kind(options: argparse.Namespace) -> str:
-    """What the rows are: labelled completions where the file has them and the loss reads them."""
+def _load(options: argparse.Namespace) -> Dataset:
+    """The rows of --data: labelled completions where the loss reads them and the file has them."""
     loss = LOSSES[options.loss_type]
-    labelled = loss.labelled is not None and options.data is not None and has_labels(options.data)
-    return "labels" if labelled else loss.rows
+    labelled = loss.labelled is not None and has_labels(options.data)
+    return setup.load_rows(options, "labels" if labelled else loss.rows, options.rows)
 
 
 def _rows(options: argparse.Namespace, dataset: Dataset, policy: Policy) -> Rows:
@@ -197,8 +196,8 @@ def _train(
     print(f"{setup.size_of(model):,} parameters; loss {options.loss_type}, {listed}.", flush=True)
     logps = _reference(options, folder, policy, [*rows.train, *rows.held_out])
     record, count = LOSSES[options.loss_type], len(rows.train)
-    estimating = model if "kl_estimate" in record.reads else None
-    data = Data(rows.train, rows.held_out, logps[:count], logps[count:], estimating)
+    reading = {"policy": model} if "kl_estimate" in record.reads else {}
+    data = Data(rows.train, rows.held_out, logps[:count], logps[count:], **reading)
     length = setup.sample_length(options.max_new_tokens, model.config.block_size)
     draw = partial(
         setup.draw_samples, options, reference=reference, rows=rows, count=options.eval_samples, length=length

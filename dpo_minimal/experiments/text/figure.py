@@ -68,7 +68,8 @@ def _trace(axis, records: list[Record], name: str, colour: str, label: str) -> N
     """A metric of single steps, thin, and its running mean."""
     steps, values = _series(records, name)
     axis.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
-    axis.plot(steps, _running_mean(values), color=colour, label=label)
+    mark = "o" if len(steps) == 1 else ""  # one point makes no line
+    axis.plot(steps, _running_mean(values), mark, color=colour, label=label)
 
 
 def _curves(axis, records: list[Record], name: str, label: str = "training") -> None:

@@ -135,10 +135,7 @@ def prepare(options: argparse.Namespace, dataset: Dataset, policy: Policy) -> Ro
     except InputError:
         if options.held_out is not None:
             raise
-        print(
-            f"note: nothing is held out, so there is no eval_loss: a share of {fraction:g} of rows so few "
-            "leaves one side empty; give more rows, or a --held-out of your own.\n"
-        )
+        print("note: too few rows or prompts to hold some out, so there is no eval_loss; see --held-out.\n")
         parts = examples, []
     return Rows(*parts, fingerprint)
 
@@ -215,8 +212,8 @@ def _warm_up(folder: Path, steps: int) -> int:
     found = min(WARM_UP, steps // 10)
     if found < WARM_UP:
         print(
-            f"note: optimizer steps: {steps}, a tenth of them, {found}, for the warm-up, where the paper has "
-            f"{WARM_UP}; --num-train-epochs gives more steps, --warmup-steps another warm-up.\n"
+            f"note: warm-up takes {found} of {steps} steps, a tenth, not the paper's {WARM_UP}; "
+            "--num-train-epochs gives more steps.\n"
         )
     config = read_run_config(folder)
     config["options"]["warmup_steps"] = found
