@@ -434,6 +434,13 @@ def test_a_state_to_go_on_from_is_no_model(trained, capsys):
     refused(capsys, ["sample", "--model", str(state), "--prompt", "x"], str(state), "--resume", "its run")
 
 
+def test_a_model_folder_that_would_never_end_is_refused(capsys):
+    """A pipe in place of config.json: reading it would wait for a writer."""
+    Path("model").mkdir()
+    os.mkfifo("model/config.json")
+    refused(capsys, ["sample", "--model", "model", "--prompt", "x"], "model/config.json", "delete it")
+
+
 # ------------------------------------------------------------------------------------------------ going on
 
 

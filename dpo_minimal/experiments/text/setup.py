@@ -60,13 +60,14 @@ def _folder_of(name: str) -> Path | None:
     folder = Path(name)
     if (folder / MODEL).is_dir():
         return folder / MODEL
+    found = checkpoint.find_folder(name)
     if (folder / CONFIG_FILE).exists() and "options" in read_json_object(folder / CONFIG_FILE):
         raise InputError(f"--model {name}: that run has no model yet; finish it with --resume {name}.")
     if (folder / STATE_FILE).exists():
         raise InputError(
             f"--model {name}: is a state for --resume, which has no vocabulary; name its run, once finished."
         )
-    return checkpoint.find_folder(name)
+    return found
 
 
 def save_policy(policy: Policy, folder: Path) -> None:
