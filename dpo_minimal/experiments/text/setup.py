@@ -64,9 +64,7 @@ def _folder_of(name: str) -> Path | None:
     if (folder / CONFIG_FILE).exists() and "options" in read_json_object(folder / CONFIG_FILE):
         raise InputError(f"--model {name}: that run has no model yet; finish it with --resume {name}.")
     if (folder / STATE_FILE).exists():
-        raise InputError(
-            f"--model {name}: is a state for --resume, which has no vocabulary; name its run, once finished."
-        )
+        raise InputError(f"--model {name}: is a state for --resume; name its run, once finished.")
     return found
 
 
