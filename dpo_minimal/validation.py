@@ -16,7 +16,14 @@ from torch import Tensor
 
 
 class InputError(ValueError):
-    """Bad input from the user: one sentence that names the place and the remedy."""
+    """Bad input from the user: one sentence that names the place and the remedy.
+
+    It is one line of at most 400 characters, whatever of a file it quotes: the middle is left out.
+    """
+
+    def __init__(self, message: str):
+        ends = message if len(message) <= 400 else f"{message[:240]} … {message[-155:]}"
+        super().__init__("".join(letter if letter.isprintable() else "\ufffd" for letter in ends))
 
 
 def check_positive(name: str, value: float | Tensor) -> None:

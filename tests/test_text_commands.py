@@ -479,7 +479,7 @@ def test_a_resumed_run_is_the_run(trained, world, capsys, monkeypatch, no_figure
     refused(capsys, ["dpo", "--resume", "nowhere"], "nowhere")
     config, kept = trained / "config.json", (trained / "config.json").read_text()
     config.write_text(kept.replace('"loss_type": "dpo"', '"loss_type": "other"'))
-    refused(capsys, ["dpo", "--resume", run], "--loss-type other", "no such loss")
+    refused(capsys, ["dpo", "--resume", run], "--loss-type cannot be 'other'", "config.json")
     config.write_text(kept.replace('"device": "cpu"', '"device": "cuda:9"'))  # of a machine that had it
     refused(capsys, ["dpo", "--resume", run], "--device cuda:9", "use cpu")
     config.write_text(kept.replace('"logging_steps": 1', '"logging_steps": 0'))

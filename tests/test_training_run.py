@@ -467,10 +467,31 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_last_checkpoint(tmp_path, mo
 def test_a_damaged_checkpoint_is_named(tmp_path):
     with pytest.raises(Stop):
         start(tmp_path / "run", spoil=failing_at(8))
-    path = tmp_path / "run" / "checkpoints" / "step-000006" / "model.safetensors"
+    path = tmp_path / "run" / "checkpoints" / "step-000006" / "state.json"
+    whole = path.read_text()
+    for state in ('{"step": 5}', '{"step": "6"}', "{}"):
+        path.write_text(whole.replace('{\n    "step": 6\n  }', state))
+        with pytest.raises(InputError, match=r"step-000006: its state is not of step 6"):
+            start(tmp_path / "run", resume=True)
+    path.write_text(whole)
+    path = path.parent / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(InputError, match=r"step-000006.*model\.safetensors"):
         start(tmp_path / "run", resume=True)
+
+
+def test_a_damaged_log_is_named(tmp_path):
+    """Only its last line may be cut off, as by a process that is killed."""
+    with pytest.raises(Stop):
+        start(tmp_path / "run", spoil=failing_at(8))
+    path = tmp_path / "run" / "metrics.jsonl"
+    first, *rest = path.read_bytes().splitlines(keepends=True)
+    for line in (b"\xff", b"[1]", b'{"loss": 1}', b'{"step": 1, "loss": []}', first[:-2]):
+        path.write_bytes(b"".join([first, line, b"\n", *rest]))
+        with pytest.raises(InputError, match=r"metrics\.jsonl, line 2: is no record of a run; delete it\.$"):
+            start(tmp_path / "run", resume=True)
+    path.write_bytes(b"".join([first, *rest, first[:-2]]))
+    assert start(tmp_path / "run", resume=True) == start(tmp_path / "whole")
 
 
 MUTANTS = {

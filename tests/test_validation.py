@@ -424,6 +424,16 @@ def test_ends_of_a_range_belong_to_it():
             check_range("share", value, 0, 1, "a share")
 
 
+def test_a_message_is_one_line_of_400_characters():
+    """Of what a file holds, and a message quotes, the middle is left out; place and remedy stay."""
+    for quoted in ("x" * 10**6, "\n" * 300, "\x1b[31m\ud800", "\u2028" * 399):
+        message = str(dpo_minimal.InputError(f"FILE, line 3: {quoted} is no number; write one."))
+        assert message.startswith("FILE, line 3: ") and message.endswith(" is no number; write one.")
+        assert len(message) <= 400 and message.isprintable()
+    whole = "FILE: " + "y" * 394
+    assert str(dpo_minimal.InputError(whole)) == whole
+
+
 def test_devices_are_numbered_from_zero(monkeypatch):
     """cuda is the first; the number after the last is refused, and so is any other kind."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -181,6 +181,9 @@ def resolve(
 
 
 def _check(name: str, option: Option, value: Any) -> None:
+    kinds = (int, float) if option.kind is float else option.kind
+    if not isinstance(value, kinds) or value not in (option.choices or [value]):  # only if a file says so
+        raise InputError(f"{flag_of(name)} cannot be {value!r}; restore the run's {CONFIG_FILE}.")
     if option.check is not None or option.kind is int:
         (option.check or check_count)(flag_of(name), value)
 

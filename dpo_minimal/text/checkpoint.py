@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import re
 import sys
 from pathlib import Path
@@ -146,11 +147,11 @@ def read_config(path: Path) -> GPTConfig:
                 f"{allowed[0]!r}; choose another model."
             )
     for field in _SIZES:
-        value = fields.get(field)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        value, most = fields.get(field), 1_000 if field == "n_layer" else 10**7  # beyond, torch takes long
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
             raise InputError(
-                f"{path}, field {field!r}: a positive integer is needed, got {short(value)}; copy the "
-                "model's own config.json again."
+                f"{path}, field {field!r}: an integer from 1 to {most} is needed, got {short(value)}; copy "
+                "the model's own config.json again."
             )
     if fields.get("n_inner") not in (None, 4 * fields["n_embd"]):
         raise InputError(
@@ -169,7 +170,7 @@ def read_config(path: Path) -> GPTConfig:
 def find_folder(folder_or_name: str | Path) -> Path | None:
     """The folder of a model; None for the name of a released one. Raises InputError for what is neither."""
     folder = Path(folder_or_name)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # False also for what can be no name
         if str(folder_or_name).removeprefix("openai-community/") in NAMES:
             return None
         raise InputError(
@@ -241,7 +242,8 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
             f"to {WEIGHTS_FILE}."
         ) from None
     if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in tensors.items()
+        isinstance(name, str) and isinstance(x, Tensor) and x.layout == torch.strided and not x.is_meta
+        for name, x in tensors.items()
     ):
         raise InputError(f"{path}: must hold a dictionary of tensors; save a state_dict.")
     return tensors

@@ -90,7 +90,7 @@ def read_rows(path: str | Path) -> Iterator[Located]:
         InputError: the file is missing, unreadable, damaged, empty, or of another format. A row that is not
             JSON or not UTF-8 raises when it is parsed.
     """
-    data = _read_bytes(Path(path))
+    data = read_bytes(path)
     start = data[:LOOK].lstrip() or data.lstrip()
     if not start:
         raise InputError(f"{path}: is empty; add rows.")
@@ -146,7 +146,9 @@ _OTHER = {
 _UNPACKED, _RATIO = 2**26, 100
 
 
-def _read_bytes(path: Path) -> bytes:
+def read_bytes(path: str | Path) -> bytes:
+    """All of a file, unpacked and without a byte-order mark. Raises InputError for what is none."""
+    path = Path(path)
     try:
         special = path.exists() and not (path.is_file() or path.is_dir())
         data = b"" if special else path.read_bytes()

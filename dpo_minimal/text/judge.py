@@ -12,7 +12,6 @@ But: the judge reads words, not sentences. "not good" is "not" plus "good" to it
 
 from __future__ import annotations
 
-import codecs
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..validation import InputError, check_positive
+from .files import read_bytes
 from .reviews import sentiment
 from .tokenizer import Tokenizer
 
@@ -49,12 +49,7 @@ def read_reviews(path: str | Path) -> list[Review]:
     Raises InputError naming file and line: no tab, another label, no text, bytes that are not UTF-8; or the
     file: unreadable, too few reviews, none of one sign.
     """
-    try:
-        lines = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
-    except OSError as error:
-        raise InputError(
-            f"--reviews {path}: cannot be read ({error.strerror}); name a file of lines label<TAB>text."
-        ) from None
+    lines = read_bytes(path).splitlines()
     found = [_review(line, f"--reviews {path}, line {number}") for number, line in enumerate(lines, start=1)]
     if len(found) < FEWEST_REVIEWS:
         raise InputError(f"--reviews {path}: has {len(found)} reviews; give at least {FEWEST_REVIEWS}.")

@@ -343,7 +343,7 @@ def load_reference_logps(path: Path, key: str) -> Tensor | None:
 
     Raises InputError where the file is damaged or cannot be read.
     """
-    if not path.exists():
+    if not path.is_file():
         return None
     try:
         with safetensors.safe_open(path, framework="pt") as file:

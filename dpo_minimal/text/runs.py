@@ -18,6 +18,7 @@ import torch
 
 from ..validation import InputError
 from ..version import __version__
+from .files import read_bytes
 
 
 def refuse_used_folder(output_dir: str | None) -> None:
@@ -87,12 +88,9 @@ def write_json(path: Path, content: Any) -> None:
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """The one object that a JSON file holds. Raises InputError where it is missing or anything else."""
+    data = read_bytes(path)
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; name a folder that holds one.") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); see to its permissions.") from None
+        fields = json.loads(data.decode(), parse_constant=_refuse_constant)
     except (ValueError, RecursionError):  # not UTF-8, not JSON, nested too deeply
         raise InputError(f"{path}: is not JSON; copy it again.") from None
     if not isinstance(fields, dict):

@@ -243,14 +243,21 @@ def _go_on(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) -> tuple[
     found = _checkpoints(folder)
     if not found:
         return 0, []
-    done = int(load_training_state(found[-1], model, optimizer)["step"])
-    path = folder / METRICS_FILE
-    records = []
-    with contextlib.suppress(json.JSONDecodeError):  # the line at which the run was killed
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    done = int(found[-1].name[5:])
+    if load_training_state(found[-1], model, optimizer).get("step") != done:
+        raise InputError(f"{found[-1]}: its state is not of step {done}, as its name says; delete it.")
+    path, records = folder / METRICS_FILE, []
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        try:
             record = json.loads(line)
+            if not all(isinstance(value, int | float | None) for value in record.values()):
+                raise TypeError
             if record["step"] <= done:
                 records.append(record)
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+            if number < len(lines):  # the last is that at which the run was killed
+                raise InputError(f"{path}, line {number}: is no record of a run; delete it.") from None
     return done, records
 
 

@@ -17,6 +17,7 @@ from reprlib import repr as short
 from typing import Any, NamedTuple
 
 from ..validation import InputError
+from .files import read_bytes
 from .runs import read_json_object
 
 END_OF_TEXT = "<|endoftext|>"
@@ -91,7 +92,7 @@ def _older_files(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
             f"{folder}: holds {what} where a byte-level BPE is needed; put tokenizer.json, or vocab.json and "
             "merges.txt, beside the weights."
         )
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    lines = read_bytes(folder / "merges.txt").decode().replace("\r\n", "\n").split("\n")
     added = [{"id": number, "content": t} for t, number in _optional(folder / "added_tokens.json").items()]
     added += [row | {"id": int(key)} for key, row in settings.get("added_tokens_decoder", {}).items()]
     merges = [line for line in lines if line and not line.startswith("#version")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ...bandit import Bandit
 from ...preferences import Rankings, tally
+from ...text.files import read_bytes
 from ...validation import InputError
 
 
@@ -95,12 +97,10 @@ class _Row(NamedTuple):
 
 def _rows(path: str | Path, *, required: tuple[str, ...], optional: tuple[str, ...]) -> list[_Row]:
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, strict=True)
-            header = [cell.strip() for cell in next(reader, [])]
-            lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror.lower()}).") from None
+        text = io.StringIO(read_bytes(path).decode(), newline="")
+        reader = csv.reader(text, strict=True)
+        header = [cell.strip() for cell in next(reader, [])]
+        lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
     except UnicodeDecodeError:
         raise InputError(f"{path}: is not UTF-8 text; save it as CSV in UTF-8.") from None
     except csv.Error as error:
