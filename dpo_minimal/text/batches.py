@@ -13,30 +13,20 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import re
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from ..validation import InputError, check_count
 from .audit import FINDINGS, Audit, Findings, Lengths
 from .data import NOUNS, Dataset, completions_of
+from .examples import Example, Examples
 from .tokenizer import Tokenizer
-
-
-class Example(NamedTuple):
-    """One row as token ids.
-
-    Its K completions are [chosen, rejected] of a pair, best first of a ranking, a single one of a
-    demonstration or a labelled completion.
-    """
-
-    prompt: list[int]  # at least one token
-    completions: list[list[int]]  # K, each with one end-of-text, its last token
-    place: str  # where the row comes from, for messages
-    label: bool | None = None  # True (good) or False (bad) of a labelled completion
 
 
 def tokenize(
@@ -46,7 +36,7 @@ def tokenize(
     max_length: int,
     max_prompt_length: int | None = None,
     skip_bad_rows: bool = False,
-) -> tuple[list[Example], Audit]:
+) -> tuple[Examples, Audit]:
     """Encode checked rows, cut prompts on the left until each row fits, and count all that happened.
 
     Args:
@@ -60,11 +50,12 @@ def tokenize(
             place; no row is left; an option out of range.
     """
     check_limits(max_length, max_prompt_length)
-    examples: list[Example] = []
+    examples = Examples()
     sizes: list[tuple[int, ...]] = []  # of the prompt and its completions, before any cut
     findings: Findings = {name: [] for name in FINDINGS} | {"skipped": list(dataset.skipped)}
     findings |= {name: list(places) for name, places in dataset.findings.items()}
-    for row, place in zip(dataset.rows, dataset.places, strict=True):
+    rows = tqdm(dataset.rows, desc="tokenising", unit="row", disable=None, leave=False)
+    for row, place in zip(rows, dataset.places, strict=True):
         texts, prompt_text, label = completions_of(row), row.prompt, getattr(row, "label", None)
         try:
             prompt = tokenizer.encode(prompt_text) or [tokenizer.eot]
@@ -118,46 +109,48 @@ def _merges_across(prompt: str, completions: Sequence[str], tokenizer: Tokenizer
     return any(
         tokenizer.encode(left + right) != tokenizer.encode(left) + tokenizer.encode(right)
         for right in (text[:_BOUNDARY] for text in completions)
+        if left and not _APART.search(left[-2:] + right[:1])
     )
 
 
 _BOUNDARY = 64
+# Where GPT-2's pattern ends a word at the border whatever stands around it, so that nothing can merge: before
+# a space that is the first one; after a line end that is the only white space; between a sign and a letter or
+# digit, except the apostrophe's "'s". Most rows are of these kinds, and encoding would take longer.
+_APART = re.compile(r"""(?:\S[ ]|\S\n\S|[.,:;!?)\]"][A-Za-z0-9])\Z""")
 
 
-def _compare_rows(examples: list[Example], findings: Findings) -> None:
-    """Find what rows have in common, as the model sees them: by their ids after every cut."""
-    first_with_prompt: dict[Any, Example] = {}
-    first_with_completions: dict[Any, Example] = {}
-    seen: dict[Any, Example] = {}
-    for example in examples:
-        prompt, completions = tuple(example.prompt), tuple(map(tuple, example.completions))
+def _compare_rows(examples: Examples, findings: Findings) -> None:
+    """Find what rows have in common, as the model sees them: by digests of their ids after every cut."""
+    seen: dict[str, dict[bytes, tuple[str, bytes]]]
+    seen = {"repeated_prompt": {}, "duplicated": {}, "contradictory": {}}
+    for row in examples.as_arrays():
+        parts = (row.prompt, *row.completions)
+        prompt, *completions = (hashlib.blake2b(ids, digest_size=16).digest() for ids in parts)
         if len(set(completions)) < len(completions):
-            findings["identical"].append(example.place)
-        unordered = first_with_completions.setdefault((prompt, tuple(sorted(completions))), example)
-        judged_otherwise = (unordered.completions, unordered.label) != (example.completions, example.label)
-        for name, first, found in (
-            ("repeated_prompt", first_with_prompt.setdefault(prompt, example), True),
-            ("duplicated", seen.setdefault((prompt, completions, example.label), example), True),
-            ("contradictory", unordered, judged_otherwise),
-        ):
-            if found and first is not example:
-                findings[name].append(f"{example.place} (as {first.place.rpartition(', ')[2]})")
+            findings["identical"].append(row.place)
+        whole = b"".join([prompt, *completions, repr(row.label).encode()])
+        unordered = b"".join([prompt, *sorted(completions)])
+        this = row.place, whole
+        for (name, known), key in zip(seen.items(), (prompt, whole, unordered)):
+            first = known.setdefault(key, this)
+            if first is not this and (name != "contradictory" or first[1] != whole):
+                findings[name].append(f"{row.place} (as {first[0].rpartition(', ')[2]})")
 
 
-def _audit(
-    dataset: Dataset, examples: list[Example], sizes: list[tuple[int, ...]], findings: Findings
-) -> Audit:
+def _audit(dataset: Dataset, examples: Examples, sizes: list[tuple[int, ...]], findings: Findings) -> Audit:
     counts = {
         "prompt": [size[0] for size in sizes],
         "completion": [length for size in sizes for length in size[1:]],
         "row": [size[0] + max(size[1:]) for size in sizes],
     }
-    leads = [len(e.completions[0]) - len(e.completions[-1]) for e in examples if len(e.completions) > 1]
-    labels = [e.label for e in examples if e.label is not None]
+    pairs = (e.completions for e in examples.as_arrays() if len(e.completions) > 1)
+    leads = [len(completions[0]) - len(completions[-1]) for completions in pairs]
+    labels = [e.label for e in examples.as_arrays() if e.label is not None]
     return Audit(
         rows=len(examples),
         noun=NOUNS[type(dataset.rows[0])],
-        prompts=len({tuple(e.prompt) for e in examples}),
+        prompts=len(examples) - len(findings["repeated_prompt"]),
         lengths={k: Lengths(statistics.fmean(c), statistics.median(c), max(c)) for k, c in counts.items()},
         lead=statistics.fmean(leads) if leads else None,
         best_longer=sum(lead > 0 for lead in leads) / len(leads) if leads else None,
@@ -169,9 +162,7 @@ def _audit(
 # ------------------------------------------------------------------------------------------- held-out part
 
 
-def split_by_prompt(
-    examples: Sequence[Example], fraction: float, *, seed: int
-) -> tuple[list[Example], list[Example]]:
+def split_by_prompt(examples: Sequence[Example], fraction: float, *, seed: int) -> tuple[Examples, Examples]:
     """Hold rows out for evaluation so that no prompt is on both sides.
 
     Prompts are compared by their ids after every cut: two texts that the model cannot tell apart count as
@@ -187,16 +178,19 @@ def split_by_prompt(
     """
     if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 <= fraction < 1:
         raise InputError(f"the held-out fraction must lie in [0, 1), got {fraction!r}.")
+    examples = Examples(examples)
     if fraction == 0:
-        return list(examples), []
-    one_prompt = all(example.prompt == examples[0].prompt for example in examples)
+        return examples, examples[:0]
+    one_prompt = all(a.prompt == b.prompt for a, b in itertools.pairwise(examples.as_arrays()))
 
-    def key(example: Example) -> tuple[Any, ...]:
-        return tuple(map(tuple, (example.prompt, *(example.completions if one_prompt else ()))))
+    def key(row: Example) -> bytes:
+        ids = (row.prompt, *(row.completions if one_prompt else ()))
+        return _digest(seed, tuple(map(tuple, ids)))
 
-    rows, what = Counter(map(key, examples)), "completions" if one_prompt else "prompts"
+    keys = list(map(key, examples.as_arrays()))
+    rows, what = Counter(keys), "completions" if one_prompt else "prompts"
     target, held_rows, held_prompts = fraction * len(examples), 0, set()
-    for prompt in sorted(rows, key=lambda prompt: _digest(seed, prompt)):
+    for prompt in sorted(rows):
         if abs(held_rows + rows[prompt] - target) < abs(held_rows - target):
             held_rows += rows[prompt]
             held_prompts.add(prompt)
@@ -207,8 +201,8 @@ def split_by_prompt(
             f"with {len(rows)} different {what}, which stay whole; give a {change} fraction, more "
             "prompts, or 0 to hold nothing out."
         )
-    train = [example for example in examples if key(example) not in held_prompts]
-    return train, [example for example in examples if key(example) in held_prompts]
+    train = examples.select(index for index, prompt in enumerate(keys) if prompt not in held_prompts)
+    return train, examples.select(index for index, prompt in enumerate(keys) if prompt in held_prompts)
 
 
 def _digest(*parts: Any) -> bytes:
@@ -249,12 +243,13 @@ def windows(
             f"micro_size must be at most window_size, got {micro_size} and {window_size}; lower the first."
         )
 
-    def size(index: int) -> tuple[int, int]:  # tokens of the row [prompt | completion 1 | ... | completion K]
-        prompt, completions, *_ = examples[index]
-        return len(completions), len(prompt) + sum(map(len, completions))
+    sizes = [  # K and the tokens of a row [prompt | completion 1 | ... | completion K]
+        (len(row.completions), len(row.prompt) + sum(map(len, row.completions)))
+        for row in Examples(examples).as_arrays()
+    ]
 
     def alike(micro: list[int]) -> list[list[int]]:  # one part for each number of completions
-        return [list(part) for _, part in itertools.groupby(micro, key=lambda index: size(index)[0])]
+        return [list(part) for _, part in itertools.groupby(micro, key=lambda index: sizes[index][0])]
 
     generator = torch.Generator().manual_seed(int.from_bytes(_digest(seed, epoch)[:8]))
     order = torch.randperm(len(examples), generator=generator).tolist()
@@ -262,9 +257,9 @@ def windows(
     steps: list[list[list[int]]] = []
     full = len(order) - len(order) % window_size
     for start in range(0, full, POOL * window_size):
-        pool = sorted(order[start : min(start + POOL * window_size, full)], key=size)
+        pool = sorted(order[start : min(start + POOL * window_size, full)], key=sizes.__getitem__)
         steps += _deal(pool, micro_sizes, generator)
-    if rest := sorted(order[full:], key=size):
+    if rest := sorted(order[full:], key=sizes.__getitem__):
         steps.append([rest[start : start + micro_size] for start in range(0, len(rest), micro_size)])
     return [[part for micro in step for part in alike(micro)] for step in steps]
 
@@ -293,7 +288,7 @@ def _deal(pool: list[int], micro_sizes: list[int], generator: torch.Generator) -
     return ([list(micro) for micro in window] for window in zip(*blocks))
 
 
-def mismatched(examples: Sequence[Example]) -> list[Example]:
+def mismatched(examples: Sequence[Example]) -> Examples:
     """For each row a row of another prompt, on whose completions KTO's KL estimate is computed.
 
     A matched completion would measure how well the policy learnt its row, not how far it moved. Rows are put
@@ -318,19 +313,18 @@ def mismatched(examples: Sequence[Example]) -> list[Example]:
         )
     circle = [index for group in groups.values() for index in group]
     shift = max(map(len, groups.values()))  # from its first row on, leads out of every group
-    result = list(examples)
-    start = 0
+    order, start = list(circle), 0
     for group in groups.values():
         for offset, index in enumerate(group):
             step = shift + offset % (len(circle) - shift)
-            result[index] = examples[circle[(start + step) % len(circle)]]
+            order[index] = circle[(start + step) % len(circle)]
         start += len(group)
-    return result
+    return Examples(examples).select(order)
 
 
 def with_mismatched(
     examples: Sequence[Example], *, max_length: int, others: Sequence[Example] = ()
-) -> list[Example]:
+) -> Examples:
     """Rows with one more completion each, of another prompt: as KTO reads them.
 
     Of pairs it is the chosen one of `mismatched` in every other row and the rejected one in between, because
@@ -344,8 +338,9 @@ def with_mismatched(
     Returns: N examples with another prompt's completion last.
     Raises InputError: all prompts are the same, or a completion of max_length tokens or more.
     """
-    result = []
-    for number, (own, other) in enumerate(zip(examples, mismatched([*examples, *others]))):
+    result = Examples()
+    pool = examples + others if others else examples
+    for number, (own, other) in enumerate(zip(examples, mismatched(pool))):
         completions = [*own.completions, other.completions[number % len(other.completions)]]
         limit = max_length - max(map(len, completions))
         if limit < 1:

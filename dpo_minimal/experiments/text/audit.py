@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> Audit:
     print(f"tokenizer: {tokenizer.kind} with {tokens}; limit of a row: {limit}\n")
     print(f"{audit}\n")
     print("prompt + longest completion, as the model reads them: how many rows, and how many up to here")
-    print("\n".join(histogram([len(e.prompt) + max(map(len, e.completions)) for e in examples])))
+    print("\n".join(histogram([len(e.prompt) + max(map(len, e.completions)) for e in examples.as_arrays()])))
     print(f"\nThe first row, token by token ({examples[0].place}):")
     print("\n".join(_shown(examples[0], tokenizer)))
     return audit

@@ -34,7 +34,6 @@ import argparse
 import copy
 import math
 import statistics
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -46,9 +45,10 @@ from ...losses import Loss
 from ...losses import Option as LossOption
 from ...rivals.evaluate import Samples, mean_of
 from ...text import objectives
-from ...text.batches import Example, check_limits, with_mismatched
+from ...text.batches import check_limits, with_mismatched
 from ...text.checkpoint import WEIGHTS_FILE, state_fingerprint
 from ...text.data import Dataset, has_labels, load_dataset
+from ...text.examples import Examples
 from ...text.reviews import sentiment
 from ...text.runs import write_records
 from ...text.training_run import Data
@@ -159,6 +159,7 @@ def run(args: argparse.Namespace) -> Path:
     setup.sample_length(options.max_new_tokens, context)
     check_limits(setup.context_of(options, context), options.max_prompt_length)
     rows = None if dataset is None else _rows(options, dataset, policy)
+    del dataset  # its texts: from here on there are tokens
     with setup.resumable("dpo", setup.open_folder(options, "dpo")) as folder:
         if rows is None:
             policy = policy or load_policy(str(_fine_tune(options, folder)))
@@ -194,7 +195,7 @@ def _train(
     fingerprint = setup.pin_start(folder, policy, rows)
     listed = ", ".join(f"{name} {value:g}" for name, value in loss.items())
     print(f"{setup.size_of(model):,} parameters; loss {options.loss_type}, {listed}.", flush=True)
-    logps = _reference(options, folder, policy, [*rows.train, *rows.held_out])
+    logps = _reference(options, folder, policy, rows.train + rows.held_out)
     record, count = LOSSES[options.loss_type], len(rows.train)
     reading = {"policy": model} if "kl_estimate" in record.reads else {}
     data = Data(rows.train, rows.held_out, logps[:count], logps[count:], **reading)
@@ -230,7 +231,7 @@ def _train(
     return folder
 
 
-def _start(record: Loss, examples: Sequence[Example], loss: dict[str, float]) -> float | None:
+def _start(record: Loss, examples: Examples, loss: dict[str, float]) -> float | None:
     """The mean loss of rows where policy = reference; None for a loss that does not say."""
     if record.start is None:
         return None
@@ -283,7 +284,7 @@ def _judged_reviews(options: argparse.Namespace, folder: Path, policy: Policy) -
     return load_dataset(path, kind)
 
 
-def _reference(options: argparse.Namespace, folder: Path, policy: Policy, examples: list[Example]) -> Tensor:
+def _reference(options: argparse.Namespace, folder: Path, policy: Policy, examples: Examples) -> Tensor:
     """log pi_ref of all rows: from the run's cache where it belongs to them, else computed and kept."""
     path = folder / REFERENCE_FILE
     key = objectives.cache_key(policy.model, policy.tokenizer, examples, options.dtype)

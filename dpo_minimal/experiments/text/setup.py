@@ -16,8 +16,9 @@ from ...model import GPT
 from ...rivals.evaluate import Samples, sample
 from ...text import checkpoint
 from ...text.allocator import keep_freed_memory
-from ...text.batches import Example, split_by_prompt, tokenize
+from ...text.batches import split_by_prompt, tokenize
 from ...text.data import Dataset, dataset_from_rows, load_dataset
+from ...text.examples import Examples
 from ...text.reviews import comparisons, demonstrations, sentiment
 from ...text.runs import new_run_folder, read_json_object, refuse_used_folder, versions, write_json
 from ...text.tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer, save_tokenizer
@@ -113,8 +114,8 @@ def load_rows(options: argparse.Namespace, kind: str, count: int, seed: int = 0)
 class Rows(NamedTuple):
     """Rows as tokens, and the SHA-256 of what they are as texts."""
 
-    train: list[Example]
-    held_out: list[Example]
+    train: Examples
+    held_out: Examples
     fingerprint: str
 
 
@@ -125,7 +126,9 @@ def prepare(options: argparse.Namespace, dataset: Dataset, policy: Policy) -> Ro
         max_prompt_length=options.max_prompt_length, skip_bad_rows=bool(options.skip_bad_rows),
     )  # fmt: skip
     print(*[dataset.columns()] * (options.data is not None), f"{audit}\n", sep="\n", flush=True)
-    fingerprint = hashlib.sha256(json.dumps(dataset.rows).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for part in json.JSONEncoder().iterencode(dataset.rows):  # in one piece it would be a copy of the file
+        digest.update(part.encode())
     fraction = options.held_out
     if fraction is None:
         fraction = min(HELD_OUT, MOST_HELD_OUT / len(examples))
@@ -135,8 +138,8 @@ def prepare(options: argparse.Namespace, dataset: Dataset, policy: Policy) -> Ro
         if options.held_out is not None:
             raise
         print("note: too few rows or prompts to hold some out, so there is no eval_loss; see --held-out.\n")
-        parts = examples, []
-    return Rows(*parts, fingerprint)
+        parts = examples, examples[:0]
+    return Rows(*parts, digest.hexdigest())
 
 
 def draw_samples(

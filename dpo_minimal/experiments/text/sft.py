@@ -89,6 +89,7 @@ def run(args: argparse.Namespace) -> Path:
     dataset = setup.load_rows(options, "demonstrations", options.rows, options.seed)
     policy = _new_policy(options, dataset) if options.model is None else load_policy(options.model)
     rows = setup.prepare(options, dataset, policy)
+    del dataset  # its texts: from here on there are tokens
     with setup.resumable("sft", setup.open_folder(options, "sft")) as folder:
         return _train(options, folder, policy, rows)
 
