@@ -198,6 +198,23 @@ def test_cut_distributions_are_sampled_token_by_token():
     assert frequencies_match(generate(GPT_2, [prompt] * 5_000, **options), logps)
 
 
+def test_a_small_top_p_takes_the_likeliest_token():
+    """And all of it takes what is drawn without."""
+    options = dict(max_new_tokens=LENGTH, eos=EOS)
+    greedy = generate(GPT_2, RAGGED, temperature=0, **options)
+    assert generate(GPT_2, RAGGED, top_p=1e-6, generator=seeded(0), **options) == greedy
+    plain, whole = (generate(GPT_2, RAGGED * 9, top_p=p, generator=seeded(0), **options) for p in (None, 1))
+    assert plain == whole
+
+
+def test_numbers_that_are_drawn_have_more_than_24_bits(monkeypatch):
+    """With as many as float32 has, a token rarer than 6e-8 would get that probability, or none."""
+    drawn, draw = [], generation._draw
+    monkeypatch.setattr(generation, "_draw", lambda p, uniform: drawn.append(uniform) or draw(p, uniform))
+    generate(GPT_2, RAGGED * 9, max_new_tokens=3, generator=seeded(0))
+    assert len(drawn) == 3 and (torch.cat(drawn) * 2**24 % 1 != 0).all()
+
+
 def test_same_seed_same_samples_another_seed_others():
     draw = [generate(GPT_2, RAGGED * 20, max_new_tokens=6, generator=seeded(seed)) for seed in (5, 5, 6)]
     assert draw[0] == draw[1] != draw[2]

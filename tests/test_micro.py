@@ -125,11 +125,21 @@ def run(*command, folder, **environment):
 
 
 def test_a_copy_in_an_empty_folder_runs(tmp_path):
-    """Shortened: loss log 2 and weight beta / 2 at the start, and some bound at the end."""
+    """Shortened: loss log 2 and weight beta / 2 at the start, some bound at the end, and a table of the three
+    best completions and the three worst."""
     shutil.copy(FILE, tmp_path)
     text, error, bound, _ = run("-c", "import micro; micro.STEPS = 200; micro.main()", folder=tmp_path)
     assert text.startswith(f"step   0  loss {math.log(2):.6f}  mean weight {micro.BETA / 2:.6f}")
     assert error <= bound < 1
+    first, second, _, _, *table, _, _ = text.splitlines()
+    assert first.startswith("step   0") and second.startswith("step 100")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(micro.SEED)
+        micro.GPT()
+        rewards = sorted(torch.randn(Y).tolist(), reverse=True)
+    rows = [(set(words), reward) for *words, reward, _, _, _ in map(str.split, table)]
+    assert [reward for _, reward in rows] == [f"{r:.3f}" for r in rewards[:3] + rewards[-3:]]
+    assert all(words <= set(micro.VOCAB[1:]) for words, _ in rows) and any(words for words, _ in rows)
 
 
 @pytest.mark.slow

@@ -249,7 +249,9 @@ def test_normalised_rewards_have_mean_zero_at_each_prompt():
         (lambda m: normalised_reward(m, ASKED, PAIRS)([[2, 2]], [[1]]), "prompt 1 has no samples"),
         (lambda m: normalised_reward(m, ASKED, PAIRS[:2]), "same number of samples"),
         (lambda m: reward_model_objective(m)(shared_prompt_batch([[1]], [[[1]]])), "learns from pairs"),
-        (lambda m: fitted(look_every=0), "look_every"),
+        (lambda m: fitted(look_every=0), "look_every must"),
+        (lambda m: fitted(batch_size=0), "batch_size must"),
+        (lambda m: fitted(epochs=0), "epochs must"),
     ],
 )
 def test_what_makes_no_sense_is_refused(call, named):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import dpo_minimal
-from dpo_minimal import closed_form, losses, preferences
+from dpo_minimal import bandit, certificates, closed_form, losses, preferences
 from dpo_minimal.laws import finite_data, sampling_laws
 from dpo_minimal.rivals import baselines, evaluate
 from dpo_minimal.validation import check_device, check_range
@@ -275,7 +275,7 @@ ONE_PROMPT = POPULATION._replace(prompt=POPULATION.prompt * 0)
 LAW = dict(optimal=LOGPS.double(), ref_logps=LOGPS.double(), beta=0.5)
 CHANCES = (1 - torch.eye(3)) / 6
 BAD_CHANCES = dict(
-    row=CHANCES[0], wide=CHANCES[:2], alone=torch.ones(1, 1), many=torch.full((21, 21), 1 / 441),
+    row=CHANCES[0], wide=1.5 * CHANCES[:2], alone=torch.ones(1, 1), many=torch.full((21, 21), 1 / 441),
     twice=2 * CHANCES, nan=replaced(CHANCES, NAN),
     negative=CHANCES + torch.diag(torch.tensor([-0.1, 0.1, 0.0])),
 )  # fmt: skip
@@ -302,12 +302,29 @@ FINITE_DATA = {
     "add_prior": (dict(rankings=POPULATION, exists=EXISTS, strength=1.0), dict(strength=BAD_POSITIVE))
 }
 
+CERTIFICATES = {
+    "certify": (
+        dict(logps=LOGPS, ref_logps=LOGPS, rankings=POPULATION, beta=0.5),
+        dict(logps=distribution(LOGPS), ref_logps=distribution(LOGPS), beta=BAD_POSITIVE),
+    )
+}
+BANDIT = {
+    "random_bandit": (
+        dict(num_prompts=2, num_completions=3),
+        dict(num_prompts=BAD_COUNT, num_completions=BAD_COUNT | dict(one=1))
+        | dict(reward_scale=BAD_POSITIVE, reference_scale=BAD_POSITIVE),
+    )
+}
+
 
 @pytest.mark.parametrize(
-    ("function", "arguments", "name"), cases(sampling_laws, LAWS) + cases(finite_data, FINITE_DATA)
-)
+    ("function", "arguments", "name"),
+    cases(sampling_laws, LAWS) + cases(finite_data, FINITE_DATA) + cases(certificates, CERTIFICATES)
+    + cases(bandit, BANDIT),
+)  # fmt: skip
 def test_laws_refuse(function, arguments, name):
-    """Probabilities strictly between 0 and 1, counts from 1 on, a square table of chances that sum to one."""
+    """Probabilities strictly between 0 and 1, counts from 1 on, a square table of chances that sum to one,
+    tables of a certificate that are distributions."""
     assert_refused(function, arguments, name)
 
 
