@@ -71,6 +71,7 @@ def elsewhere(tmp_path, monkeypatch):
 def no_figure(monkeypatch):
     """Leave out the drawing, half of a small run's time."""
     monkeypatch.setattr(figure, "preference_figure", lambda *_: None)
+    monkeypatch.setattr(figure, "sft_figure", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -181,8 +182,8 @@ STARTS = {  # the loss where policy = reference; None where there is no referenc
 @pytest.mark.parametrize("loss_type", STARTS)
 def test_every_loss_starts_where_it_must_and_falls(world, loss_type, capsys, request):
     """By its name alone: the other options have defaults. What was used is written. The figure is drawn of a
-    run without a reference, of one without pairs, and of rankings."""
-    drawn = loss_type in ("simpo", "kto", "plackett_luce")
+    run without a reference, and of rankings; below of labels."""
+    drawn = loss_type in ("simpo", "plackett_luce")
     if not drawn:
         request.getfixturevalue("no_figure")
     ranked = loss_type == "plackett_luce"
@@ -237,7 +238,7 @@ def labelled(count: int) -> list[dict]:
     ]
 
 
-def test_labelled_completions_train_by_kto(world, capsys):
+def test_labelled_completions_train_by_kto(world, capsys, monkeypatch):
     """Good ones become likelier than bad ones, on held-out rows too; half way it goes on to the same weights
     and records."""
     Path("labels.jsonl").write_text(lines(labelled(90)))
@@ -254,7 +255,10 @@ def test_labelled_completions_train_by_kto(world, capsys):
         last["eval_rewards/chosen"] - last["eval_rewards/rejected"], abs=1e-5
     )
     assert Path("run/training.png").stat().st_size > 10_000
+    starts = []  # the line of the figure: the mean over the rows that are trained on
+    monkeypatch.setattr(figure, "preference_figure", lambda records, start, *_: starts.append(start))
     ends_as_before()
+    assert starts == [pytest.approx((1.5 * (90 - 30 * good) + 60 - 30 * (1 - good)) / 120 / 2)]
     refused(capsys, dpo_flags(world, "other", data="labels.jsonl"), "row of labels", "--loss-type kto")
     Path("one.jsonl").write_text(lines(labelled(1)))
     refused(capsys, dpo_flags(world, "other", data="one.jsonl", loss_type="kto"), "other prompts")
@@ -290,6 +294,7 @@ def test_a_handful_of_rows_trains_at_the_first_try(count, capsys, no_figure):
     assert json.loads(Path("sft/config.json").read_text())["options"]["warmup_steps"] == 1
     ends_as_before("sft", "sft")
     run = ["dpo", "--data", "few.jsonl", "--model", "sft", "--num-train-epochs", "20", "--save-steps", "9"]
+    run += ["--eval-samples", "0"]
     assert main([*run, "--output-dir", "run"]) == 0
     printed = capsys.readouterr().out
     assert "warm-up takes 2 of 20 steps" in printed
@@ -298,14 +303,15 @@ def test_a_handful_of_rows_trains_at_the_first_try(count, capsys, no_figure):
     ends_as_before()
 
 
-def test_what_was_asked_for_and_cannot_be_is_refused(world, capsys):
+def test_what_was_asked_for_and_cannot_be_is_refused(world, capsys, no_figure):
     """What is given is obeyed, or refused before anything is written."""
     Path("few.jsonl").write_text(lines(pairs(5)))
     few = ["sft", "--data", "few.jsonl"]
     refused(capsys, [*few, "--vocab-size", "1024"], "--vocab-size 1024", "at most")
     refused(capsys, [*few, "--held-out", "0.05"], "held-out fraction of 0.05")
     assert [path.name for path in Path().iterdir()] == ["few.jsonl"]
-    assert main([*dpo_flags(world, data="few.jsonl", held_out=0.2), "--warmup-steps", "150"]) == 0
+    flags = dpo_flags(world, data="few.jsonl", held_out=0.2, eval_samples=0, max_new_tokens=None)
+    assert main([*flags, "--warmup-steps", "150"]) == 0
     assert "note: all 1 steps are warm-up" in capsys.readouterr().out
 
 
