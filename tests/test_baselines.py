@@ -382,6 +382,11 @@ def test_the_gap_of_float32_tables_and_of_rewards_that_are_all_equal():
     tables = logps, ref, rewards
     single, double = frontier_gap(*tables), frontier_gap(*(table.double() for table in tables))
     assert all(torch.equal(one, other) and one.dtype == torch.float64 for one, other in zip(single, double))
+    lower = frontier_gap(logps, ref, rewards - 8)  # only differences count
+    for one, other in zip(double[2:], lower[2:]):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)  # of rewards that lost three bits
+    on = frontier_gap(optimal_logps(ref, rewards, beta=0.5), ref, rewards - 8)
+    assert abs(on.kl_gap) <= 1e-5 < 1e-2 < on.kl
     for size in (0.0, -3.0, 1e9):
         level = frontier_gap(logps, ref, torch.full_like(rewards, size))
         # the reward by the rounding of a sum of probabilities of float32

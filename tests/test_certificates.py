@@ -291,6 +291,8 @@ def test_the_refined_distance_is_never_undercut():
     # pinv of Hessians with condition number up to 1e4, and the allowance for rounding in the bound
     expected = torch.minimum(simple, newton)
     torch.testing.assert_close(certificate.logp_bound[issued], expected[issued], rtol=1e-9, atol=1e-11)
+    gap = (x + (1 - x) * torch.log1p(-x)) / rho2  # for x from 1e-4 on it keeps 7 digits
+    torch.testing.assert_close(certificate.loss_gap[issued], gap[issued], rtol=1e-6, atol=0)
     difference = scores - rewards
     truth = difference.amax(-1) - difference.amin(-1)
     assert (truth <= certificate.logp_bound + 1e-14)[issued].all()  # rounding of scores below 10

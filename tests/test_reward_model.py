@@ -101,6 +101,10 @@ def test_metrics_keep_no_graph():
     """They are kept for the log; with their graph, each would keep a batch's activations."""
     loss, metrics = reward_model_objective(loud_model())(shared_prompt_batch(ASKED, PAIRS))
     assert loss.requires_grad and not any(value.requires_grad for value in metrics.values())
+    names = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+    assert tuple(metrics) == names
+    chosen, rejected, margins, _ = metrics.values()
+    assert (chosen - rejected).item() == pytest.approx(margins.item(), rel=1e-12)  # float64 means
 
 
 def test_at_first_nothing_is_preferred():

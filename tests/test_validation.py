@@ -10,6 +10,7 @@ from dpo_minimal import bandit, certificates, closed_form, losses, preferences
 from dpo_minimal.laws import finite_data, sampling_laws
 from dpo_minimal.rivals import baselines, evaluate
 from dpo_minimal.validation import check_device, check_range
+from dpo_minimal.zoo import ipo, unlikelihood
 
 NAN, INF = math.nan, math.inf
 LOGPS = torch.tensor([[0.2, 0.3, 0.5], [0.1, 0.1, 0.8]]).log()  # (2, 3), each row a distribution
@@ -301,6 +302,11 @@ LAWS = {
 FINITE_DATA = {
     "add_prior": (dict(rankings=POPULATION, exists=EXISTS, strength=1.0), dict(strength=BAD_POSITIVE))
 }
+ALL = dict(rankings=POPULATION, exists=EXISTS | True)
+IPO = {"ipo_estimate": (dict(beta=0.5, **ALL), dict(beta=BAD_POSITIVE))}
+UNLIKELIHOOD = {
+    "unlikelihood_logps": (dict(alpha=0.1, **ALL), dict(alpha=BAD_FROM_ZERO | dict(one=1, above_one=1.01)))
+}
 
 CERTIFICATES = {
     "certify": (
@@ -320,7 +326,7 @@ BANDIT = {
 @pytest.mark.parametrize(
     ("function", "arguments", "name"),
     cases(sampling_laws, LAWS) + cases(finite_data, FINITE_DATA) + cases(certificates, CERTIFICATES)
-    + cases(bandit, BANDIT),
+    + cases(bandit, BANDIT) + cases(ipo, IPO) + cases(unlikelihood, UNLIKELIHOOD),
 )  # fmt: skip
 def test_laws_refuse(function, arguments, name):
     """Probabilities strictly between 0 and 1, counts from 1 on, a square table of chances that sum to one,
@@ -383,6 +389,8 @@ GOOD = [
         (dpo_minimal, LOSSES),
         (sampling_laws, LAWS),
         (finite_data, FINITE_DATA),
+        (ipo, IPO),
+        (unlikelihood, UNLIKELIHOOD),
         (baselines, BASELINES),
         (evaluate, EVALUATE),
     )

@@ -207,6 +207,31 @@ def test_the_optimum_is_one(name):
 
 
 @pytest.mark.parametrize("name", OPTIMA)
+def test_the_optimum_of_a_prompt_is_that_of_it_alone(name):
+    """Whatever stands beside it: a prompt where nothing is preferred, which is solved at once, with a
+    completion less."""
+    loss = LOSSES[name]
+    size = 3 if loss.rows == "rankings" else 2
+    options = {option.name: min(option.default, 0.1) for option in loss.options}
+    exists = torch.tensor([[True] * 4, [True, True, True, False]])
+    rewards = torch.stack([WORLD.rewards[0] / 2, torch.zeros(4).double()])
+    ref = WORLD.ref_logps.masked_fill(~exists, -math.inf).log_softmax(-1)
+    population = expected_rankings if loss.rows == "rankings" else expected_pairs
+
+    def optimum(rows: slice, columns: slice) -> Tensor:
+        lengths = {"lengths": LENGTHS[rows, columns]} if "lengths" in loss.reads else {}
+        data = population(rewards[rows, columns], all_sets(exists[rows, columns], size=size))
+        return loss.optimum(data, ref[rows, columns], **lengths, **options)
+
+    together = optimum(slice(0, 2), slice(0, 4))
+    first, second = optimum(slice(0, 1), slice(0, 4)), optimum(slice(1, 2), slice(0, 3))
+    # Newton's ends, as above; at beta = 0.1 rewards of size 1 are log-ratios of size 10
+    torch.testing.assert_close(together[:1], first, rtol=0, atol=1e-11)
+    torch.testing.assert_close(together[1:, :3], second, rtol=0, atol=1e-11)
+    assert together[1, 3] == -math.inf
+
+
+@pytest.mark.parametrize("name", OPTIMA)
 def test_an_optimum_that_does_not_exist_is_refused(name):
     """A completion that never won has no finite reward, and Unlikelihood's share of it is negative; cDPO's
     and IPO's optimum exists all the same. One that was never compared has no reward under any loss, and under
