@@ -129,13 +129,11 @@ def prepare(options: argparse.Namespace, dataset: Dataset, policy: Policy) -> Ro
     digest = hashlib.sha256()
     for part in json.JSONEncoder().iterencode(dataset.rows):  # in one piece it would be a copy of the file
         digest.update(part.encode())
-    fraction = options.held_out
-    if fraction is None:
-        fraction = min(HELD_OUT, MOST_HELD_OUT / len(examples))
+    given, usual = options.held_out, min(HELD_OUT, MOST_HELD_OUT / len(examples))
     try:
-        parts = split_by_prompt(examples, fraction, seed=options.seed)
+        parts = split_by_prompt(examples, usual if given is None else given, seed=options.seed)
     except InputError:
-        if options.held_out is not None:
+        if given is not None:
             raise
         print("note: too few rows or prompts to hold some out, so there is no eval_loss; see --held-out.\n")
         parts = examples, examples[:0]
