@@ -679,6 +679,17 @@ def test_scoring_has_no_dropout():
     assert torch.equal(first, completion_logps_of(gpt.eval(), batch, "float32"))
 
 
+def test_one_log_probability_that_is_not_finite_is_enough(monkeypatch):
+    """Of a batch: its mean would be NaN, or its gradient."""
+    batch, found = layout(rows_of(4, [2] * 3), **HERE), torch.zeros(3, 2)
+    monkeypatch.setattr(objectives, "shared_prompt_logps", lambda *_: found)
+    assert completion_logps_of(gpt_of(0), batch, "float32") is found
+    for bad in (math.nan, -math.inf):
+        found[1, 0] = bad
+        with pytest.raises(InputError, match=r"^a log-probability is not finite; [^\n]*\.$"):
+            completion_logps_of(gpt_of(0), batch, "float32")
+
+
 def test_an_unknown_dtype_is_refused():
     rows = rows_of(0, [1])
     for dtype in ("float16", "bf16"):
