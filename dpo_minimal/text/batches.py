@@ -182,12 +182,10 @@ def split_by_prompt(examples: Sequence[Example], fraction: float, *, seed: int) 
     if fraction == 0:
         return examples, examples[:0]
     one_prompt = all(a.prompt == b.prompt for a, b in itertools.pairwise(examples.as_arrays()))
-
-    def key(row: Example) -> bytes:
-        ids = (row.prompt, *(row.completions if one_prompt else ()))
-        return _digest(seed, tuple(map(tuple, ids)))
-
-    keys = list(map(key, examples.as_arrays()))
+    keys = [
+        _digest(seed, tuple(map(tuple, (row.prompt, *(row.completions if one_prompt else ())))))
+        for row in examples.as_arrays()
+    ]
     rows, what = Counter(keys), "completions" if one_prompt else "prompts"
     target, held_rows, held_prompts = fraction * len(examples), 0, set()
     for prompt in sorted(rows):
@@ -201,8 +199,8 @@ def split_by_prompt(examples: Sequence[Example], fraction: float, *, seed: int) 
             f"with {len(rows)} different {what}, which stay whole; give a {change} fraction, more "
             "prompts, or 0 to hold nothing out."
         )
-    train = examples.select(index for index, prompt in enumerate(keys) if prompt not in held_prompts)
-    return train, examples.select(index for index, prompt in enumerate(keys) if prompt in held_prompts)
+    train = examples[[index for index, prompt in enumerate(keys) if prompt not in held_prompts]]
+    return train, examples[[index for index, prompt in enumerate(keys) if prompt in held_prompts]]
 
 
 def _digest(*parts: Any) -> bytes:
@@ -319,7 +317,7 @@ def mismatched(examples: Sequence[Example]) -> Examples:
             step = shift + offset % (len(circle) - shift)
             order[index] = circle[(start + step) % len(circle)]
         start += len(group)
-    return Examples(examples).select(order)
+    return Examples(examples)[order]
 
 
 def with_mismatched(

@@ -26,10 +26,10 @@ class Example(NamedTuple):
 
 
 class Examples(Sequence[Example]):
-    """A sequence of rows, each made of the arrays when it is asked for; a part of it shares the arrays.
+    """Rows that are made of the arrays when asked for; a slice, or those of some indices, share the arrays.
 
     >>> rows = Examples(Example([number], [[5, 0]], f"row {number}") for number in range(1, 9))
-    >>> rows[2:][1]
+    >>> rows[[7, 3]][1]
     Example(prompt=[4], completions=[[5, 0]], place='row 4', label=None)
     """
 
@@ -55,18 +55,20 @@ class Examples(Sequence[Example]):
         return len(self._rows)
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return self._sharing(self._rows[index])
-        row = self._as_arrays(self._rows[index])
-        return row._replace(prompt=row.prompt.tolist(), completions=[ids.tolist() for ids in row.completions])
+        if isinstance(index, int):
+            row = self._as_arrays(self._rows[index])
+            return Example(row.prompt.tolist(), [ids.tolist() for ids in row.completions], *row[2:])
+        part = copy.copy(self)
+        indices = range(len(self))[index] if isinstance(index, slice) else index
+        part._rows = array("q", [self._rows[i] for i in indices])
+        return part
 
     def __add__(self, other: Examples) -> Examples:
-        shared = other._ids is self._ids
-        return self._sharing(self._rows + other._rows) if shared else Examples(chain(self, other))
-
-    def select(self, indices: Iterable[int]) -> Examples:
-        """The rows of these indices, in their order."""
-        return self._sharing(array("q", [self._rows[index] for index in indices]))
+        if other._ids is not self._ids:
+            return Examples(chain(self, other))
+        both = self[:]
+        both._rows.extend(other._rows)
+        return both
 
     def as_arrays(self) -> Iterator[Example]:
         """The rows with arrays for lists, made faster: for the lengths and digests of all."""
@@ -76,8 +78,3 @@ class Examples(Sequence[Example]):
         ends = self._ends[self._firsts[row] : self._firsts[row + 1] + 1]
         prompt, *completions = (self._ids[start:end] for start, end in pairwise(ends))
         return Example(prompt, completions, *self._facts[row])
-
-    def _sharing(self, rows: array[int]) -> Examples:
-        result = copy.copy(self)
-        result._rows = rows
-        return result

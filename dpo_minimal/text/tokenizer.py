@@ -220,7 +220,8 @@ def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int, *, at_most:
 def _count_words(text: str) -> Counter[bytes]:
     import regex  # comes with tiktoken; only training needs it, and it takes as long to import as tiktoken
 
-    return Counter(word.encode("utf-8") for word in regex.findall(GPT2_PATTERN, text))
+    words = regex.finditer(GPT2_PATTERN, text)  # one by one: a list of all would take gigabytes
+    return Counter(word.group().encode("utf-8") for word in words)
 
 
 # ----------------------------------------------------------------------------------------------- one file
