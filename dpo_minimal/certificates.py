@@ -15,8 +15,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .preferences import Rankings, win_counts
-from .validation import InputError, check_finite, check_log_distribution, check_positive, check_same_shape
+from .preferences import Rankings, by_size, win_counts
+from .validation import (
+    InputError,
+    check_finite,
+    check_log_distribution,
+    check_positive,
+    check_same_shape,
+    clip,
+)
 
 Names = tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]  # of the prompts, of each one's completions
 
@@ -52,7 +59,8 @@ def curvature(scores: Tensor, rankings: Rankings) -> Curvature:
     X, Y = scores.shape
     E, K = rankings.order.shape
     ranked, weight = rankings.gather(scores.detach()).double(), rankings.weight.double()  # (E, K), (E,)
-    check_finite(scores=ranked)
+    if E > 0:
+        check_finite(scores=ranked)
     total = ranked.new_zeros(X).index_add(0, rankings.prompt, weight)
     weight = (weight / total[rankings.prompt]).unsqueeze(-1)  # (E, 1)
 
@@ -125,18 +133,20 @@ def certify(logps: Tensor, ref_logps: Tensor, rankings: Rankings, *, beta: float
 
     Args:
         logps, ref_logps: (X, Y) tables of the policy and the reference.
-        rankings: what the policy was trained on, DPO or Plackett-Luce.
-        beta: > 0.
+        rankings: what the policy was trained on, DPO or Plackett-Luce; beta > 0.
     Returns:
-        Certificate; inf where x > 1/2 (separable data keep x > 1 for ever), where the comparisons do not
-        connect the prompt's completions, where the prompt has none, or where the Hessian is too nearly flat
-        for float64.
+        Certificate; inf where x > 1/2 (separable data keep x > 1 for ever), or where x is inf.
     Raises:
         InputError: shapes differ, a table is no distribution, beta <= 0, a compared log-probability is -inf.
     """
     check_positive("beta", beta)
     check_same_shape(logps=logps, ref_logps=ref_logps)
     check_log_distribution(logps=logps, ref_logps=ref_logps)
+    if len(blocks := [*by_size(rankings, ref_logps > -math.inf)]) > 1:
+        bounds = torch.empty(3, len(logps), dtype=torch.float64, device=logps.device)
+        for x, Y, own in blocks:
+            bounds[:, x] = torch.stack(certify(logps[x, :Y], ref_logps[x, :Y], own, beta=beta))
+        return Certificate(*bounds)
     logps, ref_logps = logps.detach().double(), ref_logps.detach().double()
     state = curvature(beta * (logps - ref_logps), rankings)
     wins = win_counts(rankings, *logps.shape)
@@ -218,31 +228,47 @@ def groups_at_fault(wins: Tensor) -> list[tuple[list[int], str]]:
     return faults
 
 
-def require_estimate(wins: Tensor, exists: Tensor, names: Names | None = None, *, loss: str = "dpo") -> None:
+def missing_links(
+    rankings: Rankings, exists: Tensor, names: Names | None = None, *, loss: str = "dpo"
+) -> tuple[str, bool]:
+    """Which completions the data do not compare as an estimate needs it, "" where it exists, and whether some
+    of them never met [D11.1]. Args: as `require_estimate`."""
+    graphs, apart = {}, False  # win graphs of the prompts at fault
+    for rows, width, own in by_size(rankings, exists):
+        wins, there = win_counts(own, len(rows), width), _outer(exists[rows, :width])
+        met = wins + wins.mT
+        graph = met if loss == "ipo" else wins
+        missing = (~connected(graph) & there).flatten(1).any(-1).nonzero().flatten()
+        graphs |= {rows[k].item(): graph[k] for k in missing.tolist()}
+        apart = apart or bool((~connected(met) & there).any())
+    faults = []
+    for x in sorted(graphs)[:5]:
+        members = exists[x].nonzero().flatten().tolist()
+        labels = names[1][x] if names else [f"y{y}" for y in range(exists.shape[1])]
+        found = groups_at_fault(graphs[x][members][:, members].cpu())
+        few = [(group, fault) for group, fault in found if 2 * len(group) <= len(members)]
+        for group, fault in few or found:  # what a few did wrong tells more than what all the others did
+            listed = ", ".join(clip(labels[members[y]]) for y in group[:6]) + ", ..." * (len(group) > 6)
+            faults.append(f"prompt {clip(names[0][x]) if names else f'x{x}'}: {listed} {fault}")
+    more = f"; and {len(graphs) - 5} more prompts" if len(graphs) > 5 else ""
+    return clip("; ".join(faults), 240) + more, apart
+
+
+def require_estimate(
+    rankings: Rankings, exists: Tensor, names: Names | None = None, *, loss: str = "dpo"
+) -> None:
     """Raise InputError, naming prompts and completions at fault, unless the estimate exists [D11.1, D12.1].
 
     Args:
-        wins: (X, Y, Y) how often the row's completion was ranked above the column's.
+        rankings: the data.
         exists: (X, Y) True where the prompt has that completion.
         names: for the message.
         loss: "dpo" needs every win graph strongly connected; "ipo" only connected.
     """
-    if loss == "ipo":
-        wins = wins + wins.mT
-    missing = ~connected(wins) & exists.unsqueeze(-1) & exists.unsqueeze(-2)
-    faults = []
-    for x in missing.flatten(1).any(-1).nonzero().flatten().tolist():
-        members = exists[x].nonzero().flatten().tolist()
-        labels = names[1][x] if names else [f"y{y}" for y in range(exists.shape[1])]
-        found = groups_at_fault(wins[x][members][:, members].cpu())
-        few = [(group, fault) for group, fault in found if 2 * len(group) <= len(members)]
-        for group, fault in few or found:  # what a few did wrong tells more than what all the others did
-            listed = ", ".join(labels[members[y]] for y in group[:6]) + (", ..." if len(group) > 6 else "")
-            faults.append(f"prompt {names[0][x] if names else f'x{x}'}: {listed} {fault}")
+    faults, apart = missing_links(rankings, exists, names, loss=loss)
     if faults:
-        shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
-        remedy = "add comparisons or a prior" + ("" if loss == "ipo" else ", or use IPO")
-        raise InputError(f"the {loss.upper()} estimate does not exist ({shown}); {remedy}.")
+        remedy = "between these groups, or a prior" if apart else "or a prior, or use IPO"
+        raise InputError(f"the {loss.upper()} estimate does not exist ({faults}); add comparisons {remedy}.")
 
 
 def maximum_likelihood(rankings: Rankings, exists: Tensor, names: Names | None = None) -> Tensor:
@@ -257,8 +283,12 @@ def maximum_likelihood(rankings: Rankings, exists: Tensor, names: Names | None =
     Raises:
         InputError: the estimate does not exist, or lies so far out that float64 cannot reach it.
     """
-    require_estimate(win_counts(rankings, *exists.shape), exists, names)
+    require_estimate(rankings, exists, names)
     scores = torch.zeros(exists.shape, dtype=torch.float64, device=exists.device)
+    if len(blocks := [*by_size(rankings, exists)]) > 1:
+        for rows, width, own in blocks:
+            scores[rows, :width] = maximum_likelihood(own, exists[rows, :width])
+        return scores
     for _ in range(200):
         state = curvature(scores, rankings)
         step = torch.where(exists, -(state.inverse @ state.gradient.unsqueeze(-1)).squeeze(-1), 0)
@@ -272,5 +302,5 @@ def maximum_likelihood(rankings: Rankings, exists: Tensor, names: Names | None =
             return scores  # of mean zero, because every step was
     raise InputError(
         "the maximum-likelihood estimate exists but is out of numerical reach: some completion wins almost "
-        "always; add comparisons or a prior."
+        "always; add comparisons or a prior, or use IPO."
     )

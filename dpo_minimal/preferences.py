@@ -11,6 +11,7 @@ are asked about, with probabilities.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -136,12 +137,9 @@ def all_sets(exists: Tensor, *, size: int = 2) -> Slate:
     Raises: InputError.
     """
     _check_size(exists, size)
-    X, Y = exists.shape
-    sets = torch.combinations(torch.arange(Y), size)  # (S, K)
-    prompt = torch.arange(X).repeat_interleave(len(sets))
-    items = sets.repeat(X, 1)
-    there = exists[prompt.unsqueeze(-1), items].all(-1)
-    return _even_slate(prompt[there], items[there], X)
+    sets = torch.combinations(torch.arange(exists.shape[1], device=exists.device), size)  # (S, K)
+    prompt, number = exists[:, sets].all(-1).nonzero().T
+    return _even_slate(prompt, sets[number], len(exists))
 
 
 def reference_pairs(ref_logps: Tensor) -> Slate:
@@ -176,12 +174,12 @@ def random_cycles(exists: Tensor, *, cycles: int, size: int = 2, generator: torc
     check_count("cycles", cycles)
     _check_size(exists, size)
     X, Y = exists.shape
-    noise = torch.rand(X, cycles, Y, generator=generator)
+    noise = torch.rand(X, cycles, Y, generator=generator, device=exists.device)
     ring = noise.masked_fill(~exists.unsqueeze(1), 2).argsort(-1)  # a random order, those absent at the end
     count = exists.sum(-1).view(X, 1, 1)
-    place = torch.arange(Y).expand(X, cycles, Y)
+    place = torch.arange(Y, device=exists.device).expand(X, cycles, Y)
     items = torch.stack([ring.gather(-1, (place + k) % count) for k in range(size)], -1)  # (X, cycles, Y, K)
-    prompt = torch.arange(X).view(X, 1, 1).expand(X, cycles, Y)
+    prompt = torch.arange(X, device=exists.device).view(X, 1, 1).expand(X, cycles, Y)
     return _even_slate(prompt[place < count], items[place < count], X)
 
 
@@ -239,7 +237,7 @@ def sample_pairs(
     check_count("num_pairs", num_pairs)
     chance = _chance_of_first(rewards, slate, temperature, flip_probability)
     drawn = torch.multinomial(slate.weight, num_pairs, replacement=True, generator=generator)
-    uniform = torch.rand(num_pairs, generator=generator, dtype=torch.float64)
+    uniform = torch.rand(num_pairs, generator=generator, dtype=torch.float64, device=drawn.device)
     first_wins = (uniform < chance[drawn]).unsqueeze(-1)
     order = torch.where(first_wins, slate.items[drawn], slate.items[drawn].flip(-1))
     return tally(slate.prompt[drawn], order)
@@ -260,7 +258,7 @@ def expected_rankings(rewards: Tensor, slate: Slate) -> Rankings:
     [D8.1]. Returns E * K! rankings, weights summing to one."""
     check_finite(rewards=rewards)
     size = slate.items.shape[-1]
-    orders = torch.tensor(list(itertools.permutations(range(size))))  # (K!, K)
+    orders = torch.tensor(list(itertools.permutations(range(size))), device=slate.items.device)  # (K!, K)
     order = slate.items[:, orders].view(-1, size)
     prompt = slate.prompt.repeat_interleave(len(orders))
     chance = plackett_luce_logprob(rewards.double()[prompt.unsqueeze(-1), order]).exp()
@@ -278,7 +276,7 @@ def sample_rankings(
     check_finite(rewards=rewards)
     drawn = torch.multinomial(slate.weight, num_rankings, replacement=True, generator=generator)
     items, prompt = slate.items[drawn], slate.prompt[drawn]
-    exponential = torch.empty(items.shape, dtype=torch.float64).exponential_(generator=generator)
+    exponential = torch.empty_like(items, dtype=torch.float64).exponential_(generator=generator)
     noisy = rewards.double()[prompt.unsqueeze(-1), items] - exponential.log()  # -log Exp(1) is Gumbel
     return tally(prompt, items.gather(-1, noisy.argsort(-1, descending=True)))
 
@@ -287,10 +285,8 @@ def tally(prompt: Tensor, order: Tensor, weight: Tensor | None = None) -> Rankin
     """Merge equal rankings and add up their weights (one each by default): the data, without repetition
     [D11.8]."""
     rows, group = torch.unique(torch.cat([prompt.unsqueeze(-1), order], -1), dim=0, return_inverse=True)
-    if weight is None:
-        weight = torch.ones(len(prompt), dtype=torch.float64)
-    total = torch.zeros(len(rows), dtype=torch.float64).index_add(0, group, weight.double())
-    return Rankings(rows[:, 0], rows[:, 1:], total)
+    weight = torch.ones_like(prompt, dtype=torch.float64) if weight is None else weight.double()
+    return Rankings(rows[:, 0], rows[:, 1:], weight.new_zeros(len(rows)).index_add(0, group, weight))
 
 
 def win_counts(rankings: Rankings, num_prompts: int, num_completions: int) -> Tensor:
@@ -299,7 +295,25 @@ def win_counts(rankings: Rankings, num_prompts: int, num_completions: int) -> Te
     weight = rankings.weight.double()
     counts = weight.new_zeros(num_prompts, num_completions, num_completions)
     K = rankings.order.shape[-1]
-    above, below = torch.triu_indices(K, K, offset=1)
+    above, below = torch.triu_indices(K, K, offset=1, device=weight.device)
     i, j = rankings.order[:, above], rankings.order[:, below]  # (E, K(K-1)/2)
     index = rankings.prompt.unsqueeze(-1).expand_as(i), i, j
     return counts.index_put(index, weight.unsqueeze(-1).expand(i.shape), accumulate=True)
+
+
+def by_size(rankings: Rankings, exists: Tensor) -> Iterator[tuple[Tensor, int, Rankings]]:
+    """Prompts apart by their number of completions, within a factor of two: in one table (X, Y, Y) each of
+    many small prompts would take as much room and time as the largest [D11.8].
+
+    Args: exists (X, Y) True where the prompt has that completion; one that is ranked counts as well.
+    Yields: numbers of the prompts (P,), the width that their tables need, their rankings, by place in (P,).
+    """
+    there = exists.clone()
+    there[rankings.prompt.unsqueeze(-1), rankings.order] = True
+    width = (there * torch.arange(1, there.shape[1] + 1, device=there.device)).amax(-1).clamp(min=1)
+    octave = width.log2().floor()
+    for number in octave.unique():
+        mine = octave == number
+        prompt, order, weight = (field[mine[rankings.prompt]] for field in rankings)
+        own = Rankings(mine.cumsum(0)[prompt] - 1, order, weight)
+        yield mine.nonzero().flatten(), int(width[mine].max()), own

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import generators, normal, worlds
 
+from dpo_minimal import certificates
 from dpo_minimal.bandit import TabularPolicy, dpo_objective, safe_learning_rate
 from dpo_minimal.certificates import (
     certify,
@@ -587,6 +588,48 @@ def test_a_certificate_carries_no_gradient():
     data = expected_pairs(torch.zeros(2, 4).double(), all_sets(torch.ones(2, 4, dtype=torch.bool)))
     certificate = certify(TabularPolicy(ref)(), ref.clone().requires_grad_(), data, beta=1.0)
     assert not any(field.requires_grad for field in certificate)
+
+
+def test_no_bound_where_the_condition_number_exceeds_its_limit():
+    """[D11.2] At the minimum of a path 0-1-2 whose edges weigh 1 and w, gradient and x are zero; but
+    the condition number is about 1 / w. A bound is issued below 1e8 and none above, where the allowance for
+    the inverse's lost digits is no longer to be trusted."""
+    ref = torch.full((1, 3), -math.log(3), dtype=torch.float64)
+    for light, issued in ((1e-7, True), (1e-10, False)):
+        both = [(0, 1, 1.0), (1, 0, 1.0), (1, 2, light), (2, 1, light)]
+        certificate = certify(ref, ref, one_each(1, *both), beta=1.0)
+        assert certificate.logp_bound.isfinite().item() is issued
+        assert certificate.x.isfinite().item() is issued
+
+
+def test_uneven_prompts_cost_the_sum_of_the_parts(monkeypatch):
+    """Forty prompts of two completions beside one of thirty: estimate and bounds are those of each alone, and
+    no table is wider than its prompt needs. Padded, all 41 tables would have 900 entries each."""
+    exists = torch.zeros(41, 30, dtype=torch.bool)
+    exists[:, :2], exists[20] = True, True
+    rewards = torch.where(exists, normal(41, 30, generator=generator_of(3), scale=1.0), 0)
+    data, ref = expected_pairs(rewards, all_sets(exists)), exists.double().log().log_softmax(-1)
+    logps = torch.where(
+        exists, ref + rewards / 2 + 1e-3 * normal(41, 30, generator=generator_of(4)), -math.inf
+    )
+    logps, sizes = logps.log_softmax(-1), []
+
+    def inverse(hessian, compared):
+        sizes.append(hessian.numel())
+        return laplacian_inverse(hessian, compared)
+
+    monkeypatch.setattr(certificates, "laplacian_inverse", inverse)
+    estimate, together = maximum_likelihood(data, exists), certify(logps, ref, data, beta=0.5)
+    assert max(sizes) <= max(40 * 2 * 2, 30 * 30)
+    for x, width in ((0, 2), (20, 30), (40, 2)):
+        mine = data.prompt == x
+        own = Rankings(data.prompt[mine] * 0, data.order[mine], data.weight[mine])
+        alone = certify(logps[x : x + 1, :width], ref[x : x + 1, :width], own, beta=0.5)
+        for field, single in zip(together, alone):
+            torch.testing.assert_close(field[x : x + 1], single, rtol=1e-12, atol=0)  # sums in another order
+        expected = maximum_likelihood(own, exists[x : x + 1, :width])
+        torch.testing.assert_close(estimate[x : x + 1, :width], expected, rtol=0, atol=1e-13)
+    assert (estimate[~exists] == 0).all()
 
 
 def test_certify_refuses_bad_input():

@@ -6,6 +6,7 @@ laws are checked by simulation: one prompt a replicate, so that thousands are es
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from dpo_minimal.preferences import (
     Slate,
     all_sets,
     expected_pairs,
+    preference_matrix,
     sample_pairs,
     sample_rankings,
     win_counts,
@@ -210,7 +212,7 @@ def test_the_estimate_exists_exactly_where_ford_says():
         data = from_wins(wins.unsqueeze(0))
         if never_lost:
             with pytest.raises(InputError, match="estimate does not exist"):
-                require_estimate(wins.unsqueeze(0), ones(1, 3))
+                require_estimate(data, ones(1, 3))
             if len(data.prompt) == 0:
                 continue
             with pytest.raises(InputError, match="estimate does not exist"):
@@ -253,7 +255,8 @@ def test_the_groups_at_fault_are_named_truthfully():
 
 
 def test_the_message_names_prompts_completions_and_a_way_out():
-    """Property 31: the error names who is at fault by their own names, and IPO's needs less."""
+    """Property 31: the error names who is at fault by their own names, IPO's needs less, and each way out
+    that it names leads out: IPO only where groups met at all, a prior everywhere."""
     wins = torch.zeros(2, 3, 3, dtype=torch.float64)
     wins[0, 0, 1] = wins[0, 1, 0] = wins[0, 1, 2] = wins[0, 2, 1] = 1  # fine
     wins[1, 0, 1] = wins[1, 1, 0] = wins[1, 0, 2] = 1  # the third only lost
@@ -265,15 +268,27 @@ def test_the_message_names_prompts_completions_and_a_way_out():
     assert "never lost" not in message  # said of the two others it would only repeat that
     assert "salad" not in message and "add comparisons or a prior, or use IPO" in message
     ipo_estimate(from_wins(wins), ones(2, 3), names, beta=1.0)  # connected: exists
+    maximum_likelihood(add_prior(from_wins(wins), ones(2, 3), 0.5), ones(2, 3))
     wins[1, 0, 2] = 0
-    with pytest.raises(InputError, match=r"prompt soup.*nettle never met") as caught:
-        ipo_estimate(from_wins(wins), ones(2, 3), names, beta=1.0)
-    assert "IPO estimate" in str(caught.value) and "or use IPO" not in str(caught.value)
+    for loss, estimate in (("DPO", maximum_likelihood), ("IPO", partial(ipo_estimate, beta=1.0))):
+        with pytest.raises(InputError, match=rf"{loss} estimate .*prompt soup.*nettle never met") as caught:
+            estimate(from_wins(wins), ones(2, 3), names)
+        assert str(caught.value).endswith("; add comparisons between these groups, or a prior.")
+        estimate(add_prior(from_wins(wins), ones(2, 3), 0.5), ones(2, 3))
+
+
+def test_a_refusal_stays_short_and_on_one_line():
+    """Completions may be long texts of several lines, and thousands of prompts may be at fault."""
+    wins = torch.tensor([[0.0, 1.0], [0.0, 0.0]]).expand(3000, 2, 2)
+    texts = tuple(f"{number}\n" + "a long text " * 90 for number in range(3000))
+    with pytest.raises(InputError, match=r"and 2995 more prompts\); add") as caught:
+        maximum_likelihood(from_wins(wins), ones(3000, 2), (texts, ((texts[0], texts[1]),) * 3000))
+    assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
 
 
 def test_a_prior_makes_the_estimate_exist_and_shrinks_it():
-    """[D11.1] With imaginary wins: a prior of a wins each way turns n1 : n2 into log((n1 + a) / (n2 + a)),
-    exists for unanimous data, and adds 2 a for each pair of completions of a prompt."""
+    """[D11.1] Imaginary wins: of two completions a prior of a turns n1 : n2 into log((n1 + a) / (n2 + a)),
+    which exists for unanimous data; each completion gets a wins and a losses, whatever their number."""
     exists = torch.tensor([[True, True, False], [True, True, True]])
     wins = torch.zeros(2, 3, 3, dtype=torch.float64)
     wins[0, 0, 1] = 6  # unanimous
@@ -282,8 +297,10 @@ def test_a_prior_makes_the_estimate_exist_and_shrinks_it():
     gaps = []
     for strength in (0.5, 2.0, 50.0):
         weighted = add_prior(data, exists, strength)
-        # four pairs in all: one on the first prompt, three on the second
-        assert weighted.weight.sum().item() == pytest.approx(8 + 2 * strength * 4, rel=1e-14)  # a short sum
+        imaginary = win_counts(weighted, 2, 3) - wins
+        for total in (imaginary.sum(-1), imaginary.sum(-2)):  # two or three terms
+            torch.testing.assert_close(total, strength * exists.double(), rtol=1e-14, atol=1e-14)
+        assert torch.equal(imaginary[1] > 0, ~torch.eye(3, dtype=torch.bool))  # each meets each
         estimate = maximum_likelihood(weighted, exists)
         gaps.append((estimate[0, 0] - estimate[0, 1]).item())
         # Newton's quadratic end: rounding of numbers below 3
@@ -292,6 +309,34 @@ def test_a_prior_makes_the_estimate_exist_and_shrinks_it():
     assert gaps[0] > gaps[1] > gaps[2]
     with pytest.raises(InputError):
         add_prior(data, exists, 0.0)
+
+
+def league(scatter, generator, X=200, K=12):
+    """Rewards (X, K) and win counts of X prompts: completion 0 played one game, the others four a pair."""
+    rewards = normal(X, K, generator=generator, scale=scatter)
+    games = torch.full((X, K, K), 4.0, dtype=torch.float64).triu(1)
+    games[:, 0] = 0
+    games[torch.arange(X), 0, torch.randint(1, K, (X,), generator=generator)] = 1
+    won = torch.binomial(games, preference_matrix(rewards), generator=generator)
+    return rewards, won + (games - won).mT
+
+
+@pytest.mark.parametrize("strength", [0.5, 2.0])
+def test_errors_under_a_prior_cover_the_truth(strength):
+    """[D11.10] Rewards that scatter as the prior says, sqrt(2 / a), and half as much: 95 % intervals cover at
+    least 95 % of a completion that played a single game, and of those that played a hundred. Fails where
+    imaginary games grow with the number of completions: the single game's error is then far too small."""
+    generator = generator_of(8)
+    for share in (1.0, 0.5):
+        rewards, wins = league(share * math.sqrt(2 / strength), generator)
+        X, K = rewards.shape
+        data = add_prior(from_wins(wins), ones(X, K), strength)
+        estimate = maximum_likelihood(data, ones(X, K))
+        covered = ((estimate - centred(rewards)).abs() <= 1.96 * standard_errors(estimate, data)).double()
+        # 200 intervals: five deviations of a share of 0.95; the others' of one prompt hang together a little
+        assert covered[:, 0].mean() >= 0.95 - 5 * math.sqrt(0.95 * 0.05 / X)
+        # and 1 % for the normal approximation at margins of 4 nats or more, won by nearly every game
+        assert covered[:, 1:].mean() >= 0.95 - 0.01
 
 
 # --------------------------------------------------------------------------------------------------- IPO
@@ -439,6 +484,20 @@ def test_the_law_of_data_that_fall_apart_is_refused():
     even = torch.full((1, 4), -math.log(4), dtype=torch.float64)
     with pytest.raises(InputError, match=r"prompt 0: no chain .* from completion 0 to 2"):
         finite_data_law(even, even, data, beta=1.0)
+
+
+def test_the_law_counts_only_what_was_compared():
+    """[D11.4] Three prompts: two of three completions compared, nothing, everything many times. Degrees of
+    freedom are 1 + 0 + 2, what was never compared has no deviation, and `plenty` is the first prompt's."""
+    wins = torch.zeros(3, 3, 3, dtype=torch.float64)
+    wins[0, 0, 1], wins[0, 1, 0] = 30, 10
+    wins[2] = 700 * (1 - torch.eye(3))
+    even = torch.full((3, 3), -math.log(3), dtype=torch.float64)
+    law = finite_data_law(even, even, from_wins(wins), beta=1.0)
+    assert law.degrees == 1 + 2
+    assert law.plenty == pytest.approx(40 / 4, rel=1e-12)  # 40 games; rho^2 = 1 / (1/4) at equal rewards
+    nothing = torch.tensor([[False, False, True], [True, True, True], [False, False, False]])
+    assert torch.equal(law.logp_deviation == 0, nothing) and torch.equal(law.logp_limit == 0, nothing)
 
 
 @pytest.mark.parametrize("seed", range(10))

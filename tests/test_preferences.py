@@ -13,12 +13,14 @@ from strategies import generators, normal
 
 from dpo_minimal import InputError
 from dpo_minimal.certificates import connected
+from dpo_minimal.laws.finite_data import add_prior
 from dpo_minimal.laws.sampling_laws import chi_square_quantile
 from dpo_minimal.preferences import (
     Rankings,
     Slate,
     all_sets,
     bradley_terry,
+    by_size,
     expected_pairs,
     expected_rankings,
     plackett_luce_logprob,
@@ -503,3 +505,45 @@ def test_rankings_that_make_no_sense_are_refused(prompt, order, weight, named):
         type(Rankings(*fields)._replace(weight=torch.tensor([2.0]))) is Rankings
     )  # two equal draws are fine
     assert copy.deepcopy(Rankings(*fields)).order.tolist() == [[1, 1]]
+
+
+def test_tensors_are_made_where_the_input_is():
+    """On an accelerator an input's tensors cannot be joined with tensors of the CPU. Here the CPU is the
+    input's device, and what is made without a thought is made on "meta", whose tensors hold nothing."""
+    exists = torch.tensor([[True, True, True], [True, True, False]])
+    rewards, pairs, generator = torch.zeros(2, 3), all_sets(exists), torch.Generator().manual_seed(0)
+    data = Rankings(*pairs)
+    calls = {
+        "all_sets": lambda: all_sets(exists),
+        "random_cycles": lambda: random_cycles(exists, cycles=2, generator=generator),
+        "reference_pairs": lambda: reference_pairs(torch.where(exists, 0, -torch.inf).log_softmax(-1)),
+        "expected_pairs": lambda: expected_pairs(rewards, pairs),
+        "sample_pairs": lambda: sample_pairs(rewards, 9, slate=pairs, generator=generator),
+        "expected_rankings": lambda: expected_rankings(rewards, pairs),
+        "sample_rankings": lambda: sample_rankings(rewards, 9, slate=pairs, generator=generator),
+        "tally": lambda: tally(pairs.prompt, pairs.items),
+        "tally with weights": lambda: tally(*pairs),
+        "win_counts": lambda: [win_counts(data, 2, 3)],
+        "by_size": lambda: [part for rows, _, own in by_size(data, exists) for part in (rows, *own)],
+        "add_prior": lambda: add_prior(data, exists, 0.5),
+    }
+    for name, call in calls.items():
+        with torch.device("meta"):
+            made = call()
+        assert all(field.device.type == "cpu" for field in made), name
+
+
+@given(masks(), generators)
+def test_prompts_apart_by_size_are_all_the_data(exists, generator):
+    """[D11.8] Each prompt in one part, with its own rankings under its number there; a part is as wide as its
+    widest prompt, and none is half as wide."""
+    exists = torch.cat([exists, torch.zeros(len(exists), 9, dtype=torch.bool)], -1)
+    exists[0] = True  # one wide prompt
+    data = sample_pairs(torch.zeros(exists.shape), 40, slate=all_sets(exists), generator=generator)
+    whole, seen = win_counts(data, *exists.shape), []
+    for rows, width, own in by_size(data, exists):
+        seen += rows.tolist()
+        widths = [exists[x].nonzero().max().item() + 1 for x in rows.tolist()]
+        assert max(widths) == width < 2 * min(widths)
+        assert torch.equal(win_counts(own, len(rows), width), whole[rows, :width, :width])
+    assert sorted(seen) == list(range(len(exists)))

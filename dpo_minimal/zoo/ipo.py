@@ -10,7 +10,7 @@ from torch import Tensor
 from ..bandit import mean_on_table
 from ..certificates import Names, laplacian_inverse, require_estimate
 from ..losses import BETA, Loss, PreferenceLoss, _logratios, _preference_loss
-from ..preferences import Rankings, win_counts
+from ..preferences import Rankings, by_size, win_counts
 from ..validation import check_positive
 from .inputs import of_margin, token_counts
 
@@ -76,12 +76,14 @@ def ipo_estimate(rankings: Rankings, exists: Tensor, names: Names | None = None,
     connect a prompt's completions.
     """
     check_positive("beta", beta)
-    wins = win_counts(rankings, *exists.shape)
-    require_estimate(wins, exists, names, loss="ipo")
-    games = wins + wins.mT
-    surplus = wins.sum(-1) - wins.sum(-2)
-    laplacian = torch.diag_embed(games.sum(-1)) - games
-    return (laplacian_inverse(laplacian, exists) @ surplus.unsqueeze(-1)).squeeze(-1) / (2 * beta)
+    require_estimate(rankings, exists, names, loss="ipo")
+    estimate = torch.zeros(exists.shape, dtype=torch.float64, device=exists.device)
+    for rows, width, own in by_size(rankings, exists):
+        wins = win_counts(own, len(rows), width)
+        games = wins + wins.mT
+        inverse = laplacian_inverse(torch.diag_embed(games.sum(-1)) - games, exists[rows, :width])
+        estimate[rows, :width] = (inverse @ (wins - wins.mT).sum(-1, keepdim=True)).squeeze(-1) / (2 * beta)
+    return estimate
 
 
 def ipo_optimum(rankings: Rankings, ref_logps: Tensor, *, beta: float) -> Tensor:
