@@ -16,14 +16,7 @@ import torch
 from torch import Tensor
 
 from .preferences import Rankings, by_size, win_counts
-from .validation import (
-    InputError,
-    check_finite,
-    check_log_distribution,
-    check_positive,
-    check_same_shape,
-    clip,
-)
+from .validation import InputError, check_finite, check_log_distribution, check_positive, check_same_shape
 
 Names = tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]  # of the prompts, of each one's completions
 
@@ -248,10 +241,10 @@ def missing_links(
         found = groups_at_fault(graphs[x][members][:, members].cpu())
         few = [(group, fault) for group, fault in found if 2 * len(group) <= len(members)]
         for group, fault in few or found:  # what a few did wrong tells more than what all the others did
-            listed = ", ".join(clip(labels[members[y]]) for y in group[:6]) + ", ..." * (len(group) > 6)
-            faults.append(f"prompt {clip(names[0][x]) if names else f'x{x}'}: {listed} {fault}")
+            listed = ", ".join(labels[members[y]][:30] for y in group[:6]) + ", ..." * (len(group) > 6)
+            faults.append(f"prompt {names[0][x][:30] if names else f'x{x}'}: {listed} {fault}")
     more = f"; and {len(graphs) - 5} more prompts" if len(graphs) > 5 else ""
-    return clip("; ".join(faults), 240) + more, apart
+    return "; ".join(faults) + more, apart
 
 
 def require_estimate(

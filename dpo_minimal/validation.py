@@ -26,12 +26,6 @@ class InputError(ValueError):
         super().__init__("".join(letter if letter.isprintable() else "\ufffd" for letter in ends))
 
 
-def clip(text: str, most: int = 30) -> str:
-    """What people wrote, to be quoted in one sentence: on one line, and not too long."""
-    text = " ".join(text.split())
-    return text if len(text) <= most else f"{text[: most - 3]}..."
-
-
 def check_positive(name: str, value: float | Tensor) -> None:
     """Require a positive finite number (or zero-dimensional tensor): beta, a temperature, ..."""
     if isinstance(value, Tensor) and value.dim() == 0:

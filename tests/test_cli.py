@@ -18,7 +18,7 @@ import torch
 
 import dpo_minimal
 from dpo_minimal.__main__ import entry_point, main
-from dpo_minimal.bandit import random_bandit
+from dpo_minimal.bandit import Bandit, random_bandit
 from dpo_minimal.experiments.bandit import command as bandit
 from dpo_minimal.experiments.bandit import convergence, figure
 from dpo_minimal.text import runs
@@ -509,10 +509,10 @@ def ranking_rows(folder: str) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def check_ranking(rows: list[dict], games, beta: float) -> None:
+def check_ranking(rows: list[dict], games, beta: float, *more: str) -> None:
     """What holds for every ranking.csv: counts, order, means, and policy = reference exp(reward/beta) / Z."""
     assert list(rows[0]) == [
-        "prompt", "completion", "wins", "losses", "reward", "standard_error", "reference", "policy",
+        "prompt", "completion", "wins", "losses", "reward", "standard_error", "reference", "policy", *more
     ]  # fmt: skip
     for prompt in dict.fromkeys(game[0] for game in games):
         own = [row for row in rows if row["prompt"] == prompt]
@@ -590,22 +590,42 @@ def test_comparisons_without_an_estimate_are_explained(capsys):
 
     assert main(["--comparisons", path, "--prior", "0.5", "--output-dir", "prior"]) == 0
     rows = {(row["prompt"], row["completion"]): row for row in ranking_rows("prior")}
-    check_ranking([*rows.values()], games, 0.5)  # wins and losses are the real ones, beta the default
+    # wins and losses are the real ones, beta the default
+    check_ranking([*rows.values()], games, 0.5, "prior_share")
     names = ("x", "y", "champion")
-    imaginary = [("q", i, j, 0.5) for i in names for j in names if i != j]
+    imaginary = [("q", i, j, 0.5 / 2) for i in names for j in names if i != j]  # each half a win over two
     data = [game for game in games if game[0] == "q"] + imaginary
     order = np.array([[names.index(i), names.index(j)] for _, i, j, _ in data])
     weight = np.array([float(n) for *_, n in data])
     estimate = numpy_bradley_terry(np.zeros(len(order), int), order, weight, (1, 3))[0]
     for name, value in zip(names, estimate):
         assert float(rows["q", name]["reward"]) == pytest.approx(value, abs=1e-9)
+    assert float(rows["q", "champion"]["prior_share"]) == pytest.approx(1 / 8, abs=1e-9)  # of 7 + 1 games
+
+
+def test_completions_of_any_text_and_number_are_drawn():
+    """What stands between dollars is no TeX, long texts leave room for the intervals, and of many completions
+    the best are drawn: matplotlib refuses 65,536 pixels, which 1,324 completions would take."""
+    names = (r"$5 or $\frac", "so long, " * 100, *(f"c{k}" for k in range(1500)))
+    rewards = torch.arange(1502.0).flip(0).double().unsqueeze(0)
+    world = Bandit(torch.zeros_like(rewards).log_softmax(-1), rewards, (r"$1 or $\sum",), (names,))
+    figure.ranking_figure(world, torch.ones_like(rewards), Path("ranking.png"))
+    assert_real_image(Path("ranking.png"), 600, 4000)
 
 
 def test_comparisons_that_do_not_connect_are_refused_by_every_loss(capsys):
-    """Two groups that never met: no loss says which is better, so IPO must refuse as well."""
+    """Two groups that never met: no loss says which is better, so IPO must refuse as well, and is no way out.
+    Under a prior there is an estimate, and it is said what rests on the prior alone."""
     path = write_games([("p", "a", "b", 2), ("p", "b", "a", 1), ("p", "c", "d", 1), ("p", "d", "c", 1)])
     for loss in ("dpo", "ipo"):
-        assert_refused(capsys, ["--comparisons", path, "--loss", loss], "never met", "a, b", loss.upper())
+        way_out = "add comparisons between these groups, or a prior."
+        assert_refused(
+            capsys, ["--comparisons", path, "--loss", loss], "a, b never met", loss.upper(), way_out
+        )
+        assert main(["--comparisons", path, "--loss", loss, "--prior", "2", "--output-dir", loss]) == 0
+        said = capsys.readouterr().out
+        assert "Nothing but the prior compares" in said and "prompt p: a, b never met" in said
+        assert f"no more than {dict(dpo=1, ipo=0.25)[loss]:g} (one" in said  # sqrt(2 / 2); a fourth of it
 
 
 def test_bad_files_are_refused_with_line_and_column(capsys):

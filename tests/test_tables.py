@@ -1,5 +1,6 @@
-"""CSV files that people bring: what good ones become, and what is said about bad ones."""
+"""Files that people bring: what good ones become, and what is said about them and about bad ones."""
 
+import gzip
 import math
 
 import pytest
@@ -156,6 +157,136 @@ def test_counts_keep_their_digits(write):
     assert sorted(rankings.weight.tolist()) == [0.1, 16777217.0]
 
 
+# ------------------------------------------------------------------------- other ways to write comparisons
+
+
+def wins_of(path) -> dict[str, dict[tuple[str, str], float]]:
+    """Prompt -> (winner, loser) -> how often."""
+    world, rankings = load_comparisons(path)
+    table = win_counts(rankings, *world.rewards.shape)
+    found = {}
+    for x, (prompt, names) in enumerate(zip(world.prompts, world.completions)):
+        places = table[x].nonzero().tolist()
+        found[prompt] = {(names[i], names[j]): table[x, i, j].item() for i, j in places}
+    return found
+
+
+SAME = {"p": {("a", "b"): 1500.0, ("b", "a"): 2.5}}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("prompt,winner,loser,count\np,a,b,1500\np,b,a,2.5\n", ""),
+        (" Prompt ,WINNER,Loser,Count,\np,a,b,1500,\np,b,a,2.5,\n", ""),  # with what spreadsheets leave over
+        ('prompt,winner,loser,count\np,a,b,"1,500"\np,b,a,2.5\n', ""),
+        ("prompt;winner;loser;count\np;a;b;1500\np;b;a;2,5\n", "separated by semicolons"),
+        ("prompt\twinner\tloser\tcount\np\ta\tb\t1500\np\tb\ta\t2.5\n", "separated by tabs"),
+        ("prompt|winner|loser|count\np|a|b|1.5e3\np|b|a|2.5\n", "separated by bars"),
+        ("id,prompt,winner,loser,count,note\n1,p,a,b,1500,x\n2,p,b,a,2.5,\n", "not read: id, note."),
+        ("prompt,winner,loser,count\np,a,b,1500\np,c,d,0\np,b,a,2.5\n", "count of 0, which are left out: 1."),
+        ('[["a", "b", 1500], ["b", "a", 2.5]]', "No column 'prompt'"),
+        ('{"winner": "a", "loser": "b", "count": 1500}\n{"winner": "b", "loser": "a", "count": 2.5}', "No c"),
+        ('{"Winner": ["a", "b"], "loser": ["b", "a"], "count": [1500, 2.5]}', "No column 'prompt'"),
+        (gzip.compress(b'[{"prompt": "p", "winner": "a", "loser": "b", "count": 1500, "x": []},'
+                       b' {"prompt": "p", "winner": "b", "loser": "a", "count": 2.5}]'), "not read: x."),
+    ],
+)  # fmt: skip
+def test_one_set_of_comparisons_in_many_spellings(write, capsys, content, said):
+    """Each says the same, and what was recognised, assumed or left out is said."""
+    found = wins_of(write(content, "games"))
+    assert [*found.values()] == [*SAME.values()]
+    assert (list(found) == ["p"]) == ("No c" not in said)
+    printed = capsys.readouterr().out
+    assert said in printed and printed.count("\n") == (1 if said else 0), printed
+
+
+@pytest.mark.parametrize("separator", ["; ", "\t"])
+def test_a_number_that_may_be_two_numbers_is_refused(write, separator):
+    """1,500 is 1500 or 1.5 where commas do not separate columns: a factor of a thousand."""
+    rows = [("winner", "loser", "count"), ("a", "b", "1,500")]
+    path = write("".join(separator.join(row) + "\n" for row in rows))
+    refused(load_comparisons, path, "line 2", "'1,500' is not a number; write it like 1234.5")
+
+
+ARENA = """model_a,model_b,winner,judge
+x,y,model_a,me
+x,y,Model_B,me
+y,x,a,me
+x,y,B,me
+y,x,y,me
+x,y,tie,me
+x,y,tie (bothbad),me
+"""
+
+
+def test_an_arenas_ties_are_half_a_win_each_way(write, capsys):
+    """[D2.1] The winner is a side or a name. Fails if a tie is dropped or counted twice, or sides swapped."""
+    assert wins_of(write(ARENA)) == {"all": {("x", "y"): 1 + 2 / 2, ("y", "x"): 1 + 1 + 1 + 1 + 2 / 2}}
+    said = capsys.readouterr().out
+    assert "Ties, which are half a win each way: 2." in said and "not read: judge." in said
+    refused(
+        load_comparisons, write(ARENA + "x,y,left,me\n"), "line 9", "'winner'", "'left' does not say who won"
+    )
+    refused(
+        load_comparisons, write(ARENA + "x,x,tie,me\n"), "line 9", "'model_b'", "'x' is compared with itself"
+    )
+
+
+def test_prompts_of_single_battles_are_not_ranked_apart(write, capsys):
+    """One game of a prompt ranks nobody: an arena's models are ranked over all prompts, of winners and losers
+    the way is said. Prompts that each have games enough stay apart in either."""
+    battles = [(f"question {k}", *pair) for k, pair in enumerate(["xy", "yx", "xy", "yz", "zy"])]
+    arena = "prompt,model_a,model_b,winner\n" + "".join(f"{p},{a},{b},model_a\n" for p, a, b in battles)
+    assert wins_of(write(arena)) == {"all": {("x", "y"): 2, ("y", "x"): 1, ("y", "z"): 1, ("z", "y"): 1}}
+    assert "over all prompts together" in capsys.readouterr().out
+    plain = "prompt,winner,loser\n" + "".join(f"{p},{a},{b}\n" for p, a, b in battles)
+    assert len(wins_of(write(plain))) == 5
+    assert "delete the column 'prompt'" in capsys.readouterr().out
+    kept = "\n".join(",".join(line.split(",")[1:]) for line in plain.splitlines())  # what it says
+    assert wins_of(write(kept)) == wins_of(write(arena))
+    apart = "prompt,model_a,model_b,winner\n" + "".join(f"{p},x,y,{w}\n" for p in "pq" for w in "ab")
+    capsys.readouterr()
+    assert list(wins_of(write(apart))) == ["p", "q"] and not capsys.readouterr().out
+
+
+def test_names_that_look_alike_are_kept_apart_and_named(write, capsys):
+    """One player spelt in two ways would be two, each with half the games and nobody told."""
+    rows = "p,Ada,Bob\np,Bob,ada\np,ada,Bob\np,Bob, Ada \nP,A  b,c\nP,A b,c\n"
+    assert len(wins_of(write("prompt,winner,loser\n" + rows))["p"]) == 4
+    said = capsys.readouterr().out
+    for pair in ("'Ada' and 'ada'", "'A  b' and 'A b'", "'P' and 'p'"):
+        assert pair in said
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (
+            "winner,loser\ntie,tie\n",
+            ["line 2", "'tie' is compared with itself; a tie is two rows of count 0.5"],
+        ),
+        ("winner,loser,count\na,b,0\n", ["every count is 0"]),
+        ('[["a"]]', ["row 1", "a list [winner, loser]"]),
+        ('[["a", "b"], ["b", ["a"]]]', ["row 2", "'loser'", "several values"]),
+        ('[["a", "b"], ["b", null]]', ["row 2", "'loser'", "is empty"]),
+        ('[{"winner": "a"}]', ["'loser' is missing", "'winner'"]),
+        ('[["a", "b"', ["not JSON"]),
+    ],
+)
+def test_what_cannot_be_a_comparison_is_named(write, content, named):
+    """By place and remedy, in files of either kind."""
+    refused(load_comparisons, write(content), *named)
+
+
+def test_a_tie_written_as_it_is_told(write):
+    """The remedy for a tie."""
+    assert wins_of(write("winner,loser,count\na,b,0.5\nb,a,0.5\n"))["all"] == {
+        ("a", "b"): 0.5,
+        ("b", "a"): 0.5,
+    }
+
+
 # --------------------------------------------------------------------------------------------- bad files
 
 TABLE = "prompt,completion,reward,reference\np,a,1,1\n"
@@ -194,11 +325,11 @@ def test_bad_cells_of_a_table_are_named(write, row, column, problem):
         ("p,,a,1", "winner", "empty"),
         ("p,b,,1", "loser", "empty"),
         ("p,b,b,1", "loser", "'b' is compared with itself"),
-        ("p,b,a,0", "count", "'0' is not a positive finite number"),
-        ("p,b,a,-1", "count", "'-1' is not a positive finite number"),
-        ("p,b,a,nan", "count", "'nan' is not a positive finite number"),
-        ("p,b,a,inf", "count", "'inf' is not a positive finite number"),
-        ("p,b,a,two", "count", "'two' is not a number"),
+        ("p,b,a,-1", "count", "'-1' is not a number from 0 to 1e15"),
+        ("p,b,a,nan", "count", "'nan' is not a number from 0 to 1e15"),
+        ("p,b,a,1e308", "count", "'1e308' is not a number from 0 to 1e15"),  # two of them make infinity
+        ("p,b,a,two", "count", "'two' is not a number; write it like 1234.5"),
+        ('p,b,a,"0,5"', "count", "'0,5' is not a number; write it like 1234.5"),
         ("p,b,a,", "count", "''"),
     ],
 )
@@ -210,13 +341,16 @@ def test_bad_cells_of_comparisons_are_named(write, row, column, problem):
 @pytest.mark.parametrize(("load", "good"), [(load_table, TABLE), (load_comparisons, GAMES)])
 def test_missing_and_repeated_columns_are_named(write, load, good):
     """A header that is data, or a misspelt column: a KeyError would not say what the header should be, and
-    of two columns of one name the second would be read in silence."""
+    of two columns of one name the second would be read in silence. What was read is quoted."""
     header, row = good.splitlines()
-    for column in header.split(",")[:3]:
-        message = refused(load, write(good.replace(column, column + "s", 1)), f"column {column!r} is missing")
+    needed = ["prompt", "completion", "reward"] if load is load_table else ["winner", "loser"]
+    for column in needed:
+        changed = header.replace(column, column + "s", 1)
+        message = refused(load, write(f"{changed}\n{row}\n"), f"column {column!r} is missing")
         assert all(name in message for name in header.split(","))  # the remedy
-    refused(load, write(f"{header},prompt\n{row},p\n"), "column 'prompt' appears twice")
-    refused(load, write(row + "\n"), "column 'prompt' is missing")
+        assert repr(changed.replace(",", ", ")) in message
+    refused(load, write(f"{header},Prompt\n{row},p\n"), "column 'prompt' appears twice")
+    refused(load, write(row + "\n"), f"column {needed[0]!r} is missing")
 
 
 @pytest.mark.parametrize(("load", "good"), [(load_table, TABLE), (load_comparisons, GAMES)])
@@ -230,7 +364,7 @@ def test_rows_of_another_length_are_named(write, load, good):
 @pytest.mark.parametrize("content", ["", "\n\n"])
 def test_an_empty_file_is_refused(write, load, content):
     """max() of nothing would be the message otherwise."""
-    refused(load, write(content), "'prompt' is missing")
+    refused(load, write(content), "is missing", "''")
 
 
 @pytest.mark.parametrize(("load", "good"), [(load_table, TABLE), (load_comparisons, GAMES)])

@@ -36,9 +36,9 @@ OPTIONS = {
             "uniform, reference (a probability or a count)", str, metavar="FILE.csv",
         ),
         "comparisons": Option(
-            "train on your own comparisons instead: columns prompt, winner, loser and, optionally, count; "
-            "writes ranking.csv with rewards, standard errors and the trained policy",
-            str, metavar="FILE.csv",
+            "train on your own comparisons instead: columns winner, loser (or an arena's model_a, model_b, "
+            "winner) and, optionally, prompt and count; writes ranking.csv with rewards, standard errors and "
+            "the trained policy", str, metavar="FILE",
         ),
     },
     "training": {
@@ -54,8 +54,8 @@ OPTIONS = {
             str, choices=("dpo", "ipo"),
         ),
         "prior": Option(
-            "with --comparisons: add this many imaginary wins each way between any two completions (the "
-            "standard errors count them as data)", float, check=check_positive, metavar="WINS",
+            "with --comparisons: give each completion this many imaginary wins and losses, spread over the "
+            "others (standard errors are then the posterior's)", float, check=check_positive, metavar="X",
         ),
     },
     "run": {

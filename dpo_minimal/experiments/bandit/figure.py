@@ -109,23 +109,29 @@ def _frontier_panel(axis, outcomes: list[Outcome]) -> None:
     axis.legend(loc="lower right", markerscale=0.8)
 
 
-def ranking_figure(world: Bandit, errors: Tensor, path: Path, *, most: int = 6) -> None:
-    """Rewards with 95 % intervals, best first, for the first `most` prompts (said in the title)."""
-    shown = min(most, len(world.prompts))
-    heights = [len(names) for names in world.completions[:shown]]
+def ranking_figure(world: Bandit, errors: Tensor, path: Path, *, of: str = "") -> None:
+    """Rewards with 95 % intervals (`of` what), best first: 100 of each of the first 6 prompts, as it says."""
+
+    def label(name: str) -> str:
+        return " ".join(name.split())[:30].replace("$", r"\$")  # between two of them it would be TeX
+
+    shown = min(6, len(world.prompts))
+    heights = [min(100, len(names)) for names in world.completions[:shown]]
     size = (12, 1.6 * shown + 0.45 * sum(heights))
     options = {"squeeze": False, "height_ratios": heights, "sharex": True}
     with panels(path, shown, 1, figsize=size, **options) as (figure, axes):
-        for x, axis in enumerate(axes[:, 0]):
-            order = world.rewards[x, : heights[x]].argsort(descending=True)
+        for axis, height, prompt, names, rewards, own in zip(
+            axes[:, 0], heights, world.prompts, world.completions, world.rewards, errors
+        ):
+            order = rewards[: len(names)].argsort(descending=True)[:height]
             axis.errorbar(
-                world.rewards[x, order], range(heights[x]), xerr=1.96 * errors[x, order], fmt="o",
-                color=COLOURS["tabular"], markersize=9, capsize=4,
+                rewards[order], range(height), xerr=1.96 * own[order], fmt="o", color=COLOURS["tabular"],
+                markersize=9, capsize=4,
             )  # fmt: skip
-            axis.set_yticks(range(heights[x]), [world.completions[x][y] for y in order.tolist()])
-            axis.set_ylim(heights[x] - 0.5, -0.5)  # best on top
+            axis.set_yticks(range(height), [label(names[y]) for y in order.tolist()])
+            axis.set_ylim(height - 0.5, -0.5)  # best on top
             axis.axvline(0, color="black", linewidth=1)
-            axis.set_title(world.prompts[x])
-        axes[-1, 0].set_xlabel("estimated reward, mean zero per prompt, with 95 % intervals")
+            axis.set_title(label(prompt) + f" (best {height} of {len(names)})" * (height < len(names)))
+        axes[-1, 0].set_xlabel(f"reward, mean zero per prompt, with 95 % intervals{of}")
         if shown < len(world.prompts):
             figure.suptitle(f"The first {shown} of {len(world.prompts)} prompts")

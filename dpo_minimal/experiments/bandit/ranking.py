@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,31 +12,23 @@ import torch
 from torch import Tensor
 
 from ...bandit import Bandit, dpo_objective
-from ...certificates import maximum_likelihood
+from ...certificates import maximum_likelihood, missing_links
 from ...closed_form import optimal_logps
 from ...laws.finite_data import add_prior, ipo_standard_errors, standard_errors
-from ...preferences import Rankings, win_counts
-from ...text.runs import (
-    new_run_folder,
-    refuse_used_folder,
-    versions,
-    write_atomically,
-    write_json,
-    write_records,
-)
+from ...preferences import Rankings
+from ...text import runs
 from ...zoo.ipo import ipo_estimate, ipo_objective
 from .fit import Task, fit_table, max_distance
 from .tables import load_comparisons
 
 UNUSED = "table prompts completions pairs seed"  # options of the command that are of no use here
-COLUMNS = ["prompt", "completion", "wins", "losses", "reward", "standard_error", "reference", "policy"]
 STEPS = {"dpo": 20_000, "ipo": 5_000}  # DPO stops once certified; IPO, which has no certificate, takes all
 BOUND = 1e-8  # nats: closer than anybody reads, reached in seconds on well-connected data
 
 
 def run(args: argparse.Namespace) -> Path:
     """Estimate rewards from comparisons, train a tabular policy on them by DPO (or IPO), compare the two."""
-    refuse_used_folder(args.output_dir)
+    runs.refuse_used_folder(args.output_dir)
     loss = args.loss or "dpo"
     steps = args.steps or STEPS[loss]
     world, data = load_comparisons(args.comparisons)
@@ -51,13 +44,15 @@ def run(args: argparse.Namespace) -> Path:
         rewards = args.beta * logratios
         errors = args.beta * ipo_standard_errors(logratios, weighted, world.exists, beta=args.beta)
     world = replace(world, rewards=rewards)
+    if args.prior is not None:
+        _say_prior(world, data, args.prior, loss)
     target = optimal_logps(world.ref_logps, rewards, beta=args.beta)
 
-    folder = new_run_folder(args.output_dir, "ranking")
+    folder = runs.new_run_folder(args.output_dir, "ranking")
     config = {"command": "bandit", **vars(args), **dict.fromkeys(UNUSED.split()), "steps": steps}
-    write_json(folder / "config.json", {**config, **versions()})
+    runs.write_json(folder / "config.json", {**config, **runs.versions()})
     print(
-        f"{data.weight.sum():g} comparisons of {int(world.exists.sum())} completions "
+        f"{data.weight.sum():.10g} comparisons of {int(world.exists.sum())} completions "
         f"for {len(world.prompts)} prompts; training a table by {loss.upper()} with beta = {args.beta:g}.",
         flush=True,
     )
@@ -69,29 +64,49 @@ def run(args: argparse.Namespace) -> Path:
     print(f"Trained policy against the closed form of the estimate: max |dlogp| {distance:.1e} nats", end="")
     print(f", certified below {outcome.logp_bound.max():.1e}." if certified else ".")
     if distance > 1e-6:
-        print("That is not converged: raise --steps or, where a completion wins almost always, set --prior.")
+        remedy = " or, where a completion wins almost always, use --loss ipo" * certified
+        print(f"The policy is not converged, though rewards and errors are: raise --steps{remedy}.")
 
-    _write_csv(folder / "ranking.csv", world, data, errors, outcome.logps)
-    write_records(folder / "metrics.jsonl", outcome.records)
+    _write_csv(folder / "ranking.csv", world, data, args.prior, errors, outcome.logps)
+    runs.write_records(folder / "metrics.jsonl", outcome.records)
     from .figure import ranking_figure
 
-    ranking_figure(world, errors, folder / "ranking.png")
+    ranking_figure(world, errors, folder / "ranking.png", of=" of the posterior" * (args.prior is not None))
     print(f"Wrote {folder}/ranking.csv, ranking.png, metrics.jsonl and config.json.")
     return folder
 
 
-def _write_csv(path: Path, world: Bandit, data: Rankings, errors: Tensor, logps: Tensor) -> None:
+def _say_prior(world: Bandit, data: Rankings, strength: float, loss: str) -> None:
+    """What the standard errors are then, and whom nothing else compares."""
+    scatter = math.sqrt(2 / strength) / (1 if loss == "dpo" else 4)
+    print(
+        f"Each completion gets {strength:g} imaginary wins and losses; standard errors are the posterior's, "
+        f"which hold where rewards scatter by no more than {scatter:.2g} (one standard deviation)."
+    )
+    if groups := missing_links(data, world.exists, (world.prompts, world.completions), loss="ipo")[0]:
+        print(f"Nothing but the prior compares these groups with the others: {groups}.")
+
+
+def _write_csv(
+    path: Path, world: Bandit, data: Rankings, prior: float | None, errors: Tensor, logps: Tensor
+) -> None:
     """One row a completion, each prompt's best first."""
-    wins = win_counts(data, *world.rewards.shape)
-    probabilities = world.ref_logps.exp(), logps.exp()
-    numbers = torch.stack([wins.sum(-1), wins.sum(-2), world.rewards, errors, *probabilities], -1)
+    zeros = torch.zeros_like(errors)
+    wins, losses = (
+        zeros.index_put((data.prompt, data.order[:, k]), data.weight, accumulate=True) for k in (0, 1)
+    )
+    columns = {"wins": wins, "losses": losses, "reward": world.rewards, "standard_error": errors}
+    columns |= {"reference": world.ref_logps.exp(), "policy": logps.exp()}
+    if prior is not None:
+        columns["prior_share"] = 2 * prior / (2 * prior + wins + losses)
+    numbers = torch.stack([*columns.values()], -1)
 
     def write(temporary: Path) -> None:
         with open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(COLUMNS)
+            writer.writerow(["prompt", "completion", *columns])
             for x, (prompt, names) in enumerate(zip(world.prompts, world.completions)):
                 for y in world.rewards[x, : len(names)].argsort(descending=True).tolist():
                     writer.writerow([prompt, names[y], *(f"{n:.10g}" for n in numbers[x, y].tolist())])
 
-    write_atomically(path, write)
+    runs.write_atomically(path, write)
