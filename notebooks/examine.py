@@ -7,9 +7,8 @@ judged. What the course itself wrote (demonstrations, checks) is not run: only t
 what the student added. REPORT gets one JSON line when an item begins and one when an exercise is judged, so
 whoever reads it knows what was going on when this process died. Items named SKIPPED are left out.
 
-Cells mean what they mean in Jupyter: `await` may stand at the top, and what is not Python (magics, shell
-commands, `f?`) is rewritten by IPython itself; but magics and commands do nothing, except `%time` and its
-like, which run the Python that they are given.
+Cells mean what they mean in Jupyter, `await` and IPython's own syntax included, but magics and commands do
+nothing, except `%time` and its like, which run the Python that they are given.
 
 But: this is no sandbox. It survives accidents, not malice; grade strangers' code in a container.
 """
@@ -50,8 +49,10 @@ def examine(path: Path, report: Path, skipped: set[str]) -> None:
             item = f"cell {place}"
             if item not in skipped:
                 tell(begin=item)
-                if error := _run(code, item, session):
-                    tell(item=item, error=error)
+                try:
+                    session.execute(code, item)
+                except BaseException as error:  # exit() too
+                    tell(item=item, error=_told(error))
                 for name, found in answers.items():
                     value = session.namespace.get(name)
                     if _is_own(value) and not (found and found[-1] is value):
@@ -156,15 +157,6 @@ class Session:
         return lambda *_, **__: []  # lines of output
 
 
-def _run(code: str, name: str, session: Session) -> str | None:
-    """Execute one cell; the error it raised, or None."""
-    try:
-        session.execute(code, name)
-    except BaseException as error:  # exit() too
-        return _told(error)
-    return None
-
-
 def _told(error: BaseException) -> str:
     """An error as a remark that any file can hold."""
     try:
@@ -182,8 +174,7 @@ def _is_own(value: Any) -> bool:
 def _remark(function: str, found: list[Any], notebook: dict[str, Any], own: list[str]) -> str | None:
     """What is odd about an answer that is there more than once, or not at all and no error has told why."""
     if found:
-        times = {1: None, 2: "twice"}.get(len(found), f"{len(found)} times")
-        return times and f"is defined {times}: the last one counts"
+        return "is defined twice: the last one counts" if len(found) > 1 else None
     kinds = [cell.get("cell_type") for cell in notebook["cells"] if f"def {function}(" in _source(cell)]
     if kinds:
         return None if "code" in kinds else "is not there: its cell is no code cell, and so is not run"

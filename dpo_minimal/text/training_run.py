@@ -38,6 +38,7 @@ from ..model import GPT
 from ..train import Objective, Record, Window, average, make_optimizer, train, warm_up
 from ..validation import InputError
 from .batches import Example, in_passes, windows
+from .files import read_bytes
 from .objectives import make_window
 from .runs import record_line, write_records
 from .training_state import load_training_state, save_training_state
@@ -247,7 +248,7 @@ def _go_on(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) -> tuple[
     if load_training_state(found[-1], model, optimizer).get("step") != done:
         raise InputError(f"{found[-1]}: its state is not of step {done}, as its name says; delete it.")
     path, records = folder / METRICS_FILE, []
-    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    lines = read_bytes(path).split(b"\n") if path.is_file() else []
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
