@@ -258,12 +258,13 @@ _NAMES = {
 def _rows_of_table(path: str | Path, data: bytes, separator: str) -> Iterator[Located]:
     """Lines of cells under a line of names; cells that hold separators or line ends stand in quotes."""
     try:
-        text = data.decode()
+        data.decode()
     except UnicodeDecodeError as error:
         line = data[: error.start].count(10) + 1
         raise InputError(f"{path}, line {line}: is not UTF-8 text; save the file as UTF-8.") from None
-    csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    csv.field_size_limit(2**24)
+    text = io.TextIOWrapper(io.BytesIO(data), "utf-8", newline="")  # StringIO: four bytes a letter
+    reader = csv.reader(text, delimiter=separator, strict=True)
     names: list[str] = []
     try:
         for cells in reader:

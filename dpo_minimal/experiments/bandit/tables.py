@@ -190,11 +190,13 @@ def _rows(path: str | Path, layouts: list[tuple[str, ...]], *optional: str) -> l
 def _read(path: str | Path) -> tuple[str, list[str], list[tuple[str, list[Any]]]]:
     """The separator, the names of the columns in lower case, and the rows with their places."""
     try:
-        text = read_bytes(path).decode()
+        data = read_bytes(path)
+        text = data.decode()
         if text.lstrip()[:1] in ("[", "{"):
             return ",", *_read_json(path)
         separator = max(SEPARATORS, key=text.partition("\n")[0].count)
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+        lines = io.TextIOWrapper(io.BytesIO(data), "utf-8", newline="")
+        reader = csv.reader(lines, delimiter=separator, strict=True)
         header = [cell.strip().lower() for cell in next(reader, [])]
         lines = [(f"{path}, line {reader.line_num}", [cell.strip() for cell in cells]) for cells in reader]
     except UnicodeDecodeError:
