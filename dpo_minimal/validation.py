@@ -16,10 +16,7 @@ from torch import Tensor
 
 
 class InputError(ValueError):
-    """Bad input from the user: one sentence that names the place and the remedy.
-
-    It is one line of at most 400 characters, whatever of a file it quotes: the middle is left out.
-    """
+    """Bad input from the user: place and remedy in one sentence, one line of 400 characters at most."""
 
     def __init__(self, message: str):
         ends = message if len(message) <= 400 else f"{message[:240]} … {message[-155:]}"

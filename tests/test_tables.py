@@ -189,7 +189,8 @@ SAME = {"p": {("a", "b"): 1500.0, ("b", "a"): 2.5}}
         ('{"winner": "a", "loser": "b", "count": 1500}\n{"winner": "b", "loser": "a", "count": 2.5}', "No c"),
         ('{"Winner": ["a", "b"], "loser": ["b", "a"], "count": [1500, 2.5]}', "No column 'prompt'"),
         (gzip.compress(b'[{"prompt": "p", "winner": "a", "loser": "b", "count": 1500, "x": []},'
-                       b' {"prompt": "p", "winner": "b", "loser": "a", "count": 2.5}]', mtime=0), "not read: x."),
+                       b' {"prompt": "p", "winner": "b", "loser": "a", "count": 2.5}]', mtime=0),
+         "not read: x."),
     ],
 )  # fmt: skip
 def test_one_set_of_comparisons_in_many_spellings(write, capsys, content, said):

@@ -183,15 +183,14 @@ def _rows(path: str | Path, layouts: list[tuple[str, ...]], *optional: str) -> l
     if separator != ",":
         print(f"Columns are separated by {SEPARATORS[separator]}.")
     if unread := [column for column in header if column and column not in (*needed, *optional)]:
-        print(f"Columns not read: {', '.join(unread)[:200]}.")
+        print(f"Columns not read: {', '.join(repr(name)[1:-1] for name in unread)[:200]}.")
     return [_Row(place, dict(zip(header, cells)), separator) for place, cells in lines]
 
 
 def _read(path: str | Path) -> tuple[str, list[str], list[tuple[str, list[Any]]]]:
     """The separator, the names of the columns in lower case, and the rows with their places."""
     try:
-        data = read_bytes(path)
-        text = data.decode()
+        text = (data := read_bytes(path)).decode()
         if text.lstrip()[:1] in ("[", "{"):
             return ",", *_read_json(path)
         separator = max(SEPARATORS, key=text.partition("\n")[0].count)
