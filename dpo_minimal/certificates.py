@@ -253,9 +253,7 @@ def require_estimate(
     """Raise InputError, naming prompts and completions at fault, unless the estimate exists [D11.1, D12.1].
 
     Args:
-        rankings: the data.
-        exists: (X, Y) True where the prompt has that completion.
-        names: for the message.
+        rankings; exists (X, Y) True where the prompt has that completion; names, for the message.
         loss: "dpo" needs every win graph strongly connected; "ipo" only connected.
     """
     faults, apart = missing_links(rankings, exists, names, loss=loss)
@@ -267,14 +265,9 @@ def require_estimate(
 def maximum_likelihood(rankings: Rankings, exists: Tensor, names: Names | None = None) -> Tensor:
     """The Bradley-Terry or Plackett-Luce maximum-likelihood rewards of a data set, by Newton [D11.1].
 
-    Args:
-        rankings: the data.
-        exists: (X, Y) True where the prompt has that completion.
-        names: for the error message.
-    Returns:
-        (X, Y) float64 rewards with mean zero for each prompt, 0 where there is no completion.
-    Raises:
-        InputError: the estimate does not exist, or lies so far out that float64 cannot reach it.
+    Args: rankings; exists (X, Y) True where the prompt has that completion; names, for the error message.
+    Returns: (X, Y) float64 rewards with mean zero for each prompt, 0 where there is no completion.
+    Raises: InputError: the estimate does not exist, or lies so far out that float64 cannot reach it.
     """
     require_estimate(rankings, exists, names)
     scores = torch.zeros(exists.shape, dtype=torch.float64, device=exists.device)

@@ -90,12 +90,8 @@ class Slate(NamedTuple):
 def bradley_terry(first_rewards: Tensor, second_rewards: Tensor) -> Tensor:
     """P(first is preferred to second) = sigmoid(r_first - r_second) (Eq. 1, 16) [D2.1].
 
-    Args:
-        first_rewards, second_rewards: rewards in nats of log-odds, any one shape.
-    Returns:
-        Probabilities of that shape.
-    Raises:
-        InputError: shapes differ or an entry is not finite.
+    Args: first_rewards, second_rewards: in nats of log-odds, of any one shape. Returns probabilities of it.
+    Raises: InputError: shapes differ or an entry is not finite.
     """
     check_finite(first_rewards=first_rewards, second_rewards=second_rewards)
     return torch.sigmoid(first_rewards - second_rewards)

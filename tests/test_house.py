@@ -14,7 +14,7 @@ ANNEXES = ("zoo", "laws", "text", "rivals", "bench", "experiments")
 BUDGETS = {  # what is counted: lines, and words where it says so
     "book (root files)": 2900,
     "micro.py": 150,
-    "experiments": 6000,
+    "experiments": 6100,
     "package": 15500,
     "README.md": 160,
     "README.md, words": 1800,
