@@ -47,7 +47,7 @@ OPTIONS = {
         "pairs": Option("pairs to sample", int, 20_000),
         "steps": Option(
             "at most, of each experiment (default: 2000, but tables stop early once certified; with "
-            "--comparisons 20000, or 5000 by ipo)"
+            "--comparisons 60000, or 5000 by ipo)"
         ),
         "loss": Option(
             "with --comparisons: ipo has a finite optimum even where a completion never lost (default dpo)",

@@ -22,7 +22,7 @@ from .fit import Task, fit_table, max_distance
 from .tables import load_comparisons
 
 UNUSED = "table prompts completions pairs seed"  # options of the command that are of no use here
-STEPS = {"dpo": 20_000, "ipo": 5_000}  # DPO stops once certified; IPO, which has no certificate, takes all
+STEPS = {"dpo": 60_000, "ipo": 5_000}  # DPO stops once certified; IPO, which has no certificate, takes all
 BOUND = 1e-8  # nats: closer than anybody reads, reached in seconds on well-connected data
 
 
