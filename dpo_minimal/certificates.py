@@ -225,7 +225,11 @@ def missing_links(
     rankings: Rankings, exists: Tensor, names: Names | None = None, *, loss: str = "dpo"
 ) -> tuple[str, bool]:
     """Which completions the data do not compare as an estimate needs it, "" where it exists, and whether some
-    of them never met [D11.1]. Args: as `require_estimate`."""
+    of them never met [D11.1].
+
+    Args: the data; exists (X, Y) True where the prompt has that completion; names for the words; loss "dpo"
+        needs every win graph strongly connected, "ipo" only connected.
+    """
     graphs, apart = {}, False  # win graphs of the prompts at fault
     for rows, width, own in by_size(rankings, exists):
         wins, there = win_counts(own, len(rows), width), _outer(exists[rows, :width])
@@ -247,15 +251,9 @@ def missing_links(
     return "; ".join(faults) + more, apart
 
 
-def require_estimate(
-    rankings: Rankings, exists: Tensor, names: Names | None = None, *, loss: str = "dpo"
-) -> None:
-    """Raise InputError, naming prompts and completions at fault, unless the estimate exists [D11.1, D12.1].
-
-    Args:
-        rankings; exists (X, Y) True where the prompt has that completion; names, for the message.
-        loss: "dpo" needs every win graph strongly connected; "ipo" only connected.
-    """
+def require_estimate(rankings: Rankings, exists: Tensor, names: Names | None = None, *, loss="dpo") -> None:
+    """Raise InputError, naming prompts and completions at fault and a way out, unless the estimate exists
+    [D11.1, D12.1]. Args: as `missing_links`."""
     faults, apart = missing_links(rankings, exists, names, loss=loss)
     if faults:
         remedy = "between these groups, or a prior" if apart else "or a prior, or use IPO"

@@ -298,10 +298,10 @@ def win_counts(rankings: Rankings, num_prompts: int, num_completions: int) -> Te
 
 
 def by_size(rankings: Rankings, exists: Tensor) -> Iterator[tuple[Tensor, int, Rankings]]:
-    """Prompts apart by their number of completions, within a factor of two: in one table (X, Y, Y) each of
-    many small prompts would take as much room and time as the largest [D11.8].
+    """Prompts apart by size, within a factor of two: in one table (X, Y, Y) each of many small prompts would
+    take as much room and time as the largest [D11.8].
 
-    Args: exists (X, Y) True where the prompt has that completion; one that is ranked counts as well.
+    Args: exists (X, Y) True where the prompt has that completion; what is ranked counts as well.
     Yields: numbers of the prompts (P,), the width that their tables need, their rankings, by place in (P,).
     """
     there = exists.clone()

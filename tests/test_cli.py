@@ -589,6 +589,8 @@ def test_comparisons_without_an_estimate_are_explained(capsys):
     assert y - x == pytest.approx((5 - 3) / 8 / 2, abs=1e-9)
 
     assert main(["--comparisons", path, "--prior", "0.5", "--output-dir", "prior"]) == 0
+    said = capsys.readouterr().out
+    assert "no more than 2 (one" in said and "Nothing but the prior" not in said  # sqrt(2 / 0.5) nats
     rows = {(row["prompt"], row["completion"]): row for row in ranking_rows("prior")}
     # wins and losses are the real ones, beta the default
     check_ranking([*rows.values()], games, 0.5, "prior_share")
@@ -622,10 +624,10 @@ def test_comparisons_that_do_not_connect_are_refused_by_every_loss(capsys):
         assert_refused(
             capsys, ["--comparisons", path, "--loss", loss], "a, b never met", loss.upper(), way_out
         )
-        assert main(["--comparisons", path, "--loss", loss, "--prior", "2", "--output-dir", loss]) == 0
-        said = capsys.readouterr().out
-        assert "Nothing but the prior compares" in said and "prompt p: a, b never met" in said
-        assert f"no more than {dict(dpo=1, ipo=0.25)[loss]:g} (one" in said  # sqrt(2 / 2); a fourth of it
+    assert main(["--comparisons", path, "--loss", "ipo", "--prior", "2", "--steps", "300"]) == 0
+    said = capsys.readouterr().out
+    assert "Nothing but the prior compares" in said and "prompt p: a, b never met" in said
+    assert "no more than 0.25 (one" in said  # sqrt(2 / 2), a fourth of it on the scale of win rates
 
 
 def test_bad_files_are_refused_with_line_and_column(capsys):

@@ -321,7 +321,7 @@ def league(scatter, generator, X=200, K=12):
     return rewards, won + (games - won).mT
 
 
-@pytest.mark.parametrize("strength", [0.5, 2.0])
+@pytest.mark.parametrize("strength", [0.5, pytest.param(2.0, marks=pytest.mark.slow)])
 def test_errors_under_a_prior_cover_the_truth(strength):
     """[D11.10] Rewards that scatter as the prior says, sqrt(2 / a), and half as much: 95 % intervals cover at
     least 95 % of a completion that played a single game, and of those that played a hundred. Fails where

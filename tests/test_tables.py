@@ -212,25 +212,26 @@ def test_a_number_that_may_be_two_numbers_is_refused(write, separator):
 
 ARENA = """model_a,model_b,winner,judge
 x,y,model_a,me
-x,y,Model_B,me
+x,y,Model B,me
 y,x,a,me
 x,y,B,me
 y,x,y,me
 x,y,tie,me
 x,y,tie (bothbad),me
+x,y,both_bad,me
 """
 
 
 def test_an_arenas_ties_are_half_a_win_each_way(write, capsys):
     """[D2.1] The winner is a side or a name. Fails if a tie is dropped or counted twice, or sides swapped."""
-    assert wins_of(write(ARENA)) == {"all": {("x", "y"): 1 + 2 / 2, ("y", "x"): 1 + 1 + 1 + 1 + 2 / 2}}
+    assert wins_of(write(ARENA)) == {"all": {("x", "y"): 1 + 3 / 2, ("y", "x"): 1 + 1 + 1 + 1 + 3 / 2}}
     said = capsys.readouterr().out
-    assert "Ties, which are half a win each way: 2." in said and "not read: judge." in said
+    assert "Ties, which are half a win each way: 3." in said and "not read: judge." in said
     refused(
-        load_comparisons, write(ARENA + "x,y,left,me\n"), "line 9", "'winner'", "'left' does not say who won"
+        load_comparisons, write(ARENA + "x,y,left,me\n"), "line 10", "'winner'", "'left' does not say who won"
     )
     refused(
-        load_comparisons, write(ARENA + "x,x,tie,me\n"), "line 9", "'model_b'", "'x' is compared with itself"
+        load_comparisons, write(ARENA + "x,x,tie,me\n"), "line 10", "'model_b'", "'x' is compared with itself"
     )
 
 

@@ -21,8 +21,8 @@ from ...text.files import read_bytes, read_rows
 from ...validation import InputError
 
 GAMES, ARENA = ("winner", "loser"), ("model_a", "model_b", "winner")  # columns of comparisons
-SHARES = {"model_a": 1.0, "a": 1.0, "model_b": 0.0, "b": 0.0}  # of the win that goes to model_a
-SHARES |= dict.fromkeys(["tie", "tie (bothbad)", "bothbad", "both_bad", "draw"], 0.5)
+SHARES = {"modela": 1.0, "a": 1.0, "modelb": 0.0, "b": 0.0}  # of the win that goes to model_a
+SHARES |= dict.fromkeys(["tie", "tiebothbad", "bothbad", "draw"], 0.5)  # letters only
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 NUMBERS = {  # what they must be, the least and the largest
     "reward": ("a finite number", -math.inf, math.inf),
@@ -85,19 +85,18 @@ def load_comparisons(path: str | Path) -> tuple[Bandit, Rankings]:
             print("Most prompts have a single battle: the models are ranked over all prompts together.")
             games = [("all", *game[1:]) for game in games]
 
-    place: dict[str, int] = {}  # prompt -> its number
-    numbers: dict[str, dict[str, int]] = {}  # prompt -> completion -> its number
+    numbers: dict[str, tuple[int, dict[str, int]]] = {}  # prompt -> its number, its completions' numbers
     outcomes = []  # prompt, winner, loser, count
     for prompt, one, other, won, lost in games:
-        x, known = place.setdefault(prompt, len(place)), numbers.setdefault(prompt, {})
+        x, known = numbers.setdefault(prompt, (len(numbers), {}))
         i, j = (known.setdefault(name, len(known)) for name in (one, other))
         outcomes += [outcome for outcome in ((x, i, j, won), (x, j, i, lost)) if outcome[-1] > 0]
-    _say_alike(place)
+    _say_alike(numbers)
     _say_alike(names)
-    ones = [torch.ones(len(known), dtype=torch.float64) for known in numbers.values()]
+    ones = [torch.ones(len(known), dtype=torch.float64) for _, known in numbers.values()]
     ref_logps = pad_sequence(ones, batch_first=True).log().log_softmax(-1)
-    names = tuple(map(tuple, numbers.values()))
-    world = Bandit(ref_logps, torch.zeros_like(ref_logps), tuple(numbers), names)
+    completions = tuple(tuple(known) for _, known in numbers.values())
+    world = Bandit(ref_logps, torch.zeros_like(ref_logps), tuple(numbers), completions)
     prompts, winners, losers, counts = zip(*outcomes)
     order, counts = torch.tensor([winners, losers]).T, torch.tensor(counts, dtype=torch.float64)
     return world, tally(torch.tensor(prompts), order, counts)
@@ -110,7 +109,7 @@ def _game(row: _Row) -> tuple[str, str, str, float, float]:
     one, other, winner, count = *map(row.name, (*columns[:2], "winner")), row.number("count")
     if one == other:
         raise row.error(columns[1], f"{one!r} is compared with itself; a tie is two rows of count 0.5")
-    share = {**SHARES, one: 1.0, other: 0.0}.get(winner, SHARES.get(winner.lower()))
+    share = {one: 1.0, other: 0.0}.get(winner, SHARES.get(re.sub(r"[\W_]", "", winner).lower()))
     if share is None:
         raise row.error("winner", f"{winner!r} does not say who won; write model_a, model_b or tie")
     return prompt, one, other, share * count, (1 - share) * count
