@@ -24,6 +24,7 @@ from dpo_minimal.text import training_run
 from dpo_minimal.text.batches import Example
 from dpo_minimal.text.checkpoint import load_model, state_fingerprint
 from dpo_minimal.text.objectives import check_start, preference_objective, reference_logps, sft_objective
+from dpo_minimal.text.runs import refuse_used_folder
 from dpo_minimal.text.training_run import (
     Data,
     Interrupted,
@@ -257,6 +258,14 @@ def test_a_run_folder_leads_nowhere_else(tmp_path):
         with pytest.raises(InputError, match=rf"{name}: is a link, .*; remove the link\.$"), alone_in(folder):
             pytest.fail("let in")
         link.unlink()
+    (tmp_path / "link").symlink_to(folder)
+    with (
+        pytest.raises(InputError, match=r"link: is a link; name the folder .*run\.$"),
+        alone_in(tmp_path / "link"),
+    ):
+        pytest.fail("let in")
+    with pytest.raises(InputError, match="is a link"):
+        refuse_used_folder(str(tmp_path / "link"))
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "step-000003").symlink_to(precious)
     (precious / "file").write_text("kept")
@@ -266,7 +275,7 @@ def test_a_run_folder_leads_nowhere_else(tmp_path):
     assert (precious / "file").read_text() == "kept" and not (folder / "metrics.jsonl").is_symlink()
     (folder / ".lock").unlink()
     (folder / ".lock").symlink_to(precious / "new")
-    with pytest.raises(OSError), alone_in(folder):
+    with pytest.raises(InputError, match=r"\.lock: is a link"), alone_in(folder):
         pytest.fail("let in")
     assert not (precious / "new").exists()
 

@@ -26,6 +26,7 @@ def refuse_used_folder(output_dir: str | None) -> None:
     if output_dir == "":
         raise InputError("--output-dir is empty; name a folder.")
     folder = Path("runs" if output_dir is None else output_dir)
+    refuse_link(folder)
     try:
         blocking = next((path for path in (folder, *folder.parents) if path.exists()), None)
         if blocking is not None and not blocking.is_dir():
@@ -38,6 +39,12 @@ def refuse_used_folder(output_dir: str | None) -> None:
             pass
     except OSError as error:
         raise _unwritable(folder, error) from None
+
+
+def refuse_link(folder: Path) -> None:
+    """Raise InputError for a run folder that is a link: a run writes where its name says."""
+    if folder.is_symlink():
+        raise InputError(f"{folder}: is a link; name the folder that it leads to, {folder.resolve()}.")
 
 
 def new_run_folder(output_dir: str | None, command: str) -> Path:

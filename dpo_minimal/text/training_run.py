@@ -40,7 +40,7 @@ from ..validation import InputError
 from .batches import Example, in_passes, windows
 from .files import read_bytes
 from .objectives import make_window
-from .runs import record_line, write_records
+from .runs import record_line, refuse_link, write_records
 from .training_state import load_training_state, save_training_state
 
 METRICS_FILE, CHECKPOINTS, LOCK_FILE = "metrics.jsonl", "checkpoints", ".lock"
@@ -199,8 +199,9 @@ def alone_in(folder: Path) -> Iterator[None]:
     Raises InputError where another one is in it (a file system without locks cannot tell), or where a part of
     it is a link to a folder, into which the run might write; one to a checkpoint is only read or removed.
     """
+    refuse_link(folder)
     for path in filter(Path.is_symlink, folder.rglob("*")):
-        if path.is_dir() and not path.name.startswith("step-"):
+        if path.name == LOCK_FILE or (path.is_dir() and not path.name.startswith("step-")):
             raise InputError(f"{path}: is a link, but a run writes into its own folder; remove the link.")
     handle = os.open(folder / LOCK_FILE, os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0), 0o666)
     with open(handle, "r+") as file:  # and it stays: another process may have opened it by then
