@@ -14,9 +14,12 @@ import pytest
 import torch
 from planting import CAUGHT, plant
 
+from dpo_minimal.text.batches import tokenize
+from dpo_minimal.text.data import dataset_from_rows
+from dpo_minimal.text.tokenizer import byte_tokenizer
 from dpo_minimal.validation import InputError
 from tests.benchmarks import __main__ as command
-from tests.benchmarks import contestant, duels, ours, results, tasks
+from tests.benchmarks import contestant, duels, files, ours, results, tasks
 from tests.benchmarks.contestant import Turns
 from tests.benchmarks.tasks import Task
 
@@ -328,6 +331,56 @@ def test_memory_is_that_of_this_process():
     assert contestant.memory_mib("VmRSS") - before > 200
     del held
     assert contestant.memory_mib("VmHWM") >= before + 200
+
+
+# ---------------------------------------------------------------------------------------------- large files
+
+
+def test_dialogues_have_the_form_and_the_size_of_hh():
+    """Some 1,060 bytes a row, as 170 MB of 160,000: the mean of 500 strays by about 15. Fails if sizes differ
+    in more than their number of rows, or the audit would find anything but repeated prompts."""
+    rows = list(files.dialogues(500))
+    assert rows == list(files.dialogues(600))[:500] != list(files.dialogues(500, seed=1))
+    assert 1000 < sum(len(json.dumps(row)) + 1 for row in rows) / len(rows) < 1120
+    data = dataset_from_rows(rows, "dialogues", "preferences")
+    assert all(row.prompt.endswith("\n\nAssistant:") for row in data.rows)
+    _, audit = tokenize(data, byte_tokenizer(), max_length=4096)
+    assert {name for name, places in audit.findings.items() if places} == {"repeated_prompt"}
+
+
+def test_files_are_measured_size_by_size(monkeypatch, capsys):
+    """Fails if a number lands in another row, or a slope is not that between neighbouring sizes."""
+    costs = iter(
+        [files.Cost(9, 1, 300), files.Cost(9, 5, 350), files.Cost(9, 8, 400), files.Cost(9, 10, 350)]
+    )
+    monkeypatch.setattr(files, "measure", lambda command: next(costs))
+    monkeypatch.setattr(files, "write_dialogues", lambda path, rows: path.write_bytes(b" " * 1000 * rows))
+    command.main(["files", "--rows", "2000", "8000"])
+    *table, _, audit, _, sft = capsys.readouterr().out.splitlines()
+    assert table[2:] == [
+        "| audit | 2,000 | 2 | 9.0 | 1.0 | 300 |", "| sft, one step | 2,000 | 2 | 9.0 | 5.0 | 350 |",
+        "| audit | 8,000 | 8 | 9.0 | 8.0 | 400 |", "| sft, one step | 8,000 | 8 | 9.0 | 10.0 | 350 |",
+    ]  # fmt: skip
+    assert audit == "audit: 1,000 rows more take 1.2 CPU seconds and 17 MiB."  # 7 and 100 for 6,000
+    assert sft == "sft, one step: 1,000 rows more take 0.83 CPU seconds and 0 MiB."
+    assert files.slopes([1000, 3000, 4000], [1.0, 2.0, 5.0]) == "0.5, then 3"
+    with pytest.raises(SystemExit):
+        command.main(["files", "--rows", "10"])
+    assert "--rows" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the benchmark counts memory as Linux does")
+def test_memory_is_that_of_the_command_and_a_failure_is_no_measurement(monkeypatch, tmp_path):
+    script = tmp_path / "python"
+    script.write_text(f"#!/bin/sh\nexec {sys.executable} -c 'held = bytes(2**29)'\n")  # 512 MiB
+    script.chmod(0o755)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", str(script))
+        assert files.measure("audit").peak > 512
+    script.write_text("#!/bin/sh\necho warning\necho 'no such file' >&2\nexit 2\n")
+    monkeypatch.setattr(sys, "executable", str(script))
+    with pytest.raises(InputError, match="audit failed: no such file"):
+        files.measure("audit --data nowhere.jsonl")
 
 
 # -------------------------------------------------------------------------------------------------- mutants

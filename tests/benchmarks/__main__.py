@@ -10,6 +10,8 @@ TRL as it comes checkpoints gradients and runs its reference at every step; its 
 reference's log-probabilities, as ours always does, or do without checkpointing. "epoch 1" counts that
 pass; "pairs/s" is every later epoch. Sampling draws 64 sequences of 64 tokens on the small shape in float32.
 
+`python -m tests.benchmarks files` measures another thing, how large files are read; it has a --help.
+
 Needs requirements-bench.txt and Linux. On two cores the default takes some ten minutes; 124M, where an epoch
 of TRL takes one and a half, some eighty (--rounds 3 --against trl trl-precomputed plain: thirty). Let nothing
 else run meanwhile: with as many threads as cores, a busy neighbour slows a step many times over.
@@ -28,6 +30,7 @@ import torch
 
 from dpo_minimal.validation import InputError, check_count, check_positive
 
+from . import files
 from .duels import LOSS_TOLERANCE, Duel, contest, describe
 from .ours import write_weights
 from .results import rate_ratio, rows, table
@@ -38,8 +41,11 @@ SAMPLER = "hugging-face-sampling"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        if arguments[:1] == ["files"]:
+            return files.main(arguments[1:])
+        options = parser().parse_args(arguments)
         run(options, planned(options), about=machine(options))
     except InputError as error:
         print(f"tests.benchmarks: {error}", file=sys.stderr)
@@ -48,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def parser() -> argparse.ArgumentParser:
     form = argparse.RawDescriptionHelpFormatter
-    result = argparse.ArgumentParser("python -m tests.benchmarks", description=__doc__, formatter_class=form)
+    result = argparse.ArgumentParser(files.NAME, description=__doc__, formatter_class=form)
     add = result.add_argument
     add("--shape", choices=(*SHAPES, "both"), default="small", help="of the GPT-2 (default: small)")
     add("--dtype", choices=("float32", "bfloat16", "both"), default="both", help="default: both")
