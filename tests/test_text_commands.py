@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import hashlib
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from dpo_minimal.experiments.text.setup import load_policy
 from dpo_minimal.model import GPT, GPTConfig
 from dpo_minimal.text import objectives, tokenizer
 from dpo_minimal.text.checkpoint import load_model, save_model, state_fingerprint
-from dpo_minimal.text.data import has_labels
+from dpo_minimal.text.data import has_labels, load_dataset
 from dpo_minimal.text.objectives import reference_logps
 from dpo_minimal.text.tokenizer import byte_tokenizer, save_tokenizer, train_bpe
 from dpo_minimal.validation import InputError
@@ -158,9 +159,10 @@ def test_a_run_folder_holds_what_the_help_says(trained, world):
     policy, reference = load_policy(str(trained)), load_policy(str(world / "sft"))
     assert policy.tokenizer.fingerprint == reference.tokenizer.fingerprint
     assert state_fingerprint(policy.model) != state_fingerprint(reference.model)
-    assert json.loads((trained / "config.json").read_text())["start"]["model"] == state_fingerprint(
-        reference.model
-    )
+    start = json.loads((trained / "config.json").read_text())["start"]
+    assert start["model"] == state_fingerprint(reference.model)
+    texts = json.dumps(load_dataset(world / "pairs.jsonl", "preferences").rows)  # as in every version
+    assert start["data"] == hashlib.sha256(texts.encode()).hexdigest()
     assert matplotlib.image.imread(trained / "training.png").shape[:2] == (1320, 1760)
 
 
