@@ -26,8 +26,8 @@ def refuse_used_folder(output_dir: str | None) -> None:
     if output_dir == "":
         raise InputError("--output-dir is empty; name a folder.")
     folder = Path("runs" if output_dir is None else output_dir)
-    refuse_link(folder)
     try:
+        refuse_link(folder)
         blocking = next((path for path in (folder, *folder.parents) if path.exists()), None)
         if blocking is not None and not blocking.is_dir():
             raise InputError(f"--output-dir {folder}: {blocking} is a file; name a folder.")
