@@ -5,9 +5,11 @@ The rows are our own; the forms are those of public data sets and tools.
 
 import gzip
 import json
+import pickle
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,8 @@ README = Path(forms.__file__).with_name("README.md").read_text(encoding="utf-8")
 ASKED = "\n\nHuman: Which?\n\nAssistant:"
 PAIR = PreferencePair("Which?", " This.", " That.")
 ANSWERS = {"chosen": " This.", "rejected": " That."}
+NAN = float("nan")
+TURN = "\n\nAssistant: x"
 
 
 def read(row, kind="preferences"):
@@ -182,6 +186,93 @@ FORMS = {
         {"question": "Which?", "answer": " This."},
         Demonstration("Which?", " This."),
     ),
+    "conversation_b won": (
+        {
+            "model_a": "x",
+            "winner": "model_b",
+            "conversation_a": said(user="Which?", assistant="That."),
+            "conversation_b": said(user="Which?", assistant="This."),
+        },
+        PreferencePair(ASKED, " This.", " That."),
+    ),
+    "messages and a rejected text": (
+        {
+            "messages": said(system="Be brief.", user="Which?", assistant="This."),
+            "rejected_response": "That.",
+        },
+        PreferencePair(f"\n\nSystem: Be brief.{ASKED}", " This.", " That."),
+    ),
+    "messages and rejected messages": (
+        {
+            "messages": said(user="Which?", assistant="This."),
+            "rejected_messages": said(user="Which?", assistant="That."),
+        },
+        PreferencePair(ASKED, " This.", " That."),
+    ),
+    "a response and a rejected one": (
+        {"query": "Which?", "response": " This.", "rejected_response": " That."},
+        PAIR,
+    ),
+    "a response beside chosen": ({"prompt": "Which?", "response": " This.", **ANSWERS}, PAIR),
+    "one conversation": (
+        {"conversation": said(user="Which?", assistant="This."), "language": "English"},
+        Demonstration(ASKED, " This."),
+    ),
+    "a system's text that the messages repeat": (
+        {
+            "system": "Be brief.",
+            "prompt": said(system="Be brief.", user="Which?"),
+            "chosen": "This.",
+            "rejected": "That.",
+        },
+        PreferencePair(f"\n\nSystem: Be brief.{ASKED}", " This.", " That."),
+    ),
+    "a system's text that the transcripts repeat": (
+        {
+            "system": "Be brief.",
+            "chosen": f"\n\nSystem: Be brief.{ASKED} This.",
+            "rejected": f"\n\nSystem: Be brief.{ASKED} That.",
+        },
+        PreferencePair(f"\n\nSystem: Be brief.{ASKED}", " This.", " That."),
+    ),
+    "a history that the messages repeat": (
+        {
+            "history": [["Hi", "Yes?"]],
+            "prompt": "Which?",
+            "chosen": said(user="Hi", assistant="Yes?") + said(user="Which?", assistant="This."),
+            "rejected": said(user="Hi", assistant="Yes?") + said(user="Which?", assistant="That."),
+        },
+        PreferencePair(f"\n\nHuman: Hi\n\nAssistant: Yes?{ASKED}", " This.", " That."),
+    ),
+    "a history before a text to imitate": (
+        {"text": "This.", "history": [["Hi", "Yes?"]]},
+        Demonstration("\n\nHuman: Hi\n\nAssistant: Yes?", "This."),
+    ),
+    "a text with a space after messages": (
+        {"prompt": said(user="Which?"), **ANSWERS},
+        PreferencePair(ASKED, " This.", " That."),
+    ),
+    "a text beside a talk": (
+        {"chosen": said(user="Which?", assistant="This."), "rejected": "That."},
+        PreferencePair(ASKED, " This.", " That."),
+    ),
+    "nothing, as data frames write it": (
+        {"prompt": NAN, "question": "Which?", "system": NAN, "history": NAN, "images": NAN, **ANSWERS},
+        PreferencePair(ASKED, " This.", " That."),
+    ),
+    "an input of nothing": (
+        {"instruction": "Which?", "input": NAN, "output": "This."},
+        Demonstration("### Instruction:\nWhich?\n\n### Response:\n", "This."),
+    ),
+    "an empty prompt beside a question": ({"prompt": "", "question": "Which?", **ANSWERS}, PAIR),
+    "messages that nobody can read beside a prompt": (
+        {"prompt": "Which?", "messages": [{"role": "tool", "content": "x"}], **ANSWERS},
+        PAIR,
+    ),
+    "a label of a data frame": (
+        {"prompt": "Which?", "completion": " This.", "label": "1.0"},
+        LabelledCompletion("Which?", " This.", True),
+    ),
     "the best of a ranking": (
         {"prompt": "Which?", "responses": [" That.", " This."], "ranking": [2, 1], "_": 0},
         Ranking("Which?", (" This.", " That.")),
@@ -236,22 +327,27 @@ def test_the_table_names_every_form():
 
 
 def test_a_talk_has_the_same_numbers_with_and_without_its_prompt_column():
-    """Fails if the human's later turns are scored where the first one stands in a column of its own."""
+    """The prompt as a text, the first or last message, those of the user or all; the answers as whole talks,
+    as what is left of them, or as texts; two or three of them.
+    Fails if the human's later turns are scored where the first one stands in a column of its own."""
     talk = said(user="Hi", assistant="Yes?") + said(user="Which?")
     row = {"chosen": [*talk, *said(assistant="This.")], "rejected": [*talk, *said(assistant="That.")]}
     whole = read(row)
     assert whole == PreferencePair(f"\n\nHuman: Hi\n\nAssistant: Yes?{ASKED}", " This.", " That.")
     system = said(system="Be brief.")
-    for prompt in ("Hi", talk[:1], talk):
+    for prompt in ("Hi", "Which?", talk[:1], talk[2:], talk, ""):
         assert read({"prompt": prompt, **row}) == whole
+        three = {"responses": [*row.values(), [*talk, *said(assistant="No.")]], "ranking": [1, 2, 3]}
+        assert read({"prompt": prompt, **three}, "rankings") == (whole.prompt, (" This.", " That.", " No."))
+    for rest in (" Yes?\n\nHuman: Which?\n\nAssistant:", "Yes?\n\nHuman: Which?\n\nAssistant:"):
+        assert read({"prompt": talk[:1], "chosen": f"{rest} This.", "rejected": f"{rest} That."}) == whole
     longer = {name: system + answer for name, answer in row.items()}
-    assert (
-        read(longer)
-        == read({"prompt": "Hi", **longer})
-        == whole._replace(prompt=f"\n\nSystem: Be brief.{whole.prompt}")
-    )
+    for prompt in ({}, {"prompt": "Hi"}, {"prompt": talk}, {"prompt": talk[2:]}, {"prompt": system + talk}):
+        assert read(prompt | longer) == whole._replace(prompt=f"\n\nSystem: Be brief.{whole.prompt}")
+    told = {"system": "Be brief.", "system_message": "One."}
+    assert read({**told, **row}).prompt == f"\n\nSystem: Be brief.\n\nOne.{whole.prompt}"
     texts = {name: f"{whole.prompt}{answer}" for name, answer in zip(row, whole[1:])}
-    assert read(texts) == whole
+    assert read(texts) == whole and read({**told, **texts}) == read({**told, **row})
     for cut in (len("\n\nHuman: Hi\n\nAssistant:"), len(whole.prompt)):
         apart = {name: text[cut:] for name, text in texts.items()}
         assert read({"prompt": whole.prompt[:cut], **apart}) == whole
@@ -281,6 +377,33 @@ REFUSED = {
         },
         ["message 1", "tool_calls"],
     ),
+    "a history of texts": (
+        {"prompt": "p", "history": ["q", "a"], **ANSWERS},
+        ["'history'", "pairs", "part 1"],
+    ),
+    "a history as one text": ({"prompt": "p", "history": "User: q", **ANSWERS}, ["'history'", "pairs"]),
+    "a context of pairs": (
+        {"prompt": "p", "context": [["Title", "Text"]], **ANSWERS},
+        ["'context'", "must be text", "a list"],
+    ),
+    "a transcript before messages": (
+        {"prompt": ASKED, "chosen": said(assistant="a"), "rejected": said(assistant="b")},
+        ["'prompt'", "transcript", "same way"],
+    ),
+    "a transcript of the user before messages": (
+        {"prompt": "Human: Which?", "chosen": said(assistant="a"), "rejected": said(assistant="b")},
+        ["'prompt'", "transcript"],
+    ),
+    "talks that another prompt begins": (
+        {"prompt": "p", "chosen": said(user="q", assistant="a"), "rejected": said(user="q", assistant="b")},
+        ["'chosen'", "delete 'prompt'"],
+    ),
+    "talks that share nothing": (
+        {"chosen": said(user="q", assistant="a"), "rejected": said(user="p", assistant="b"), "asked": "p"},
+        ["'chosen'", "share", "'prompt'", "'asked'"],
+    ),
+    "a prompt of another name": ({"asked": "p", "chosen": "a", "rejected": "b"}, ["'prompt'", "'asked'"]),
+    "a video": ({"prompt": "p", "videos": ["v.mp4"], **ANSWERS}, ["'videos'", "belongs to the prompt"]),
     "a history of numbers": ({"prompt": "p", "history": [[1, 2]], **ANSWERS}, ["'history'", "a number"]),
     "lists of answers": ({"prompt": "p", "chosen": ["a"], "rejected": ["b", "c"]}, ["a row each"]),
     "answers in objects": (
@@ -332,6 +455,8 @@ def test_the_columns_that_were_read_are_said():
     assert dataset.read == ["prompt", "chosen", "rejected"]
     assert set(dataset.unread) == {"id", "score_chosen", "note", "name of messages"}
     assert "columns read: 'prompt', 'chosen', 'rejected'; not read: 'id'" in dataset.columns()
+    empty = {"role": "user", "content": "p", "name": None, "tool_calls": []}
+    assert dataset_from_rows([SOUND | {"prompt": [empty]}], "toy", "preferences").unread == []
     taken = dataset_from_rows(
         [{"instruction": "i", "output": "o", "chosen": "c", "rejected": "r"}], "toy", "demonstrations"
     )
@@ -356,6 +481,12 @@ FOUND = {
     "glued": ({"prompt": "Which"}, ["glued"]),
     "glued after a colon": ({"prompt": "Assistant:"}, ["glued"]),
     "not glued in Chinese": ({"prompt": "哪个", "chosen": "这个", "rejected": "那个"}, []),
+    "Latin letters in Chinese": ({"prompt": "哪个？", "chosen": "Python是", "rejected": "3个"}, []),
+    "not glued in Thai": ({"prompt": "อันไหน", "chosen": "อันนี้", "rejected": "อันนั้น"}, []),
+    "glued in Arabic": ({"prompt": "أيهما؟", "chosen": "هذا", "rejected": "ذاك"}, ["glued"]),
+    "glued in Korean": ({"prompt": "어느 것?", "chosen": "이것", "rejected": "저것"}, ["glued"]),
+    "inside a bracket": ({"prompt": "f(", "chosen": "x)", "rejected": "y)"}, []),
+    "after a tag": ({"prompt": "Which? <answer>"}, []),
     "not glued by a line end": ({"prompt": "Which?\n"}, []),
     "one answer repeats the prompt": ({"chosen": "Which? This."}, ["repeats_prompt"]),
     "an answer that begins with the letters of the prompt": ({"prompt": "T "}, []),
@@ -364,15 +495,41 @@ FOUND = {
         {"rejected": "That.<|im_end|>\n<|im_start|>user\nAnd?"},
         ["human_turn", "template_marks"],
     ),
+    "a turn of the human with three marks": ({"rejected": "That.### Human: And?"}, ["human_turn"]),
+    "a turn of the human after a header": (
+        {"rejected": "That.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nAnd?"},
+        ["human_turn", "template_marks"],
+    ),
+    "a user in a list of settings": ({"chosen": "Settings:\nUser: Kim\nGroup: staff"}, []),
     "the end of a turn": ({"chosen": "This.<|im_end|>", "rejected": "That.<|im_end|>"}, ["template_marks"]),
     "an instruction mark": ({"prompt": "[INST] Which? [/INST] "}, ["template_marks"]),
     "the end of a sentence": ({"chosen": "This.</s>"}, ["template_marks"]),
+    "text struck out": ({"chosen": "It costs <s>9</s> 8, <s class='old'>7</s> 6."}, []),
+    "pipes of a language": ({"chosen": "xs |> map <| f |> g"}, []),
+    "a JSON answer": ({"chosen": '{"value": 3, "from": "2020"}'}, []),
+    "messages as JSON, what is said first": (
+        {"chosen": '[{"content": "This.", "role": "assistant"}]'},
+        ["json_messages"],
+    ),
     "the end of a text": ({"chosen": "This.<|endoftext|>"}, ["literal_end_of_text"]),
     "messages as text": ({"prompt": "[{'role': 'user', 'content': 'Which?'}]\n"}, ["json_messages"]),
     "messages as JSON": ({"chosen": '[{"from": "gpt", "value": "This."}]'}, ["json_messages"]),
     "white space alone": ({"chosen": " This. ", "rejected": "This.\n"}, ["white_space"]),
     "the lower score": ({"score_chosen": 1, "score_rejected": 2}, ["against_scores"]),
     "the lower score as text": ({"chosen_score": "9", "rejected_score": "10"}, ["against_scores"]),
+    "the lower score of two responses": (
+        {
+            "prompt": "p ",
+            "chosen": ...,
+            "rejected": ...,
+            "chosen_response": "a",
+            "rejected_response": "b",
+            "chosen_score": 1,
+            "rejected_score": 2,
+            "response_score": 3,
+        },
+        ["against_scores"],
+    ),
     "the same rating": ({"chosen-rating": 3, "rejected-rating": 3.0}, ["tied_scores"]),
     "the higher score": ({"score_chosen": 2, "score_rejected": 1}, []),
     "a score of one": ({"score_chosen": 2, "score_rejected": None}, []),
@@ -385,7 +542,8 @@ FOUND = {
 def test_what_is_odd_is_found(name):
     """Exactly the findings that a row gives, each with its place. Fails if one is missed or imagined."""
     change, expected = FOUND[name]
-    found = dataset_from_rows([SOUND | change], "toy", "preferences").findings
+    row = {name: value for name, value in (SOUND | change).items() if value is not ...}
+    found = dataset_from_rows([row], "toy", "preferences").findings
     assert sorted(found) == expected
     assert all(place.startswith("toy, row 1") for places in found.values() for place in places)
     assert set(found) <= set(FINDINGS)
@@ -398,12 +556,39 @@ def test_glued_texts_come_with_an_example():
     assert "'" in place and "colour' + 'This.'" in place
 
 
+def test_rows_of_different_templates_are_found():
+    """Fails if a column that only some rows have changes their template unsaid, or an empty prompt counts."""
+    asked = {"instruction": "Which?", "chosen": "a", "rejected": "b"}
+    rows = [SOUND | {"prompt": ""}, SOUND, SOUND | {"history": [["Hi", "Yes?"]]}, asked, SOUND]
+    findings = dataset_from_rows(rows, "toy", "preferences").findings
+    assert findings["mixed"] == ["toy, row 3 (chat, not text)", "toy, row 4 (instruction, not text)"]
+    assert "mixed" not in dataset_from_rows(rows[2:3] * 2, "toy", "preferences").findings
+
+
+@pytest.mark.parametrize("text", [" ", "\n", "\n ", '"role" ', "</s> ", TURN])
+def test_long_rows_cost_no_more_than_their_length(text):
+    """Models that degenerate write such texts. 40,000 repetitions take 0.05 s; what looks for something from
+    each place to the end takes more than 5 s. Fails if a pattern or a search is quadratic."""
+    begin = time.process_time()
+    row = {"prompt": "p ", "chosen": f"{{{text * 40_000} a", "rejected": f"{text * 40_000} b"}
+    assert read(row).rejected.endswith(" b")
+    assert read({"chosen": f"{TURN}a{row['chosen']}", "rejected": f"{TURN}b{row['chosen']}"}).prompt
+    assert time.process_time() - begin < 1
+
+
 @pytest.mark.parametrize(("label", "found"), [(True, True), (False, True), (None, False)])
 def test_labels_of_one_kind_are_found(label, found):
     rows = [
         {"prompt": "p ", "completion": "c", "label": n == 0 if label is None else label} for n in range(3)
     ]
     assert ("one_class" in dataset_from_rows(rows, "toy", "labels").findings) == found
+
+
+@pytest.mark.parametrize("ranks", [[1, None, 2], [1, "none", 2], [1, True, 2]])
+def test_every_response_needs_a_rank(ranks):
+    """Fails if a response without a rank is left out as if it were tied."""
+    row = {"prompt": "p ", "responses": ["a", "b", "c"], "ranking": ranks}
+    refused(lambda: read(row, "rankings"), "'ranking'", "each of 3")
 
 
 def test_a_tied_response_is_left_out_and_said():
@@ -457,6 +642,13 @@ CONTENTS = {
     },
     **{f"table of {mark!r}": table(mark) for mark in ",;\t|"},
     "a single split": json.dumps({"train": ROWS}),
+    "a hub's viewer": json.dumps(
+        {
+            "features": [{"name": name} for name in ROWS[0]],
+            "rows": [{"row_idx": n, "row": row, "truncated_cells": []} for n, row in enumerate(ROWS)],
+            "partial": False,
+        }
+    ),
     "objects set out over lines": "\n".join(json.dumps(row, indent=2) for row in ROWS),
     "objects without line ends": "".join(map(json.dumps, ROWS)),
     "columns whose first line is no brace": SPREAD,
@@ -479,10 +671,31 @@ def test_one_row_set_out_over_lines(tmp_path):
     assert load_dataset(path, "preferences").rows == [PreferencePair(**ROWS[0])]
 
 
-def test_several_splits_are_refused_with_the_line_that_takes_one(tmp_path):
+def test_one_row_of_lists(tmp_path):
+    """Fails if a talk beside an empty list is taken for columns of unequal length."""
+    path = tmp_path / "row.json"
+    path.write_text(json.dumps({"messages": said(user="Which?", assistant="This."), "tools": []}))
+    assert load_dataset(path, "demonstrations").rows == [Demonstration(ASKED, " This.")]
+
+
+def test_cut_cells_of_a_viewer_are_refused(tmp_path):
+    path = tmp_path / "rows.json"
+    viewed = {"row_idx": 0, "row": ROWS[0], "truncated_cells": ["chosen"]}
+    path.write_text(json.dumps({"features": [], "rows": [viewed]}))
+    refused(lambda: load_dataset(path, "preferences"), "'rows'", "cut", "download")
+
+
+def test_a_table_of_one_column(tmp_path):
+    path = tmp_path / "texts.csv"
+    path.write_text("text\na\nb\n")
+    assert load_dataset(path, "demonstrations").rows == [Demonstration("", "a"), Demonstration("", "b")]
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_several_splits_are_refused_with_the_line_that_takes_one(tmp_path, empty):
     """The line that is given is run here. Fails if it does not make a file that is read."""
     path = tmp_path / "splits.json"
-    path.write_text(json.dumps({"train": ROWS, "test": ROWS[:1]}))
+    path.write_text(json.dumps({"train": ROWS, "test": [] if empty else ROWS[:1]}))
     message = refused(lambda: load_dataset(path, "preferences"), "'train', 'test'", "python -c")
     code = re.search(r'python -c "(.*)"', message)[1]
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
@@ -496,6 +709,15 @@ def test_other_formats_are_known_by_their_first_bytes(tmp_path, magic):
     path.write_bytes(magic + b"\x15\x04" * 50)
     what, remedy = files._OTHER[magic]
     refused(lambda: load_dataset(path, "preferences"), what, remedy.replace("{}", str(path)))
+
+
+@pytest.mark.parametrize(
+    ("content", "what"), [(b"\n<!doctype html>", "a web page"), (pickle.dumps(ROWS, protocol=5), "a pickle")]
+)
+def test_other_formats_as_tools_write_them(tmp_path, content, what):
+    path = tmp_path / "rows.bin"
+    path.write_bytes(content)
+    refused(lambda: load_dataset(path, "preferences"), what)
 
 
 def test_the_readme_names_the_other_formats():
@@ -521,6 +743,8 @@ def test_a_bad_cell_of_a_table_is_named(tmp_path):
     refused(lambda: load_dataset(path, "preferences"), f"{path}, line 4", "2 cells", "3")
     kept = load_dataset(path, "preferences", skip_bad_rows=True)
     assert kept.rows == [PreferencePair("a\nb", "c", "d")] and kept.places == [f"{path}, line 3"]
+    path.write_text('prompt\tchosen\trejected\n"a" b\tc\td\n')
+    refused(lambda: load_dataset(path, "preferences"), f"{path}, line 2", "a tab", "double")
     path.write_text("prompt,chosen,chosen\na,b,c\n")
     refused(lambda: load_dataset(path, "preferences"), "twice")
 
@@ -573,8 +797,8 @@ MUTANTS = {
     ),
     "tools read over": (
         messages.refuse_unshown,
-        "not in EMPTY",
-        "in EMPTY",
+        "and not is_empty",
+        "and is_empty",
         test_what_is_refused_says_what_is_there,
         "tools",
     ),
@@ -601,7 +825,7 @@ MUTANTS = {
     ),
     "CJK glued": (
         audit._glued,
-        'unicodedata.east_asian_width(right) not in "WF"',
+        "not _UNSPACED.search(left + right)",
         "True",
         test_what_is_odd_is_found,
         "not glued in Chinese",

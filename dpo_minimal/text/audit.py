@@ -28,6 +28,7 @@ FINDINGS = {
     "too_long": ("warning", "too long for max_length and left out, as no completion is ever cut; raise it"),
     "truncated": ("warning", "prompt cut on the left to fit; raise max_length or max_prompt_length"),
     "empty_prompt": ("note", "no prompt; end-of-text takes its place"),
+    "mixed": ("warning", "another template than the first row's; write all rows alike"),
     "glued": ("warning", "nothing between prompt and answer; end prompts with a space or a line end"),
     "repeats_prompt": ("warning", "a completion repeats its prompt, which is learnt; cut it off"),
     "human_turn": ("warning", "a turn of the human inside a completion, which is learnt; end it before"),
@@ -48,12 +49,15 @@ FINDINGS = {
 Findings = dict[str, list[str]]  # for each of these names the places where it was found
 
 _HUMAN = re.compile(
-    r"\n\s*(?:Human|User|###\s*Instruction):|<\|(?:im_start\|>)?user|\[INST\]|<start_of_turn>user"
+    r"\n[ \t]*Human:|\n\n[ \t]*User:|###[ \t]?(?:Human|User|Instruction):|\[INST\]|<start_of_turn>user"
+    r"|<[|\uff5c](?:im_start\|>|start_header_id\|>)?[Uu]ser"
 )
 _MARK = re.compile(
-    r"<[|\uff5c](?!endoftext)[\w\u2581 -]{1,30}[|\uff5c]>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|</?s>"
+    r"<[|\uff5c](?!endoftext)\w[\w\u2581-]{0,29}[|\uff5c]>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>"
+    r"|\A<s>|</s>(?=\s*\Z|<s>|USER:)"  # and not what is struck out in HTML
 )
-_JSON = re.compile(r"\s*\[?\s*\{\s*['\"](?:role|from|content|value)['\"]\s*:")
+_JSON = re.compile(r"""(?s)\[?\s*\{.*?['"](role|from)['"]\s*:\s*['"](user|human|system|assistant|gpt)\b""")
+_UNSPACED = re.compile(r"[\u0e00-\u109f\u1780-\u17ff\u2e80-\ua4cf\uf900-\uffef\U00020000-\U0003ffff]")
 
 
 def text_findings(prompt: str, completions: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -69,7 +73,7 @@ def text_findings(prompt: str, completions: Sequence[str]) -> Iterator[tuple[str
         yield "human_turn", ""
     if any(map(_MARK.search, texts)):
         yield "template_marks", ""
-    if any(map(_JSON.match, texts)):
+    if any(_JSON.match(text.lstrip()) for text in texts):
         yield "json_messages", ""
     if any(END_OF_TEXT in text for text in texts):
         yield "literal_end_of_text", ""
@@ -78,9 +82,10 @@ def text_findings(prompt: str, completions: Sequence[str]) -> Iterator[tuple[str
 
 
 def _glued(left: str, right: str) -> bool:
-    """Whether two characters stand together that a language with spaces keeps apart."""
-    written_apart = right.isalnum() and unicodedata.east_asian_width(right) not in "WF"
-    return written_apart and not left.isspace()
+    """Whether a word begins right after a word or the end of a sentence, in a language with spaces."""
+    kind = unicodedata.category(left)  # of a letter, a mark, a number, or punctuation that does not open
+    ended = kind[0] in "LMN" or kind in ("Pe", "Pf", "Po")
+    return ended and right.isalnum() and not _UNSPACED.search(left + right)
 
 
 FEW = 3  # places shown of each finding

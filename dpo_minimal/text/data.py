@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 from ..validation import InputError
 from .audit import text_findings
-from .files import EMPTY, Located, Row, listed, read_rows
+from .files import Located, Row, is_empty, listed, read_rows
 from .forms import LABELS, completion_of, form_of, label_of, pair_of, ranking_of
+from .messages import template_of
 
 
 class PreferencePair(NamedTuple):
@@ -127,7 +128,7 @@ def dataset_from_rows(
 def _dataset(name: str, located: Iterable[Located], kind: str, skip_bad_rows: bool) -> Dataset:
     if kind not in KINDS:
         raise InputError(f"kind {kind!r}: choose one of {', '.join(KINDS)}.")
-    rows, places, skipped, field, left_out = [], [], [], "", 0
+    rows, places, skipped, field, template, left_out = [], [], [], "", "", 0
     findings: dict[str, list[str]] = {}
     read, filled = {}, {}  # as ordered sets
     prompted = repeating = 0
@@ -143,7 +144,7 @@ def _dataset(name: str, located: Iterable[Located], kind: str, skip_bad_rows: bo
             skipped.append(str(error))
             continue
         read |= dict.fromkeys(name for name in row.columns if name in row.read)
-        filled |= dict.fromkeys(name for name, value in row.columns.items() if value not in EMPTY)
+        filled |= dict.fromkeys(name for name, value in row.columns.items() if not is_empty(value))
         filled |= dict.fromkeys(row.unread)
         found = row.findings
         if parsed is not None:
@@ -153,6 +154,10 @@ def _dataset(name: str, located: Iterable[Located], kind: str, skip_bad_rows: bo
             prompted += bool(parsed.prompt.strip())
             repeating += row.repeats_prompt
             found = found | dict(text_findings(parsed.prompt, completions_of(parsed)))
+            shape = template_of(parsed.prompt) if parsed.prompt else template
+            template = template or shape
+            if shape != template:
+                found["mixed"] = f" ({shape}, not {template})"
         else:
             left_out += 1
         for finding, detail in found.items():

@@ -8,6 +8,7 @@ But: which columns a row must have is data.py's business.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -22,8 +23,6 @@ from typing import Any
 from ..validation import InputError
 
 Located = tuple[str, Callable[[], Any]]  # "FILE, row 3", and what parses the row
-
-EMPTY: tuple[Any, ...] = (None, "", [], {})  # what stands in a column where nothing does
 
 
 class Row:
@@ -53,6 +52,12 @@ class Row:
         self.read.add(field)
         return self.columns.get(field)
 
+    def note_unread(self, part: dict[str, Any], names: tuple[str, ...], whole: str) -> None:
+        """Note what a part of a column holds beyond `names`."""
+        if len(part) > len(names):
+            others = (name for name in part if name not in names and not is_empty(part[name]))
+            self.unread.update(f"{name} of {whole}" for name in others)
+
     def text(self, field: str, value: Any, part: str = "") -> str:
         """`value`, all of a field or the named part of it, as a string that can be encoded."""
         if not isinstance(value, str):
@@ -64,10 +69,16 @@ class Row:
         return value
 
 
+def is_empty(value: Any) -> bool:
+    """Whether nothing stands in a column: null, an empty text, list or object, or a data frame's NaN."""
+    nothing = value is None or (isinstance(value, (str, list, dict)) and not value)
+    return nothing or (isinstance(value, float) and value != value)
+
+
 def kind_of(value: Any) -> str:
     """What a value of JSON is, in words."""
     if isinstance(value, float) and value != value:
-        return "NaN"  # what data frames write where there is nothing
+        return "NaN"
     if isinstance(value, dict) and value:
         return f"an object with the fields {listed(value)}"
     names = {type(None): "null", dict: "an object", list: "a list", bool: "true or false", str: "text"}
@@ -129,14 +140,10 @@ _OTHER = {
     b"\x28\xb5\x2f\xfd": ("compressed by zstd", "zstd -d {} -o rows.jsonl"),
     b"BZh": ("compressed by bzip2", "bzip2 -dk {}"),
     b"\xfd7zXZ": ("compressed by xz", "xz -dk {}"),
-    b"SQLite format 3": (
-        "a SQLite database",
-        "sqlite3 -json {} 'select prompt, chosen, rejected from NAME' > rows.json",
-    ),
-    b"\x80\x04\x95": ("a pickle", _PANDAS.format("pickle", "{}") + ", if you trust it"),
+    b"SQLite format 3": ("a SQLite database", "sqlite3 -json {} 'select * from NAME' > rows.json"),
+    b"\x80": ("a pickle", _PANDAS.format("pickle", "{}") + ", if you trust it"),
     b"version https://git-lfs": ("a pointer of Git LFS and not the file itself", "git lfs pull"),
-    b"<!DOCTYPE": ("a web page and not the file itself", "curl -L -O ADDRESS_OF_THE_FILE"),
-    b"<html": ("a web page and not the file itself", "curl -L -O ADDRESS_OF_THE_FILE"),
+    b"<": ("a web page and not the file itself", "curl -L -O ADDRESS_OF_THE_FILE"),
     b"\xff\xfe": ("UTF-16 text and not UTF-8", "iconv -f utf-16 -t utf-8 {} > rows.jsonl"),
     b"\xfe\xff": ("UTF-16 text and not UTF-8", "iconv -f utf-16 -t utf-8 {} > rows.jsonl"),
 }  # fmt: skip
@@ -164,8 +171,9 @@ def read_bytes(path: str | Path) -> bytes:
         raise InputError(f"{path}: is no ordinary file; copy its content into one.")
     if data[:2] == b"\x1f\x8b":
         data = _unzipped(path, data)
+    start = data[:LOOK].lstrip()
     for magic, (what, remedy) in _OTHER.items():
-        if data.startswith(magic):
+        if start.startswith(magic):
             raise InputError(f"{path}: is {what}; convert it with `{remedy.replace('{}', str(path))}`.")
     return data.removeprefix(b"\xef\xbb\xbf")
 
@@ -181,25 +189,29 @@ def _unzipped(path: Path, data: bytes) -> bytes:
             raise damaged from None
         most -= len(parts[-1])
         if most <= 0 and not member.eof:
-            raise InputError(
-                f"{path}: unpacks to more than {_RATIO} times its size, as no text does; unpack it yourself."
-            )
+            reason = f"unpacks to more than {_RATIO} times its size, as no text does"
+            raise InputError(f"{path}: {reason}; unpack it yourself.")
         if not member.eof:
             raise damaged
         left = member.unused_data
     return b"".join(parts)
 
 
+def _decoded(place: str, data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        line = f", line {data[: error.start].count(10) + 1}" if b"\n" in data.strip() else ""
+        raise InputError(f"{place}{line}: is not UTF-8 text; save the file as UTF-8.") from None
+
+
 def _parse(place: str, data: bytes) -> Any:
     """One row, or a whole file, of which a message then also names the line."""
-    several = b"\n" in data.strip()
+    text = _decoded(place, data)
     try:
-        return json.loads(data.decode())
-    except UnicodeDecodeError as error:
-        line = f", line {data[: error.start].count(10) + 1}" if several else ""
-        raise InputError(f"{place}{line}: is not UTF-8 text; save the file as UTF-8.") from None
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        line = f", line {error.lineno}" if several else ""
+        line = f", line {error.lineno}" if "\n" in text.strip() else ""
         raise InputError(f"{place}{line}: is not JSON ({error.msg}, column {error.colno}).") from None
     except RecursionError:
         raise InputError(f"{place}: is nested too deeply to be a row.") from None
@@ -211,15 +223,10 @@ def _parse(place: str, data: bytes) -> Any:
 
 
 def _rows_of_lines(path: str | Path, data: bytes) -> Iterator[Located]:
-    start, number = 0, 0
-    while start < len(data):
-        end = data.find(b"\n", start)
-        end, number = len(data) if end < 0 else end, number + 1
-        line = data[start:end]
+    for number, line in enumerate(io.BytesIO(data), start=1):
         if line.strip():
             place = f"{path}, line {number}"
-            yield place, lambda place=place, line=line: _parse(place, line)
-        start = end + 1
+            yield place, partial(_parse, place, line.rstrip())
 
 
 def _rows_of_list(path: str | Path, rows: list[Any]) -> Iterator[Located]:
@@ -230,7 +237,7 @@ def _rows_of_list(path: str | Path, rows: list[Any]) -> Iterator[Located]:
 
 
 def _separator(path: str | Path, start: bytes) -> str:
-    """What separates the cells of a table's first line; "" where the file is none."""
+    """What separates the cells of a table's first line; "" where the file is no table."""
     if start[:1] == b"{":
         return ""
     header = start.partition(b"\n")[0].decode("utf-8", errors="replace").strip()
@@ -238,30 +245,17 @@ def _separator(path: str | Path, start: bytes) -> str:
     for mark, names in cells.items():
         if len(names) > 1 and not set(names).isdisjoint(_NAMES):
             return mark
-    named = {".csv": ",", ".tsv": "\t"}.get(Path(str(path).removesuffix(".gz")).suffix.lower(), "")
-    return named if named in header else ""
+    return {".csv": ",", ".tsv": "\t"}.get(Path(str(path).removesuffix(".gz")).suffix.lower(), "")
 
 
 _NAMES = {
-    "prompt",
-    "instruction",
-    "question",
-    "chosen",
-    "rejected",
-    "completion",
-    "output",
-    "winner",
-    "loser",
-}
+    "prompt", "instruction", "question", "chosen", "rejected", "completion", "output", "winner", "loser",
+}  # fmt: skip
 
 
 def _rows_of_table(path: str | Path, data: bytes, separator: str) -> Iterator[Located]:
     """Lines of cells under a line of names; cells that hold separators or line ends stand in quotes."""
-    try:
-        data.decode()
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(10) + 1
-        raise InputError(f"{path}, line {line}: is not UTF-8 text; save the file as UTF-8.") from None
+    _decoded(str(path), data)  # says where it is not UTF-8
     csv.field_size_limit(2**24)
     text = io.TextIOWrapper(io.BytesIO(data), "utf-8", newline="")  # StringIO: four bytes a letter
     reader = csv.reader(text, delimiter=separator, strict=True)
@@ -276,25 +270,24 @@ def _rows_of_table(path: str | Path, data: bytes, separator: str) -> Iterator[Lo
                 place = f"{path}, line {reader.line_num}"
                 yield place, partial(_row_of_cells, place, names, cells)
     except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: is not valid CSV ({error}).") from None
+        problem = f"{error}; quote a cell that holds quotes, and double them".replace("\t", "a tab")
+        raise InputError(f"{path}, line {reader.line_num}: is not valid CSV ({problem}).") from None
 
 
 def _row_of_cells(place: str, names: list[str], cells: list[str]) -> dict[str, str]:
     if len(cells) != len(names):
-        raise InputError(
-            f"{place}: has {len(cells)} cells where the first line names {len(names)}; put cells that hold a "
-            "separator or a line end into quotes."
-        )
+        found = f"{len(cells)} cells where the first line names {len(names)}"
+        raise InputError(f"{place}: has {found}; put cells that hold a separator or a line end into quotes.")
     return dict(zip(names, cells))
 
 
 def _objects(path: str | Path, data: bytes) -> list[Any]:
     """The objects of a file that is not one object a line: a single one, or several set out over lines."""
-    begin = len(data) - len(data.lstrip())
-    end = data.find(b"\n", begin)
-    first = data[begin:] if end < 0 else data[begin:end]
-    if data[begin + len(first) :].strip() and _is_json(first):
-        return []  # lines, which are parsed one by one
+    first, _, others = data.lstrip().partition(b"\n")
+    if others.strip():
+        with contextlib.suppress(InputError):
+            _parse("", first)
+            return []  # lines, which are parsed one by one
     try:
         text, decoder = data.decode(), json.JSONDecoder()
         found, place = [], _BLANK.match(text).end()
@@ -312,14 +305,6 @@ def _objects(path: str | Path, data: bytes) -> list[Any]:
 _BLANK = re.compile(r"[ \t\r\n]*")
 
 
-def _is_json(line: bytes) -> bool:
-    try:
-        json.loads(line)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
 def _rows_of_object(path: str | Path, content: Any) -> list[Any] | None:
     """The rows of one object that holds many; None where it is a row itself."""
     names, values = list(content), list(content.values())
@@ -330,6 +315,11 @@ def _rows_of_object(path: str | Path, content: Any) -> list[Any] | None:
         return [dict(zip(map(str, columns), row)) for row in rows]  # of pandas, orient="split"
     if isinstance(rows, list) and set(names) == {"schema", "data"}:  # orient="table"
         return rows
+    rows = content.get("rows")
+    if isinstance(rows, list) and all(isinstance(row, dict) and "row_idx" in row for row in rows):
+        if any(row.get("truncated_cells") for row in rows):
+            raise InputError(f"{path}, field 'rows': has cells that were cut; download the data set itself.")
+        return [row.get("row") for row in rows]  # of the viewer of a hub
     if all(isinstance(value, dict) and value for value in values):
         if all(name.isdigit() for name in names):  # orient="index"
             return values
@@ -337,8 +327,8 @@ def _rows_of_object(path: str | Path, content: Any) -> list[Any] | None:
             return _rows_of_columns(path, {name: [*value.values()] for name, value in content.items()})
     if not all(isinstance(value, list) for value in values):
         return None
-    first = [value[0] if value else None for value in values]
-    if not all(isinstance(value, dict) for value in first):
+    first = [value[0] for value in values if value]
+    if not first or not all(isinstance(value, dict) for value in first):
         return _rows_of_columns(path, content)
     if any({"role", "from"} & set(value) for value in first):
         return None  # chat messages, which belong to a single row
@@ -352,8 +342,6 @@ def _rows_of_columns(path: str | Path, columns: dict[str, Any]) -> list[Any]:
     (first, length), *others = ((name, len(values)) for name, values in columns.items())
     for name, other in others:
         if other != length:
-            raise InputError(
-                f"{path}, field {short(name)}: has {other} entries where {short(first)} has {length}; make "
-                "the columns equally long."
-            )
+            lengths = f"has {other} entries where {short(first)} has {length}"
+            raise InputError(f"{path}, field {short(name)}: {lengths}; make the columns equally long.")
     return [dict(zip(columns, row)) for row in zip(*columns.values())]

@@ -7,14 +7,16 @@ But: which columns hold messages is data.py's business.
 
 from __future__ import annotations
 
+import re
+from bisect import bisect
 from reprlib import repr as short
 from typing import Any
 
-from .files import EMPTY, Row, kind_of
+from .files import Row, is_empty, kind_of
 
 Messages = list[tuple[str, str]]  # (speaker, content)
 
-TURN = "\n\nAssistant:"
+TURN, RESPONSE = "\n\nAssistant:", "### Response:\n"  # where the prompt of a chat, of an instruction ends
 _SPEAKERS = {
     "user": "Human", "human": "Human", "assistant": "Assistant", "gpt": "Assistant", "model": "Assistant",
     "bot": "Assistant", "system": "System", "developer": "System",
@@ -22,7 +24,10 @@ _SPEAKERS = {
 ASSISTANT = "Assistant"
 
 # Columns, and parts of a message, that belong to the prompt and that no template here can show.
-UNSHOWN = {"tools", "functions", "tool_calls", "function_call", "image", "images", "audio", "documents"}
+UNSHOWN = {
+    "tools", "functions", "tool_calls", "function_call", "documents", "image", "images", "audio", "audios",
+    "video", "videos",
+}  # fmt: skip
 
 
 def is_chat(value: Any) -> bool:
@@ -47,18 +52,16 @@ def messages_of(row: Row, field: str, value: Any) -> Messages:
 def _message(row: Row, field: str, number: int, message: Any) -> tuple[str, str]:
     names = ("from", "value") if isinstance(message, dict) and "from" in message else ("role", "content")
     if not isinstance(message, dict) or not set(names) <= set(message):
-        raise row.error(
-            field, f"must be text, or messages with a role and a content, but part {number} is "
-            f"{kind_of(message)}; completions in a list need a row each",
-        )  # fmt: skip
+        got = f"but part {number} is {kind_of(message)}; texts in a list need a row each"
+        raise row.error(field, f"must be text, or messages with a role and a content, {got}")
     refuse_unshown(row, message, f"{field}, message {number}")
-    row.unread.update(f"{name} of messages" for name in message if name not in names)
+    row.note_unread(message, names, "messages")
     role = row.text(field, message[names[0]], f"the role of message {number} ")
     if role.strip().lower() not in _SPEAKERS:
+        remedy = "write what it says into a message of the user, or leave the row out"
         raise row.error(
-            field, f"the role of message {number}, {short(role)}, is none of {', '.join(_SPEAKERS)}; write "
-            "what it says into a message of the user, or leave the row out",
-        )  # fmt: skip
+            field, f"the role of message {number}, {short(role)}, is none of {', '.join(_SPEAKERS)}; {remedy}"
+        )
     content = message[names[1]]
     if isinstance(content, list):
         content = "".join(_part(row, field, number, part) for part in content)
@@ -75,17 +78,21 @@ def _part(row: Row, field: str, number: int, part: Any) -> str:
 
 def refuse_unshown(row: Row, columns: dict[str, Any], field: str = "") -> None:
     """Raise InputError for what belongs to the prompt and would be lost."""
-    for name in UNSHOWN & columns.keys():
-        if columns[name] not in EMPTY:
-            raise row.error(
-                field or name, f"{name if field else 'it'} belongs to the prompt, and no template shows it; "
-                "write it into the prompt as text, or delete it where the answers do not depend on it",
-            )  # fmt: skip
+    for name in columns:
+        if name in UNSHOWN and not is_empty(columns[name]):
+            what = f"{name if field else 'it'} belongs to the prompt, and no template shows it"
+            remedy = "write it into the prompt as text, or delete it where the answers do not depend on it"
+            raise row.error(field or name, f"{what}; {remedy}")
 
 
 def rendered(messages: Messages) -> str:
     """Each message after two line ends and its speaker."""
     return "".join(f"\n\n{speaker}: {content}" for speaker, content in messages)
+
+
+def template_of(prompt: str) -> str:
+    """Which template a prompt ends as."""
+    return "chat" if prompt.endswith(TURN) else "instruction" if prompt.endswith(RESPONSE) else "text"
 
 
 def shared_turns(answers: list[Messages]) -> int:
@@ -99,47 +106,52 @@ def shared_turns(answers: list[Messages]) -> int:
     return count
 
 
+def holds(talk: Messages, part: Messages) -> bool:
+    """Whether a talk begins with a part of it, at once or after its system's message, or ends with it."""
+    last = max(0, len(talk) - len(part))
+    return any(talk[first : first + len(part)] == part for first in (0, 1, last))
+
+
 def shared_text(texts: list[str]) -> int:
     """How many characters of transcripts are shared up to the last turn of the assistant; 0 where none is."""
-    turn = texts[0].rfind(TURN)
-    while turn >= 0 and not all(text.startswith(texts[0][: turn + len(TURN)]) for text in texts):
-        turn = texts[0].rfind(TURN, 0, turn)
-    return turn + len(TURN) if turn >= 0 else 0
+    ends = [turn.end() for turn in re.finditer(TURN, texts[0])]
+    parted = bisect(ends, False, key=lambda end: not all(text.startswith(texts[0][:end]) for text in texts))
+    return ends[parted - 1] if parted else 0
 
 
-def preceding(row: Row, used: str | None) -> tuple[list[str], Messages | None]:
-    """What other columns put before the prompt: texts of a system and a context; earlier turns.
+def preceding(row: Row, used: str | None) -> tuple[Messages, Messages]:
+    """What other columns put before the prompt: a system's text and a context; earlier turns.
 
     Args: used: the column that is the prompt itself.
-    Returns: (texts, turns), turns None where the row has no column of them.
+    Returns: (at most one message of the system, turns).
     """
     refuse_unshown(row, row.columns)
     texts: list[str] = []
-    turns: Messages | None = None
+    turns: Messages = []
     for name in (name for name in PRECEDING if name in row.columns and name != used):
-        value = row.peek(name)
-        if name == "history":
-            turns = turns or []
-        if value in EMPTY:
+        value, history = row.peek(name), name == "history"
+        if is_empty(value):
             continue
-        if isinstance(value, list) and all(isinstance(part, str) for part in value):
-            value = "\n\n".join(value)
-        if isinstance(value, str):
-            texts.append(row.text(name, value))
-        elif isinstance(value, list) and all(isinstance(part, list) and len(part) == 2 for part in value):
-            both = zip(("Human", ASSISTANT) * len(value), (text for pair in value for text in pair))
-            turns = [*(turns or []), *((who, row.text(name, text, "a turn ")) for who, text in both)]
+        listed = value if isinstance(value, list) else [value]
+        if not history and all(isinstance(part, str) for part in listed):
+            texts.append(row.text(name, "\n\n".join(listed)))
+        elif history and all(isinstance(part, list) and len(part) == 2 for part in listed):
+            both = zip(("Human", ASSISTANT) * len(listed), (text for pair in listed for text in pair))
+            turns += [(who, row.text(name, text, "a turn ")) for who, text in both]
+        elif all(isinstance(part, dict) for part in listed):
+            turns += messages_of(row, name, value)
         else:
-            turns = [*(turns or []), *messages_of(row, name, value)]
-    return texts, turns
+            what = "pairs of a question and its answer" if history else "text"
+            raise row.error(name, f"must be {what}, or messages, but part 1 is {kind_of(listed[0])}")
+    return [("System", "\n\n".join(texts))] if texts else [], turns
 
 
 PRECEDING = ("system", "system_prompt", "system_message", "context", "history")
 
 
-def instruction(texts: list[str], turns: Messages, asked: str, given: str) -> str:
+def instruction(before: Messages, asked: str, given: str) -> str:
     """The prompt of an instruction with its input, after what precedes it."""
-    headings = {"Human": "### Instruction:\n", ASSISTANT: "### Response:\n", "System": ""}
-    parts = [*texts, *(headings[speaker] + content for speaker, content in turns), headings["Human"] + asked]
+    headings = {"Human": "### Instruction:\n", ASSISTANT: RESPONSE, "System": ""}
+    parts = [headings[speaker] + content for speaker, content in [*before, ("Human", asked)]]
     parts += [f"### Input:\n{given}"] if given else []
-    return "\n\n".join([*parts, headings[ASSISTANT]])
+    return "\n\n".join([*parts, RESPONSE])
