@@ -123,6 +123,10 @@ FORMS = {
         {"system": "Be brief.", "question": "Which?", **ANSWERS},
         PreferencePair("Be brief.\n\nWhich?", " This.", " That."),
     ),
+    "a system's text in two columns": (
+        {"system": "Be brief.", "system_prompt": "Be brief.", "question": "Which?", **ANSWERS},
+        PreferencePair("Be brief.\n\nWhich?", " This.", " That."),
+    ),
     "an empty system's text": ({"system": "", "question": "Which?", **ANSWERS}, PAIR),
     "a context before a text": (
         {"context": ["One.", "Two."], "prompt": "Which?", **ANSWERS},
@@ -561,7 +565,7 @@ def test_rows_of_different_templates_are_found():
     asked = {"instruction": "Which?", "chosen": "a", "rejected": "b"}
     rows = [SOUND | {"prompt": ""}, SOUND, SOUND | {"history": [["Hi", "Yes?"]]}, asked, SOUND]
     findings = dataset_from_rows(rows, "toy", "preferences").findings
-    assert findings["mixed"] == ["toy, row 3 (chat, not text)", "toy, row 4 (instruction, not text)"]
+    assert findings.get("mixed") == ["toy, row 3 (chat, not text)", "toy, row 4 (instruction, not text)"]
     assert "mixed" not in dataset_from_rows(rows[2:3] * 2, "toy", "preferences").findings
 
 
@@ -794,6 +798,18 @@ MUTANTS = {
         'name == "system"',
         test_a_form_is_read,
         "a system's text before a text",
+    ),
+    "only a prompt that talks begin with is taken off": (
+        messages.holds,
+        "in (0, 1, last)",
+        "in (0,)",
+        test_a_talk_has_the_same_numbers_with_and_without_its_prompt_column,
+    ),
+    "templates not compared": (
+        data._dataset,
+        "shape != template",
+        "False",
+        test_rows_of_different_templates_are_found,
     ),
     "tools read over": (
         messages.refuse_unshown,

@@ -143,7 +143,7 @@ def preceding(row: Row, used: str | None) -> tuple[Messages, Messages]:
         else:
             what = "pairs of a question and its answer" if history else "text"
             raise row.error(name, f"must be {what}, or messages, but part 1 is {kind_of(listed[0])}")
-    return [("System", "\n\n".join(texts))] if texts else [], turns
+    return [("System", "\n\n".join(dict.fromkeys(texts)))] if texts else [], turns
 
 
 PRECEDING = ("system", "system_prompt", "system_message", "context", "history")
