@@ -571,7 +571,7 @@ def test_rows_of_different_templates_are_found():
 
 @pytest.mark.parametrize("text", [" ", "\n", "\n ", '"role" ', "</s> ", TURN])
 def test_long_rows_cost_no_more_than_their_length(text):
-    """Models that degenerate write such texts. 40,000 repetitions take 0.1 s at most; what looks for something
+    """Models that degenerate write such texts. 40,000 repetitions take 0.1 s; what looks for something
     from each place to the end takes 2 to 30 s. Fails if a pattern or a search is quadratic."""
     begin = time.process_time()
     row = {"prompt": "p ", "chosen": f"{{{text * 40_000} a", "rejected": f"{text * 40_000} b"}
