@@ -54,7 +54,7 @@ _HUMAN = re.compile(
 )
 _MARK = re.compile(
     r"<[|\uff5c](?!endoftext)\w[\w\u2581-]{0,29}[|\uff5c]>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>"
-    r"|\A<s>|</s>(?=\s*\Z|<s>|USER:)"  # and not what is struck out in HTML
+    r"|</s>(?=\s*\Z|<s>|USER:)"  # and not what is struck out in HTML
 )
 _JSON = re.compile(r"""(?s)\[?\s*\{.*?['"](role|from)['"]\s*:\s*['"](user|human|system|assistant|gpt)\b""")
 _UNSPACED = re.compile(r"[\u0e00-\u109f\u1780-\u17ff\u2e80-\ua4cf\uf900-\uffef\U00020000-\U0003ffff]")
