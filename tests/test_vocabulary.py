@@ -249,6 +249,15 @@ def test_end_of_text_of_config_where_the_vocabulary_names_none(tmp_path):
     refused(write(tmp_path, PLAIN, MERGES, tokenizer_config=word), "'low'", "ordinary word")
 
 
+def test_merges_that_were_cut_are_told(tmp_path, capsys):
+    """A merges.txt cut at the end of a line is whole to the eye, and gives other ids. Fails if it is read
+    without a word, or a vocabulary with nothing but special tokens beside its merges is doubted."""
+    read(write(tmp_path, PLAIN | {"<pad>": 263, "[CLS]": 264}, MERGES))
+    assert capsys.readouterr().err == ""
+    read(write(tmp_path, PLAIN, MERGES[:4]))
+    assert "2 tokens of its vocabulary, such as 'we'" in capsys.readouterr().err
+
+
 def test_added_tokens_are_plain_text_and_leave_no_ids_behind(tmp_path):
     added = [{"id": 263, "content": "<pad>", "special": True}, {"id": 262, "content": END, "special": False}]
     for files in (

@@ -11,6 +11,7 @@ But: no other kind than byte-level BPE with GPT-2's cut into words. Added tokens
 from __future__ import annotations
 
 import math
+import sys
 from itertools import pairwise
 from pathlib import Path
 from reprlib import repr as short
@@ -115,6 +116,11 @@ def _vocabulary(
     last = {name: _last_merge(name, ranks) for name in made if _BYTE_OF.keys() >= set(name)}
     order = sorted(ids[letter] for letter in _BYTE_OF)
     order += [ids[name] for name in sorted(last, key=last.__getitem__) if last[name] < math.inf]
+    used = set(order)
+    idle = sorted(name for name in ids.keys() - added if ids[name] not in used and name[:1] not in "<[")
+    if idle:
+        what = f"{len(idle)} tokens of its vocabulary, such as {short(idle[0])}, are made by no merge"
+        print(f"note: {folder}: {what}; if its merges were cut, copy them again.", file=sys.stderr)
     eos = eos["content"] if isinstance(eos, dict) else eos
     every, of_config = added | ids, _optional(folder / "config.json").get("eos_token_id")
     ends = [every[eos]] if eos in every else [every.get(END_OF_TEXT), of_config]
