@@ -46,6 +46,7 @@ def finite_data_law(
     Raises: InputError: beta <= 0; a prompt's comparisons fall apart, so that rewards cannot be told.
     """
     check_positive("beta", beta)
+    optimal, ref_logps = optimal.double(), ref_logps.double()
     state = _curvature(beta * (optimal - ref_logps), rankings)
     g = state.gradient.unsqueeze(-1)
     score = (state.total * (g.mT @ state.inverse @ g).flatten()).sum().item()
@@ -77,6 +78,7 @@ def kl_law(optimal: Tensor, ref_logps: Tensor, population: Rankings, *, beta: fl
     Raises: InputError: beta <= 0; a prompt's comparisons fall apart.
     """
     check_positive("beta", beta)
+    optimal, ref_logps = optimal.double(), ref_logps.double()
     state = _curvature(beta * (optimal - ref_logps), population)
     probability, root = optimal.exp(), (optimal / 2).exp()
     factor = torch.diag_embed(root) - probability.unsqueeze(-1) * root.unsqueeze(-2)  # factor factor' = Sigma
