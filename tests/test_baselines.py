@@ -255,6 +255,16 @@ def test_ppo_meets_a_target_on_the_frontier():
     assert frontier_gap(policy, ref, rewards).reward_gap <= 2e-3
 
 
+@pytest.mark.parametrize("bad", [[[0.0, 1.0]], torch.tensor([[1, 2, 3]])])
+def test_gradients_of_what_is_no_table_are_refused(bad):
+    """Fails if a list or a table of integers ends in an error of Python's or torch's own."""
+    table = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    with pytest.raises(InputError, match="logps must"):
+        b.policy_gradient(bad, table, table, beta=1.0)
+    with pytest.raises(InputError, match="logps must"):
+        b.natural_gradient_step(bad, table, table, beta=1.0, learning_rate=1.0)
+
+
 def test_ppo_repeats_itself_and_refuses_nonsense():
     """The same seed, the same policy to the bit; another seed, another."""
     first, again, other = (climb(iterations=5, seed=seed)[0] for seed in (1, 1, 2))

@@ -42,8 +42,8 @@ def policy_gradient(logps: Tensor, ref_logps: Tensor, rewards: Tensor, *, beta: 
 
     Args: (..., Y) tables, finite; logps a distribution; beta > 0. Returns (..., Y); it sums to zero.
     """
+    penalised = penalised_rewards(logps, ref_logps, rewards, beta=beta)  # refuses what is no tensor
     check_log_distribution(logps=logps)
-    penalised = penalised_rewards(logps, ref_logps, rewards, beta=beta)
     return logps.exp() * (penalised - (logps.exp() * penalised).sum(-1, keepdim=True))
 
 
@@ -57,8 +57,9 @@ def natural_gradient_step(
     Args: as `policy_gradient`; learning_rate > 0. Returns (..., Y) log-probabilities.
     """
     check_positive("learning_rate", learning_rate)
+    penalised = penalised_rewards(logps, ref_logps, rewards, beta=beta)
     check_log_distribution(logps=logps)
-    return (logps + learning_rate * penalised_rewards(logps, ref_logps, rewards, beta=beta)).log_softmax(-1)
+    return (logps + learning_rate * penalised).log_softmax(-1)
 
 
 def reinforce_variance(
