@@ -124,7 +124,7 @@ LOOK = 100_000  # bytes in which the first line is looked for
 
 # ---------------------------------------------------------------------------------------------------- bytes
 
-# What a file begins with, what it then is, and the line that makes rows of it.
+# What a file begins with, what it then is, and the command that leads to rows.
 _PANDAS = (
     "python -c \"import pandas; pandas.read_{}('{}').to_json('rows.jsonl', orient='records', lines=True)\""
 )
@@ -141,7 +141,7 @@ _OTHER = {
     b"BZh": ("compressed by bzip2", "bzip2 -dk {}"),
     b"\xfd7zXZ": ("compressed by xz", "xz -dk {}"),
     b"SQLite format 3": ("a SQLite database", "sqlite3 -json {} 'select * from NAME' > rows.json"),
-    b"\x80": ("a pickle", _PANDAS.format("pickle", "{}") + ", if you trust it"),
+    b"\x80": ("a pickle, which may run code when it is opened", _PANDAS.format("pickle", "{}")),
     b"version https://git-lfs": ("a pointer of Git LFS and not the file itself", "git lfs pull"),
     b"<": ("a web page and not the file itself", "curl -L -O ADDRESS_OF_THE_FILE"),
     b"\xff\xfe": ("UTF-16 text and not UTF-8", "iconv -f utf-16 -t utf-8 {} > rows.jsonl"),
@@ -174,7 +174,7 @@ def read_bytes(path: str | Path) -> bytes:
     start = data[:LOOK].lstrip()
     for magic, (what, remedy) in _OTHER.items():
         if start.startswith(magic):
-            raise InputError(f"{path}: is {what}; convert it with `{remedy.replace('{}', str(path))}`.")
+            raise InputError(f"{path}: is {what}; run `{remedy.replace('{}', str(path))}`.")
     return data.removeprefix(b"\xef\xbb\xbf")
 
 

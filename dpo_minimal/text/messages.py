@@ -2,7 +2,7 @@
 
 A template is part of the data: every log-probability depends on it.
 
-But: which columns hold messages is data.py's business.
+But: which columns hold messages is forms.py's business.
 """
 
 from __future__ import annotations
