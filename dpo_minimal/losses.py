@@ -309,6 +309,8 @@ class Loss:
             where the mean loss is least, or InputError where there is none; or "none", or "not known".
         proof: the tag of the section that derives it.
         source: who wrote it down first.
+        reads_batch: whether a row's loss depends on the other rows.
+        charted: whether the frontier runs it as well; its figure has no place for every variant.
     """
 
     name: str
@@ -321,6 +323,8 @@ class Loss:
     proof: str = ""
     source: str = ""
     labelled: Callable[..., Any] | None = None
+    reads_batch: bool = False
+    charted: bool = True
 
     @staticmethod
     @lru_cache

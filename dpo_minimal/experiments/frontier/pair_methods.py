@@ -65,7 +65,7 @@ def preferred_ft() -> PairMethod:
 
 
 def others(beta: float, noise: float, alphas: tuple[float, ...]) -> list[PairMethod]:
-    """Every loss of pairs beside DPO, at the frontier's settings, or else at its defaults where it has them.
+    """Every charted loss of pairs beside DPO, at the frontier's settings, or else at its defaults.
 
     Averaged IPO is left out: it differs from IPO only by the completions' lengths.
     """
@@ -82,6 +82,7 @@ def others(beta: float, noise: float, alphas: tuple[float, ...]) -> list[PairMet
         "unlikelihood": [{"alpha": alpha} for alpha in alphas],
     }
     for name, loss in LOSSES.items():
-        if loss.rows == "preferences" and all(option.default is not None for option in loss.options):
+        given = all(option.default is not None for option in loss.options)
+        if loss.charted and loss.rows == "preferences" and given:
             settings.setdefault(name, [{}])
     return [pair_method(name, **options) for name, several in settings.items() for options in several]
