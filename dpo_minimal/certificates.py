@@ -18,6 +18,7 @@ from torch import Tensor
 from .preferences import Rankings, by_size, win_counts
 from .validation import InputError, check_finite, check_log_distribution, check_positive, check_same_shape
 
+EPS = torch.finfo(torch.float64).eps
 Names = tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]  # of the prompts, of each one's completions
 
 
@@ -121,12 +122,10 @@ def certify(logps: Tensor, ref_logps: Tensor, rankings: Rankings, *, beta: float
     |log pi - log pi*| <= D / beta for every completion. The first bound needs only x, the second adds that
     a Newton step lands within second order. Rounding of g and of the tables is added on top.
 
-    The population objective's minimiser is pi*, so there this bounds the distance to the closed form;
-    for data it bounds the distance to the maximum-likelihood estimate.
-
     Args:
         logps, ref_logps: (X, Y) tables of the policy and the reference.
-        rankings: what the policy was trained on, DPO or Plackett-Luce; beta > 0.
+        rankings: what the policy was trained on, DPO or Plackett-Luce; beta > 0. The minimiser is pi* for a
+            population, and for data the policy of the maximum-likelihood estimate.
     Returns:
         Certificate; inf where x > 1/2 (separable data keep x > 1 for ever), or where x is inf.
     Raises:
@@ -135,40 +134,41 @@ def certify(logps: Tensor, ref_logps: Tensor, rankings: Rankings, *, beta: float
     check_positive("beta", beta)
     check_same_shape(logps=logps, ref_logps=ref_logps)
     check_log_distribution(logps=logps, ref_logps=ref_logps)
-    if len(blocks := [*by_size(rankings, ref_logps > -math.inf)]) > 1:
-        bounds = torch.empty(3, len(logps), dtype=torch.float64, device=logps.device)
-        for x, Y, own in blocks:
-            bounds[:, x] = torch.stack(certify(logps[x, :Y], ref_logps[x, :Y], own, beta=beta))
-        return Certificate(*bounds)
     logps, ref_logps = logps.detach().double(), ref_logps.detach().double()
-    state = curvature(beta * (logps - ref_logps), rankings)
-    wins = win_counts(rankings, *logps.shape)
-    whole = (connected(wins + wins.mT) | ~_outer(ref_logps > -math.inf)).flatten(1).all(-1)
+    bound = certify_scores(beta * (logps - ref_logps), ref_logps > -math.inf, rankings)
+    size = torch.where(ref_logps > -math.inf, torch.maximum(logps.abs(), ref_logps.abs()), 0).amax(-1)
+    excess = logps.logsumexp(-1).abs()  # scores do not see how far the table is from summing to one
+    return bound._replace(logp_bound=bound.logp_bound / beta + 8 * EPS * size + excess)
 
+
+def certify_scores(scores: Tensor, exists: Tensor, rankings: Rankings) -> Certificate:
+    """`certify` before it returns to policies: `logp_bound` is D, a bound on how much a difference of scores
+    differs from the minimiser's [D11.2]. Args: scores, exists (X, Y); scores are read where compared."""
+    if len(blocks := [*by_size(rankings, exists)]) > 1:
+        parts = [certify_scores(scores[x, :Y], exists[x, :Y], own) for x, Y, own in blocks]
+        back = torch.cat([x for x, *_ in blocks]).argsort()
+        return Certificate(*(torch.cat(field)[back] for field in zip(*parts)))
+    state = curvature(scores, rankings)
+    wins = win_counts(rankings, *scores.shape)
+    whole = (connected(wins + wins.mT) | ~_outer(exists)).flatten(1).all(-1)
     rho = largest_resistance(state).sqrt()
     step = (state.inverse @ state.gradient.unsqueeze(-1)).squeeze(-1)  # H^+ g
     decrement = (step * state.gradient).sum(-1).clamp(min=0).sqrt()
     # Each entry of g sums terms no larger than the weights of the rankings it is in, a few roundings each.
-    eps = torch.finfo(torch.float64).eps
     degree = (wins + wins.mT).sum(-1) / state.total.clamp(min=1e-300).unsqueeze(-1)
-    trace = state.inverse.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=0)
-    rounding = 4 * eps * degree.norm(dim=-1) * trace.sqrt()
-    mean_curvature = state.hessian.diagonal(dim1=-2, dim2=-1).sum(-1) / state.compared.sum(-1)
+    trace = torch.einsum("xyy->x", state.inverse).clamp(min=0)
+    rounding = 4 * EPS * degree.norm(dim=-1) * trace.sqrt()
+    mean_curvature = torch.einsum("xyy->x", state.hessian) / state.compared.sum(-1)
     condition = state.inverse.norm(dim=(-2, -1)) * mean_curvature
-    slack = 1 + 8 * eps * logps.shape[-1] * condition  # relative error of the inverse
+    slack = 1 + 8 * EPS * scores.shape[-1] * condition  # relative error of the inverse
     x = slack * rho * (decrement + rounding)
-
-    outside = ~state.compared
-    step_range = step.masked_fill(outside, -math.inf).amax(-1) - step.masked_fill(outside, math.inf).amin(-1)
+    step_range = step.amax(-1) - step.amin(-1)  # of mean zero, and zero where not compared
     newton = slack * (step_range + rho * rounding) + x / (1 - x) + torch.log1p(-x)
-    distance = torch.minimum(-torch.log1p(-x), newton)
-    size = torch.where(state.compared, torch.maximum(logps.abs(), ref_logps.abs()), 0).amax(-1)
-    excess = logps.logsumexp(-1).abs()  # scores do not see how far the table is from summing to one
     # Beyond a condition number of 1e8 the estimate of that error is no longer to be trusted: no bound then.
     tellable = whole & (condition <= 1e8) & (state.total > 0)  # not so where the inverse is NaN
     valid = tellable & (x <= 0.5)
     return Certificate(
-        logp_bound=torch.where(valid, distance / beta + 8 * eps * size + excess, math.inf),
+        logp_bound=torch.where(valid, torch.minimum(-torch.log1p(-x), newton), math.inf),
         loss_gap=torch.where(valid, (x + (1 - x) * torch.log1p(-x)) / rho**2, math.inf),
         x=torch.where(tellable, x, math.inf),
     )
