@@ -257,6 +257,8 @@ RANGES: dict[str, Callable[[str, float], None]] = {  # of an option: as people r
     ">= 0": check_not_negative,
     "[0, 1/2)": lambda name, value: check_flip_probability(value, name),
     "[0, 1]": check_share,
+    "(0, 1/2)": lambda name, value: (check_positive(name, value), check_flip_probability(value, name)),
+    "(0, 1]": lambda name, value: (check_positive(name, value), check_share(name, value)),
 }
 READS: dict[str, tuple[str, int | None]] = {  # parameter of a loss: the table it is taken from, the column
     "policy_chosen_logps": ("policy", 0),

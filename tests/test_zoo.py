@@ -41,9 +41,22 @@ from dpo_minimal.losses import (
     plackett_luce_preference_loss,
 )
 from dpo_minimal.text.objectives import loss_options
-from dpo_minimal.zoo import LOSSES, ipo, kto, noise, orpo, simpo, table_of_losses, unlikelihood
+from dpo_minimal.zoo import (
+    LOSSES,
+    averaged,
+    ipo,
+    kto,
+    margins,
+    noise,
+    orpo,
+    rpo,
+    simpo,
+    table_of_losses,
+    unlikelihood,
+)
 
 INSIDE = {"> 0": (0.7, 2.0), ">= 0": (0.0, 0.7), "[0, 1/2)": (0.0, 0.3), "[0, 1]": (0.0, 0.6)}
+INSIDE |= {"(0, 1/2)": (0.01, 0.3), "(0, 1]": (0.05, 0.6)}
 
 
 def settings_of(loss: Loss) -> list[dict[str, float]]:
@@ -119,10 +132,10 @@ def test_orpos_weights_of_certain_completions_are_what_is_applied(dtype):
 
 @pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if "lengths" not in loss.reads])
 def test_only_what_is_no_function_of_the_margin_pulls_unequally(name):
-    """Without token counts, chosen and rejected pull alike but for Unlikelihood, KTO and rankings."""
+    """Without token counts, chosen and rejected pull alike but for those named here."""
     out = on_rows(LOSSES[name], ROWS["near"], settings_of(LOSSES[name])[1])
     alike = torch.equal(out.chosen_weights, out.rejected_weights)
-    assert alike == (name not in ("unlikelihood", "kto", "plackett_luce"))
+    assert alike == (name not in ("unlikelihood", "kto", "plackett_luce", "dpop"))
 
 
 # ----------------------------------------------------------------------------------- start, options, optimum
@@ -130,9 +143,9 @@ def test_only_what_is_no_function_of_the_margin_pulls_unequally(name):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_start_is_the_loss_where_policy_is_reference(name):
-    """And it exists exactly for losses with a reference."""
+    """And it exists exactly for losses with a reference, but where the policy's own likelihood is added."""
     loss = LOSSES[name]
-    assert (loss.start is not None) == ("reference" in loss.reads)
+    assert (loss.start is not None) == ("reference" in loss.reads and name != "rpo")
     for options in settings_of(loss) if loss.start else ():
         for size in (2, 4) if loss.rows == "rankings" else (2,):
             row = -torch.rand(3, size, generator=generator(3), dtype=torch.float64)
@@ -191,6 +204,10 @@ def check_optimum(name: str) -> None:
         out = loss_on_table(loss, theta.log_softmax(-1), WORLD.ref_logps, data, lengths=LENGTHS, **options)
         return data.weight @ out.losses
 
+    if name == "hinge":  # no gradient at a kink; but the loss is convex, so that near points are enough
+        near = best + 1e-3 * torch.randn(200, *best.shape, generator=generator(6), dtype=best.dtype)
+        assert min(mean(theta) for theta in near) > mean(best)
+        return
     theta = best.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(mean(theta), theta)
     # Newton ends where scores move by less than 1e-8, squared; weights reach 1 / beta = 10
@@ -233,16 +250,16 @@ def test_the_optimum_of_a_prompt_is_that_of_it_alone(name):
 
 @pytest.mark.parametrize("name", OPTIMA)
 def test_an_optimum_that_does_not_exist_is_refused(name):
-    """A completion that never won has no finite reward, and Unlikelihood's share of it is negative; cDPO's
-    and IPO's optimum exists all the same. One that was never compared has no reward under any loss, and under
-    Unlikelihood, which does not tilt a reference, probability 0."""
+    """A completion that never won has no finite reward, and Unlikelihood's share of it is negative; cDPO's,
+    IPO's and the hinge's optimum exists all the same. One that was never compared has no reward under any
+    loss, and under Unlikelihood, which does not tilt a reference, probability 0."""
     loss = LOSSES[name]
     options = {option.name: min(option.default, 0.1) for option in loss.options}
     lengths = {"lengths": LENGTHS} if "lengths" in loss.reads else {}
     prompt, weight = torch.tensor([0] * 3 + [1] * 3), torch.full((6,), 1 / 6, dtype=torch.float64)
     chain, apart = (torch.tensor(order * 2) for order in ([[0, 1], [1, 2], [2, 3]], [[0, 1], [1, 2], [2, 0]]))
     never_won, never_compared = Rankings(prompt, chain, weight), Rankings(prompt, apart, weight)
-    if name in ("cdpo", "ipo", "averaged_ipo"):
+    if name in ("cdpo", "ipo", "averaged_ipo", "hinge"):
         assert loss.optimum(never_won, WORLD.ref_logps, **lengths, **options).isfinite().all()
     else:
         with pytest.raises(InputError):
@@ -477,6 +494,13 @@ MUTANTS = {
     "unweighted DPO's without beta": (
         unlikelihood.unweighted_dpo_loss, "torch.full_like(h, beta)", "torch.ones_like(h)", "unweighted_dpo",
     ),
+    "averaged DPO's chosen length for both": (
+        averaged.averaged_dpo_loss, "pull / lengths[1]", "pull / lengths[0]", "averaged_dpo",
+    ),
+    "the hinge's beyond its corner": (margins.hinge_loss, "(wanting > 0)", "(wanting > -9)", "hinge"),
+    "EXO's without its bell": (margins.exo_loss, "beta * q * rest", "beta", "exo"),
+    "DiscoPOP's step upside down": (margins.discopop_loss, "+ step", "- step", "discopop"),
+    "DPO-Positive pulls alike": (rpo.dpop_loss, "pull + lam * pull", "pull", "dpop"),
     "KTO's of a sum": (kto.kto_pair_loss, "out.gradient_weights / 2", "out.gradient_weights", "kto"),
     "KTO's rejected pull upwards": (kto.kto_pair_loss, "chosen, -rejected", "chosen, rejected", "kto"),
     "Plackett-Luce's worst answer upwards": (
@@ -507,11 +531,18 @@ OPTIMUM_MUTANTS = {
     ),
     "IPO's without the reference": (ipo.ipo_optimum, "ref_logps + ipo", "0 * ref_logps + ipo", "ipo"),
     "averaged IPO's without lengths": (
-        ipo.averaged_ipo_optimum, "lengths * (g + c)", "(g + c)", "averaged_ipo",
+        ipo.with_lengths, "lengths * (g + c)", "(g + c)", "averaged_ipo",
     ),
     "averaged IPO's Newton step forgotten": (
-        ipo.averaged_ipo_optimum, "c = c - step", "pass", "averaged_ipo",
+        ipo.with_lengths, "c = c - step", "pass", "averaged_ipo",
     ),
+    "averaged DPO's without beta": (
+        averaged.averaged_dpo_optimum, "/ beta, lengths", ", lengths", "averaged_dpo",
+    ),
+    "the hinge's without beta": (margins.hinge_optimum, "beta=beta)", "beta=1.0)", "hinge"),
+    "the hinge's first step is its last": (margins.hinge_optimum, "-1e-12", "-1e12", "hinge"),
+    "RPO's without lengths": (rpo.rpo_optimum, " / lengths", "", "rpo"),
+    "RPO's without DPO": (rpo.rpo_optimum, "beta * state.gradient", "0 * state.gradient", "rpo"),
     "Unlikelihood's shares of wins": (
         unlikelihood.unlikelihood_logps, "chosen - alpha * rejected", "chosen", "unlikelihood",
     ),

@@ -100,9 +100,15 @@ def averaged_ipo_optimum(rankings: Rankings, ref_logps: Tensor, *, beta: float, 
 
     Args: as `ipo_optimum`; lengths (X, Y) tokens. Returns (X, Y). Raises as `ipo_estimate`.
     """
-    exists = ref_logps > -math.inf
-    g = ipo_estimate(rankings, exists, beta=beta)
-    c = -g.masked_fill(~exists, math.inf).amin(-1, keepdim=True)  # no completion is rarer there than before
+    return with_lengths(ref_logps, ipo_estimate(rankings, ref_logps > -math.inf, beta=beta), lengths)
+
+
+def with_lengths(ref_logps: Tensor, g: Tensor, lengths: Tensor) -> Tensor:
+    """log pi_ref + |y| (g + c), for each prompt with the one c for which it sums to one [D12.1, D12.12].
+
+    Args: ref_logps, g and lengths (X, Y). Returns (X, Y) log-probabilities.
+    """
+    c = -g.masked_fill(ref_logps == -math.inf, math.inf).amin(-1, keepdim=True)  # none is rarer than before
     for _ in range(100):  # Newton's method on a convex, increasing function, from above
         logps = ref_logps + lengths * (g + c)
         step = logps.logsumexp(-1, keepdim=True) / (logps.softmax(-1) * lengths).sum(-1, keepdim=True)
