@@ -19,6 +19,19 @@ def of_margin(formula: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Pr
     h = log pi(y_w)/pi_ref(y_w) - log pi(y_l)/pi_ref(y_l), DPO's margin without its beta, is (B,), checked and
     widened; loss and weight, the pull of either completion, are (B,). Implicit rewards are DPO's.
     """
+    return _of_pairs(formula, slice(0, 1))
+
+
+def of_logratios(formula: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[..., PreferenceLoss]:
+    """The same from (chosen, rejected, *, beta, ...) -> (loss, weight, weight), each completion by itself.
+
+    chosen and rejected are its log pi/pi_ref, (B,); the weights are the pulls of chosen and rejected.
+    """
+    return _of_pairs(formula, slice(1, 3))
+
+
+def _of_pairs(formula: Callable[..., tuple[Tensor, ...]], read: slice) -> Callable[..., PreferenceLoss]:
+    """`read` is what the formula takes of (h, chosen log-ratio, rejected log-ratio)."""
 
     @functools.wraps(formula)
     def loss(
@@ -30,20 +43,22 @@ def of_margin(formula: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Pr
         beta: float,
         **options: float,
     ) -> PreferenceLoss:
-        h, chosen_logratio, rejected_logratio = _logratios(
+        found = _logratios(
             policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, beta
         )
-        losses, weights = formula(h, beta=beta, **options)
+        losses, *weights = formula(*found[read], beta=beta, **options)
         return _preference_loss(
             policy_chosen_logps.dtype,
             losses=losses,
-            chosen_rewards=beta * chosen_logratio,
-            rejected_rewards=beta * rejected_logratio,
-            chosen_weights=weights,
+            chosen_rewards=beta * found[1],
+            rejected_rewards=beta * found[2],
+            chosen_weights=weights[0],
+            rejected_weights=weights[-1],
         )
 
     logps, options = (list(inspect.signature(each).parameters.values()) for each in (dpo_loss, formula))
-    loss.__signature__ = inspect.Signature([*logps[:4], *options[1:]], return_annotation="PreferenceLoss")
+    given = [option for option in options if option.kind is option.KEYWORD_ONLY]
+    loss.__signature__ = inspect.Signature([*logps[:4], *given], return_annotation="PreferenceLoss")
     return loss
 
 
