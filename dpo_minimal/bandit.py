@@ -123,13 +123,16 @@ def loss_on_table(
         logps, ref_logps: (X, Y) tables; the reference is not read by losses without one.
         lengths: (Y,) or (X, Y) tokens of each completion, for losses that average; None for one each.
     Raises:
-        InputError: as the loss does, or a parameter that is no option given and none of `losses.READS`.
+        InputError: as the loss does; a parameter that is no option given and none of `losses.READS`; rankings
+            of unequal weight for a loss that reads its batch, whose rows count alike.
     """
 
     def token_counts() -> Tensor:
         return rankings.gather(torch.ones_like(logps) if lengths is None else lengths.expand(logps.shape))
 
     record = loss if isinstance(loss, Loss) else Loss.of(loss)
+    if record.reads_batch and rankings.weight.unique().numel() > 1:
+        raise InputError(f"{record.name} takes all rows of a batch alike; give rankings of one weight.")
     tables = {
         "policy": lambda: rankings.gather(logps),
         "reference": lambda: rankings.gather(ref_logps),

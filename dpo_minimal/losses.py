@@ -333,7 +333,7 @@ class Loss:
     def of(function: Callable[..., PreferenceLoss]) -> Loss:
         """The record of a function that has none: only what it reads is known."""
         name = getattr(function, "__name__", "the loss")
-        return Loss(name, name, function)
+        return Loss(name, name, function, reads_batch=getattr(function, "reads_batch", False))
 
     @cached_property
     def parameters(self) -> dict[str, bool]:
