@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from planting import CAUGHT, plant
+from test_pointwise_losses import POINTWISE
 from test_policy import gradients, loop_logp, loud
 from test_relatives import RELATIVES, Row, log_odds
 
@@ -43,6 +44,8 @@ from dpo_minimal.train import Window, _means, average, make_optimizer, train
 from dpo_minimal.validation import InputError
 from dpo_minimal.zoo import LOSSES, kto
 
+BY_ROW = RELATIVES | POINTWISE  # whose value and pulls are written out elsewhere, a row at a time
+ALONE = [name for name, loss in LOSSES.items() if not loss.reads_batch]
 VOCAB = 11
 SHAPE = GPTConfig(vocab_size=VOCAB, block_size=256, n_layer=2, n_head=2, n_embd=16)
 seeds = st.integers(0, 2**32 - 1)
@@ -145,8 +148,8 @@ def by_hand(
         weight = beta * (1 - odds[0] / sum(odds))
     else:
         row = Row(*policy_logps, *reference, *lengths)
-        loss = RELATIVES[loss_type].value(row, **options)
-        weight = RELATIVES[loss_type].pulls(row, **options)[0]
+        loss = BY_ROW[loss_type].value(row, **options)
+        weight = BY_ROW[loss_type].pulls(row, **options)[0]
         if loss_type in ("averaged_ipo", "simpo", "orpo"):
             tokens = [float(length) for length in lengths]
         if loss_type in ("simpo", "orpo", "unlikelihood"):
@@ -204,7 +207,7 @@ def check_by_hand(loss_type: str, seed: int, beta: float, sizes: list[int]) -> N
         assert record["loss"] == pytest.approx(dpo_loss(*columns, **options).losses.mean().item(), **CLOSE)
 
 
-@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize("loss_type", ALONE)
 @settings(max_examples=4)
 @given(seed=seeds, beta=st.floats(0.05, 2), sizes=st.lists(st.integers(1, 4), min_size=1, max_size=3))
 def test_loss_and_metrics_are_those_of_a_loop_over_tokens(loss_type, seed, beta, sizes):
@@ -429,7 +432,7 @@ def separate_gradients(gpt: GPT, loss_type: str | None, rows: list[Example], ref
             losses.append(-sum(logps))
             continue
         ratios = torch.cat(logps) - reference[number, : len(logps)]
-        if loss_type in RELATIVES:  # the loss itself is tested elsewhere; here, how rows are put together
+        if loss_type in BY_ROW:  # the loss itself is tested elsewhere; here, how rows are put together
             lengths = torch.tensor([[len(ids) for ids in row.completions]])
             of_row = PreferenceBatch(SharedPromptBatch(None, None, lengths), reference[number : number + 1])
             loss = loss_of(LOSSES[loss_type], torch.stack(logps, -1), of_row, options_of(loss_type))
@@ -447,7 +450,7 @@ def separate_gradients(gpt: GPT, loss_type: str | None, rows: list[Example], ref
 WINDOWS = [[7], [3, 3, 1], [1, 4, 2], [1] * 7]
 
 
-@pytest.mark.parametrize("loss_type", [*LOSSES, None])
+@pytest.mark.parametrize("loss_type", [*ALONE, None])
 def test_micro_batches_give_what_the_whole_window_gives(loss_type):
     """#14: a share forgotten or the same for each micro-batch, above all for a last smaller one; tokens where
     rows are meant or the reverse; a gradient that is not accumulated, or is twice."""

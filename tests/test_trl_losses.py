@@ -33,7 +33,9 @@ class Row(NamedTuple):
     ours: str  # a key of `zoo.LOSSES`
     options: dict
     factor: float = 1.0  # theirs = factor * ours
-    lengths: str = ""  # "one": of one token each, "mean": each chosen of the batch's mean number of tokens
+    # "one": of one token each, "mean": each chosen of the batch's mean number of tokens; "centred": of any
+    # lengths, with a reference that differs from the policy by nothing on average.
+    lengths: str = ""
 
 
 EPS = 0.2
@@ -58,6 +60,15 @@ ROWS = [
         dict(loss_types=["sigmoid", "sft"], loss_weights=[1.0, 0.7]), "rpo", dict(nll_weight=0.7),
         lengths="mean",
     ),
+    Row(dict(loss_types=["nca_pair"]), "nca", {}),
+    Row(dict(loss_types=["sppo_hard"]), "sppo", {}),
+    Row(dict(loss_types=["apo_zero"]), "apo_zero", {}),
+    Row(dict(loss_types=["apo_down"]), "apo_down", {}),
+    # Its delta is 0, ours the mean reward of the batch: the same where that is 0.
+    Row(dict(loss_types=["bco_pair"]), "bco", {}, lengths="centred"),
+    # Its rows come out in sorted order, ours in the batch's; mean and gradient cannot tell.
+    Row(dict(loss_types=["aot"]), "aot", {}),
+    Row(dict(loss_types=["aot_unpaired"]), "aot_unpaired", {}),
 ]  # fmt: skip
 
 
@@ -104,7 +115,10 @@ def batch(lengths: str) -> tuple[Tensor, Tensor, Tensor]:
     counts = torch.ones(6).long() if lengths == "one" else torch.tensor([3, 1, 5, 2, 6, 4])
     scored = torch.arange(6) < counts[:, None]
     tables = -2 * torch.rand(2, 6, 6, generator=generator, dtype=torch.float64)
-    return *(tables * scored), scored
+    policy, reference = tables * scored
+    if lengths == "centred":
+        reference[:, 0] += (policy - reference).sum(-1).mean()
+    return policy, reference, scored
 
 
 def theirs(trainer: DPOTrainer, policy: Tensor, reference: Tensor, scored: Tensor) -> Tensor:

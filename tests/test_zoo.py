@@ -104,7 +104,7 @@ def check_pulls(name: str, rows: str = "near") -> None:
         for weights, column, sign in ((out.chosen_weights, 0, -1), (out.rejected_weights, K - 1, 1)):
             assert weights.shape == (len(policy),) and weights.isfinite().all()
             torch.testing.assert_close(weights, sign * gradient[:, column], rtol=1e-11, atol=1e-12)
-            if rows == "near":
+            if rows == "near" and not loss.reads_batch:  # of those, test_pointwise_losses.py moves one row
                 step = torch.zeros_like(policy)
                 step[:, column] = 2.0**-16
                 up, down = (on_rows(loss, policy + side * step, options).losses for side in (1, -1))
@@ -135,7 +135,8 @@ def test_only_what_is_no_function_of_the_margin_pulls_unequally(name):
     """Without token counts, chosen and rejected pull alike but for those named here."""
     out = on_rows(LOSSES[name], ROWS["near"], settings_of(LOSSES[name])[1])
     alike = torch.equal(out.chosen_weights, out.rejected_weights)
-    assert alike == (name not in ("unlikelihood", "kto", "plackett_luce", "dpop"))
+    each_by_itself = {"nca", "sppo", "apo_zero", "apo_down", "bco", "aot_unpaired"}
+    assert alike == (name not in {"unlikelihood", "kto", "plackett_luce", "dpop"} | each_by_itself)
 
 
 # ----------------------------------------------------------------------------------- start, options, optimum
@@ -159,6 +160,7 @@ def test_the_start_is_the_loss_where_policy_is_reference(name):
 def test_the_range_of_an_option_is_that_of_the_function(name):
     """What the command line takes the function takes, and the reverse; a default lies inside."""
     loss, data = LOSSES[name], expected_pairs(WORLD.rewards, all_sets(WORLD.exists))
+    data = once(data) if loss.reads_batch else data
     good = settings_of(loss)[1]
     for option in loss.options:
         if option.default is not None:
@@ -190,6 +192,11 @@ def comparisons(loss: Loss) -> Rankings:
     if loss.rows == "rankings":
         return expected_rankings(WORLD.rewards, all_sets(WORLD.exists, size=3))
     return expected_pairs(WORLD.rewards / 2, all_sets(WORLD.exists), flip_probability=0.1)
+
+
+def once(data: Rankings) -> Rankings:
+    """Each of them once, as a loss that reads its batch needs them."""
+    return data._replace(weight=torch.ones_like(data.weight))
 
 
 def check_optimum(name: str) -> None:
@@ -250,16 +257,16 @@ def test_the_optimum_of_a_prompt_is_that_of_it_alone(name):
 
 @pytest.mark.parametrize("name", OPTIMA)
 def test_an_optimum_that_does_not_exist_is_refused(name):
-    """A completion that never won has no finite reward, and Unlikelihood's share of it is negative; cDPO's,
-    IPO's and the hinge's optimum exists all the same. One that was never compared has no reward under any
-    loss, and under Unlikelihood, which does not tilt a reference, probability 0."""
+    """A completion that never won has no finite reward, and Unlikelihood's share of it is negative; cDPO,
+    IPO, SPPO and the hinge have an optimum all the same. One that was never compared has no reward under any loss,
+    and under Unlikelihood, which does not tilt a reference, probability 0."""
     loss = LOSSES[name]
     options = {option.name: min(option.default, 0.1) for option in loss.options}
     lengths = {"lengths": LENGTHS} if "lengths" in loss.reads else {}
     prompt, weight = torch.tensor([0] * 3 + [1] * 3), torch.full((6,), 1 / 6, dtype=torch.float64)
     chain, apart = (torch.tensor(order * 2) for order in ([[0, 1], [1, 2], [2, 3]], [[0, 1], [1, 2], [2, 0]]))
     never_won, never_compared = Rankings(prompt, chain, weight), Rankings(prompt, apart, weight)
-    if name in ("cdpo", "ipo", "averaged_ipo", "hinge"):
+    if name in ("cdpo", "ipo", "averaged_ipo", "hinge", "sppo"):
         assert loss.optimum(never_won, WORLD.ref_logps, **lengths, **options).isfinite().all()
     else:
         with pytest.raises(InputError):
@@ -356,12 +363,20 @@ def test_a_record_and_its_function_are_the_same_on_a_table():
     """`loss_on_table` takes either."""
     data = comparisons(DPO)
     for name, loss in LOSSES.items():
-        options = settings_of(loss)[1]
+        options, rows = settings_of(loss)[1], once(data) if loss.reads_batch else data
         either = [
-            loss_on_table(each, WORLD.ref_logps, WORLD.ref_logps, data, lengths=LENGTHS, **options)
+            loss_on_table(each, WORLD.ref_logps, WORLD.ref_logps, rows, lengths=LENGTHS, **options)
             for each in (loss, loss.function)
         ]
         assert all(torch.equal(one, other) for one, other in zip(*either)), name
+
+
+@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.reads_batch])
+def test_a_loss_that_reads_its_batch_refuses_rows_of_unequal_weight(name):
+    """Its mean, or its order, would count an outcome of probability 0.9 and one of 0.1 alike."""
+    for each in (LOSSES[name], LOSSES[name].function):
+        with pytest.raises(InputError, match=r" takes all rows of a batch alike; give .*\.$"):
+            loss_on_table(each, WORLD.ref_logps, WORLD.ref_logps, comparisons(DPO), beta=1.0)
 
 
 # --------------------------------------------------------------------------------------------- one place each

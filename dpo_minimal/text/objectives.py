@@ -111,6 +111,8 @@ def preference_objective(model: GPT, loss_type: str, *, dtype: str, **options: f
     reward against 0, where the reference is: above it is right for a good row, below it for a bad one. What
     has no row in a window is left out of its record.
     The divergence from the reference is not among them: it is a mean over the policy's own samples.
+    A loss that reads its batch is that of each micro-batch: `dpo` refuses to train it on more than one a
+    step, and `eval_loss` is its mean over passes of as many rows, of similar length, as a training step has.
 
     Args:
         model: the policy.

@@ -46,6 +46,7 @@ def _row(loss: Loss) -> str:
     reads = ("a ranking of " if loss.rows == "rankings" else "") + ", ".join(
         _READ[name] for name in loss.reads
     )
+    reads += ", the other rows of the batch" if loss.reads_batch else ""
     optimum = "known" if callable(loss.optimum) else loss.optimum
     proved = f"{optimum}, [{loss.proof}]" if loss.proof else optimum
     cells = f"`{loss.name}`", loss.title, reads, "; ".join(options) or "–", start, proved, loss.source or "–"

@@ -53,6 +53,7 @@ from ...text.reviews import sentiment
 from ...text.runs import write_records
 from ...text.training_run import Data
 from ...train import Record
+from ...validation import InputError
 from ...zoo import LOSSES
 from ..options import COMMON, DATA, RUN, TRAINING, Option, add_options, altered, at_least, declared, resolve
 from . import setup, sft
@@ -151,6 +152,11 @@ def run(args: argparse.Namespace) -> Path:
         command="dpo",
     )  # fmt: skip
     loss = _loss_of(options)
+    if LOSSES[options.loss_type].reads_batch and options.gradient_accumulation_steps > 1:
+        raise InputError(
+            f"--loss-type {options.loss_type} compares the rows of a step with each other; give "
+            "--gradient-accumulation-steps 1, and the rows of a step as --per-device-train-batch-size."
+        )
     setup.begin(options)
     # All that can be wrong with the input is checked before anything is written.
     policy = None if options.model is None else load_policy(options.model)
