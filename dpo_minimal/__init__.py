@@ -64,6 +64,7 @@ from .validation import InputError
 from .version import __version__
 
 _ANNEXES = {  # the file of an annex: its public names
+    "bench.card": ("Card", "loss_card"),
     "text.checkpoint": ("GPT",),  # which adds from_pretrained and save_pretrained to it
     "text.data": ("PreferencePair", "load_preferences"),
     "zoo.averaged": ("averaged_dpo_loss",),

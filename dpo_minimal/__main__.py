@@ -8,6 +8,7 @@ import sys
 from functools import partial
 
 from . import __version__
+from .experiments import card
 from .experiments.bandit import command as bandit
 from .experiments.frontier import command as frontier
 from .experiments.sentiment import command as sentiment
@@ -20,6 +21,7 @@ COMMANDS = {
     "statistics": (statistics, "what finite data determine: thousands of data sets beside the theory"),
     "frontier": (frontier, "every method beside the best possible, in worlds where that is known exactly"),
     "sentiment": (sentiment, "every method on film reviews whose judge is known: the paper's Fig. 2 to 4"),
+    "card": (card, "what a preference loss does: yours, or one of the package's"),
     "audit": (audit, "what a model reads of a preference file, and what is wrong with the file"),
     "sft": (sft, "supervised fine-tuning of a GPT-2: the start of every preference training"),
     "dpo": (dpo, "train a GPT-2 on preferences; without options, film reviews from SFT to DPO"),

@@ -29,7 +29,7 @@ from dpo_minimal import (
 )
 from dpo_minimal.__main__ import main
 from dpo_minimal.bandit import TabularPolicy, loss_on_table
-from dpo_minimal.experiments import figures
+from dpo_minimal.bench import figures
 from dpo_minimal.experiments.frontier import command as frontier
 from dpo_minimal.experiments.frontier import figure as frontier_plots
 from dpo_minimal.experiments.frontier import methods, pair_methods, pairs

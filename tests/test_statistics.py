@@ -21,8 +21,8 @@ from strategies import normal
 
 from dpo_minimal.__main__ import _parser, main
 from dpo_minimal.bandit import dpo_objective
+from dpo_minimal.bench import figures
 from dpo_minimal.closed_form import optimal_logps
-from dpo_minimal.experiments import figures
 from dpo_minimal.experiments.statistics import command as statistics
 from dpo_minimal.experiments.statistics import figure as plots
 from dpo_minimal.experiments.statistics import replicates

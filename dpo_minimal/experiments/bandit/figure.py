@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ...bandit import Bandit
+from ...bench.figures import COLOURS, panels
 from ...closed_form import optimal_logps, reward_kl_frontier
-from ..figures import COLOURS, panels
 from .fit import Outcome
 
 LABELS = {

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from ...bench.figures import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, panels, with_intervals
 from ...closed_form import reward_kl_frontier
-from ..figures import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, panels, with_intervals
 from .methods import Run
 from .pairs import POPULATION, Point, spreads
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ...bench.figures import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, panels, with_intervals
 from ...rivals.evaluate import crossed_interval, win_interval
-from ..figures import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, panels, with_intervals
 from .methods import TEMPERATURES
 from .results import Group, Results, Row
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..figures import BLUE, GREEN, ORANGE, panels
+from ...bench.figures import BLUE, GREEN, ORANGE, panels
 from .replicates import Law, Size
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ...bench.figures import BLUE, GREEN, GREY, ORANGE, panels
 from ...rivals.evaluate import Samples, mean_of
 from ...train import Record
-from ..figures import BLUE, GREEN, GREY, ORANGE, panels
 
 
 def preference_figure(

@@ -56,3 +56,24 @@ def with_intervals(axis, places: Sequence[float], values: Sequence[tuple], **sty
     below = [max(0.0, value - low) for value, low, _ in values]
     above = [max(0.0, high - value) for value, _, high in values]
     axis.errorbar(places, [value for value, _, _ in values], yerr=[below, above], **({"capsize": 4} | style))
+
+
+def draw_card(path: Path, curves: dict[str, Any], verdict: str) -> None:
+    """The loss and both pulls against the margin: the loss itself, and those that stand beside it."""
+    style = {"font.size": 12, "axes.titlesize": 14, "legend.fontsize": 11}
+    with panels(path, 1, 3, style=style, figsize=(15, 4.8), sharex=True) as (figure, axes):
+        for (name, drawn), colour, width in zip(curves.items(), (BLUE, ORANGE, GREEN), (3, 1.8, 1.8)):
+            for axis, values in zip(axes, drawn[1:]):
+                axis.plot(drawn.margins, values, color=colour, linewidth=width, label=name)
+        own = next(iter(curves.values()))
+        titles = "loss", "pull on the chosen", "pull on the rejected"
+        for axis, title, values in zip(axes, titles, own[1:]):
+            axis.set_title(title)
+            axis.set_xlabel("margin (nats of reward)")
+            axis.axvline(0, color=GREY, linewidth=0.8)
+            axis.axhline(0, color=GREY, linewidth=0.8)
+            low, high = values.min().item(), values.max().item()
+            room = 0.35 * max(high - low, abs(high), 1e-3)
+            axis.set_ylim(min(low, 0) - room, high + room)
+        axes[0].legend()
+        figure.suptitle(f"{next(iter(curves))} {verdict}", fontsize=12, x=0.01, ha="left", wrap=True)

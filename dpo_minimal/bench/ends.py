@@ -1,0 +1,240 @@
+"""Where a loss ends: the policy at which training from the reference comes to rest, or that there is none.
+
+Tables of log-probabilities, one prompt a row, each trained on exact preferences or on counts. What is
+followed is the field of gradients and not the loss's value, because some losses detach a part of themselves
+(KTO's divergence, BCO's mean), so that they descend no function.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..bandit import random_bandit
+from ..preferences import (
+    Rankings,
+    Slate,
+    all_sets,
+    expected_pairs,
+    reference_pairs,
+)
+from .subject import Subject
+
+FAR = 60.0  # a range of scores, in nats of reward, beyond which no world here has its end
+AWAY = 20.0  # beyond it what still moves has no end
+COPIES = 2000  # rows that stand for a population where a loss reads its whole batch
+FLIPPED = 0.1
+SIZES = (3, 4, 5, 4, 5, 5)  # completions of each world
+
+
+class Ends(NamedTuple):
+    """The end of each prompt.
+
+    Fields: logps (X, Y) where it came to rest, or was last seen; settled (X,) whether it rests there;
+    runs_away (X,) whether it was last seen far off and still moving, neither where it goes to and fro; sharp
+    (X,) whether the end is known to the last digits.
+    """
+
+    logps: Tensor
+    settled: Tensor
+    runs_away: Tensor
+    sharp: Tensor
+
+
+class Scenes(NamedTuple):
+    """Prompts to be trained on, each by itself.
+
+    Fields: ref_logps, rewards, lengths (X, Y), padded with -inf, 0, 1; rankings of all prompts; kind (X,)
+    a word for each.
+    """
+
+    ref_logps: Tensor
+    rewards: Tensor
+    lengths: Tensor
+    rankings: Rankings
+    kind: tuple[str, ...]
+
+    def where(self, *kinds: str) -> list[int]:
+        """The numbers of the prompts of these kinds."""
+        return [x for x, kind in enumerate(self.kind) if kind in kinds]
+
+
+def worlds(count: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """(reference, rewards, token counts, another reference), of the README's example and of random worlds."""
+    found = []
+    for seed, size in enumerate(SIZES[:count]):
+        generator = torch.Generator().manual_seed(100 + seed)
+        world, other = (random_bandit(1, size, generator=generator) for _ in range(2))
+        lengths = torch.randint(1, 6, (size,), generator=generator).double()
+        ref, rewards = world.ref_logps[0], world.rewards[0]
+        if seed == 0:
+            ref, rewards = torch.tensor([0.5, 0.3, 0.2]).double().log(), torch.arange(3.0).double()
+        found.append((ref, rewards, lengths, other.ref_logps[0]))
+    return found
+
+
+def population(count: int) -> Scenes:
+    """Some worlds, each with several choices of pairs, with another reference and with labels reversed; and
+    the last one with people who agree."""
+    rows: list[tuple[str, Tensor, Tensor, Tensor, Rankings]] = []
+    for ref, rewards, lengths, other in worlds(count):
+        table, last = rewards[None], len(ref) - 1
+        everything = all_sets(ref[None] > -math.inf)
+        neighbours = torch.stack([torch.arange(last), torch.arange(1, last + 1)], -1)
+        chain = Slate(torch.zeros(last).long(), neighbours, torch.ones(last).double())
+        pairs = expected_pairs(table, everything)
+        drawn = expected_pairs(table, reference_pairs(ref[None]))
+        flipped = expected_pairs(table, everything, flip_probability=FLIPPED)
+        rows += [
+            ("all pairs", ref, rewards, lengths, pairs),
+            ("pairs of the reference", ref, rewards, lengths, drawn),
+            ("chain", ref, rewards, lengths, expected_pairs(table, chain)),
+            ("another reference", other, rewards, lengths, pairs),
+            ("reversed", ref, rewards, lengths, flipped),
+        ]
+    won = rewards[pairs.order[:, 0]] > rewards[pairs.order[:, 1]]
+    of_best = (pairs.order == rewards.argmax()).any(-1)
+    for kind, kept in (("unanimous", won), ("never loses", won | ~of_best)):
+        rows.append((kind, ref, rewards, lengths, pairs._replace(weight=pairs.weight * kept)))
+    return _stacked(rows)
+
+
+def _stacked(rows: list[tuple[str, Tensor, Tensor, Tensor, Rankings]]) -> Scenes:
+    kinds, refs, rewards, lengths, pairs = zip(*rows)
+    size = torch.tensor([len(each.weight) for each in pairs])
+    number = torch.arange(len(rows)).repeat_interleave(size)
+    order, weight = torch.cat([each.order for each in pairs]), torch.cat([each.weight for each in pairs])
+    kept = weight > 0
+    return Scenes(
+        _padded(refs, -math.inf), _padded(rewards, 0.0), _padded(lengths, 1.0),
+        Rankings(number[kept], order[kept], weight[kept]), kinds,
+    )  # fmt: skip
+
+
+def _padded(rows: Sequence[Tensor], value: float) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence([*rows], batch_first=True, padding_value=value)
+
+
+def ends(subject: Subject, scenes: Scenes, *, reads_batch: bool) -> Ends:
+    """Train every prompt from its reference to where the gradient vanishes, if it ever does.
+
+    A loss that reads its whole batch is given each prompt alone, in rows of equal weight.
+    """
+    if not reads_batch:
+        return _settle(_field(subject, scenes, scenes.rankings.normalised_by_prompt()), scenes.ref_logps)
+    found = []
+    for x, kind in enumerate(scenes.kind):
+        own = Rankings(*(field[scenes.rankings.prompt == x] for field in scenes.rankings))
+        rows = equal_rows(own._replace(prompt=torch.zeros_like(own.prompt)))
+        one = Scenes(*(table[x : x + 1] for table in scenes[:3]), rows, (kind,))
+        found.append(_settle(_field(subject, one, rows), one.ref_logps))
+    every = Ends(*(torch.cat(fields) for fields in zip(*found)))
+    return every._replace(sharp=torch.zeros_like(every.settled))
+
+
+def equal_rows(rankings: Rankings, count: int = COPIES) -> Rankings:
+    """About the same data as `count` rows of equal weight: every outcome as often as it is probable."""
+    marks = (rankings.normalised().weight.cumsum(0) * count).round().long()  # so that none is lost
+    copies = marks.diff(prepend=marks.new_zeros(1))
+    weight = torch.full((int(marks[-1]),), 1 / int(marks[-1]), dtype=torch.float64)
+    prompt, order = (field.repeat_interleave(copies, 0) for field in rankings[:2])
+    return Rankings(prompt, order, weight)
+
+
+def _field(subject: Subject, scenes: Scenes, rankings: Rankings) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """From scores (X, Y) to log-probabilities and the gradient of each prompt's mean loss in the scores.
+
+    Scores are log-ratios times beta, where the loss has one: in them its shape does not depend on beta.
+    """
+    ref, scale = scenes.ref_logps, 1 / subject.options.get("beta", 1.0)
+    weight = rankings.weight * len(ref)  # of each prompt they sum to one
+
+    def field(scores: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = scores.clone().requires_grad_()
+        logps = (ref + scale * leaf).log_softmax(-1)
+        total = weight @ subject.on_table(logps, ref, rankings, scenes.lengths)
+        (gradient,) = torch.autograd.grad(total, leaf)
+        return logps.detach(), gradient.nan_to_num(0.0)
+
+    return field
+
+
+def _settle(field: Callable, ref: Tensor, rounds: int = 300) -> Ends:
+    """Implicit Euler steps along the field whose length grows as the gradient falls: first the path of
+    training, at the end Newton's method. What then goes to and fro, at a kink of the loss, is averaged."""
+    there = ref > -math.inf
+    scores, time = torch.zeros_like(ref), torch.ones(len(ref), dtype=torch.float64)
+    logps, gradient = field(scores)
+    for _ in range(rounds):
+        slope = _jacobian(field, scores)
+        newton = _solve(slope, torch.zeros(len(ref)).double(), gradient, there)
+        size = slope.abs().amax((-2, -1))
+        lowest = _lowest_curvature(slope, there)
+        firm = lowest > 1e-9 * size  # else the differences cannot tell it from a direction without curvature
+        settled = (firm & (newton.abs().amax(-1) <= 1e-9)) | (gradient == 0).all(-1)
+        moving = ~settled & (_range(scores, there) <= FAR)
+        if not moving.any():
+            break
+        step = _solve(slope, 1 / time + (-2 * lowest).clamp(min=0), gradient, there)
+        step = step * (2 / step.norm(dim=-1, keepdim=True).clamp(min=2.0))
+        scores = scores + torch.where(moving.unsqueeze(-1), step, 0)
+        logps, new = field(scores)
+        ratio = gradient.norm(dim=-1) / new.norm(dim=-1).clamp(min=1e-300)
+        time, gradient = time * ratio.clamp(0.3, 5.0), new
+    faint = gradient.norm(dim=-1) < 1e-4  # at a kink it is not
+    runs_away = ~settled & (faint | (_range(scores, there) > AWAY))
+    sharp = settled
+    if (restless := ~settled & ~runs_away).any():
+        averaged, quiet = _averaged(field, scores, restless, there)
+        logps, settled = torch.where(restless.unsqueeze(-1), averaged, logps), settled | (restless & quiet)
+    return Ends(logps, settled, runs_away, sharp)
+
+
+def _averaged(field: Callable, scores: Tensor, moving: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of gradient steps that grow shorter, and whether the mean itself has come to rest."""
+    means, total = [], torch.zeros_like(scores)
+    for k in range(1, 1601):
+        scores = scores - torch.where(moving.unsqueeze(-1), field(scores)[1], 0) * 4 / k**0.7
+        total = total + scores
+        if k in (400, 800, 1600):
+            means.append(total / (k / 2 if k > 400 else k))
+            total = torch.zeros_like(scores)
+    return field(means[-1])[0], _range(means[-1] - means[-2], there) <= 0.05
+
+
+def _lowest_curvature(slope: Tensor, there: Tensor) -> Tensor:
+    """(X,) the lowest eigenvalue of the symmetric part, in the directions that change the policy."""
+    member = there.double()
+    constant = member.unsqueeze(-1) * member.unsqueeze(-2) / member.sum(-1)[:, None, None]
+    size = slope.abs().amax((-2, -1), keepdim=True)  # lifts the other directions above all curvature
+    lifted = (slope + slope.mT) / 2 + 2 * size * (constant + torch.diag_embed(1 - member))
+    return torch.linalg.eigvalsh(lifted)[:, 0]
+
+
+def _solve(slope: Tensor, shift: Tensor, gradient: Tensor, there: Tensor) -> Tensor:
+    """-(slope + shift)^-1 gradient (X, Y), in the directions that change the policy."""
+    member = there.double()
+    constant = member.unsqueeze(-1) * member.unsqueeze(-2) / member.sum(-1)[:, None, None]
+    matrix = slope + torch.diag_embed(shift.unsqueeze(-1) * member)
+    size = matrix.abs().amax((-2, -1), keepdim=True).clamp(min=1e-290)
+    tiny = 1e-15 * torch.eye(slope.shape[-1], dtype=torch.float64)  # where nothing is curved
+    inverse = torch.linalg.inv(matrix / size + constant + torch.diag_embed(1 - member) + tiny)
+    return -(inverse @ (gradient.unsqueeze(-1) / size)).squeeze(-1)
+
+
+def _range(scores: Tensor, there: Tensor) -> Tensor:
+    return scores.masked_fill(~there, -math.inf).amax(-1) - scores.masked_fill(~there, math.inf).amin(-1)
+
+
+def _jacobian(field: Callable, scores: Tensor, step: float = 1e-4) -> Tensor:
+    """(X, Y, Y) by central differences, of what is detached as well."""
+    columns = []
+    for y in range(scores.shape[-1]):
+        aside = torch.zeros_like(scores)
+        aside[:, y] = step
+        columns.append((field(scores + aside)[1] - field(scores - aside)[1]) / (2 * step))
+    return torch.stack(columns, -1)
