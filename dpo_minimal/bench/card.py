@@ -77,8 +77,8 @@ def loss_card(
 
     Args:
         loss: a function of log-probabilities (B,), summed over tokens, that returns losses (B,) or a tuple
-            that begins with them, or a record of `zoo.LOSSES`. What it reads is told by its parameters' names,
-            which are those of `losses.READS`: `policy_chosen_logps`, ...
+            that begins with them, or a record of `zoo.LOSSES`. What it reads is told by the names of its
+            parameters, which are those of `losses.READS`: `policy_chosen_logps`, ...
         reads: of a function with other names, the tables whose chosen and rejected columns come first by
             position: of "policy", "reference" and "lengths" (tokens).
         options: of the loss, such as {"beta": 0.1}; a beta that is not given is 0.5.
