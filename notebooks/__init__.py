@@ -1,1 +1,1 @@
-"""The course: nine notebooks, their exercises and what checks them."""
+"""The course: ten notebooks, their exercises and what checks them."""

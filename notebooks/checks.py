@@ -38,6 +38,6 @@ def find_exercise(number: str) -> Exercise:
     """The exercise of that number. Raises ValueError."""
     exercises = of_chapter(str(number).partition(".")[0]) if str(number).partition(".")[0] in CHAPTERS else {}
     if number not in exercises:
-        known = f"this notebook has {', '.join(exercises)}" if exercises else "numbers are 1.1 to 9.9"
+        known = f"this notebook has {', '.join(exercises)}" if exercises else "numbers are such as 1.1"
         raise ValueError(f"there is no exercise {number!r}; {known}.")
     return exercises[number]

@@ -105,7 +105,7 @@ def chapter_of(path: Path, notebook: dict[str, Any]) -> str:
 def cells_to_run(notebook: dict[str, Any], chapter: str) -> list[tuple[int, str]]:
     """The code of a submission but for the course's own demonstrations and checks, each cell with its place
     among the code cells: 3 is In [3] of a notebook that was run from the top."""
-    (student,) = FOLDER.glob(f"0{chapter}_*.ipynb")
+    (student,) = FOLDER.glob(f"{chapter:0>2}_*.ipynb")
     given = {
         code
         for path in (student, FOLDER / "solutions" / student.name)

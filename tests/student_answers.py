@@ -1,4 +1,5 @@
-"""Answers as students write them to the five central exercises: right ones, and the mistakes of many.
+"""Answers as students write them to the five central exercises and to those of notebook 10: right ones, and
+the mistakes of many.
 
 They are written without a look at the checks' own mistakes: with loops, in another order, by another formula.
 Each wrong one stands beside a part of the name that the check must find for it.
@@ -196,12 +197,123 @@ def sequence_without_its_beginning(logits, ids, prompt_lengths, lengths):
     return _sums(logits, ids, prompt_lengths + 1, lengths)
 
 
+# ------------------------------------------------------------------------------- 10 your own loss
+
+
+def pulls_by_loops(pc, pr, rc, rr, lengths, beta, alpha):
+    up, down = torch.empty_like(pc), torch.empty_like(pr)
+    for i in range(len(pc)):
+        wrong = 1 / (1 + math.exp(beta * (pc[i] - rc[i]) - beta * (pr[i] - rr[i])))
+        up[i], down[i] = beta * wrong + alpha / lengths[i], beta * wrong
+    return up, down
+
+
+def pulls_with_the_second_term_on_both(pc, pr, rc, rr, lengths, beta, alpha):
+    up, _ = pulls_by_loops(pc, pr, rc, rr, lengths, beta, alpha)
+    return up, up
+
+
+def pulls_per_batch(pc, pr, rc, rr, lengths, beta, alpha):
+    return tuple(pull / len(pc) for pull in pulls_by_loops(pc, pr, rc, rr, lengths, beta, alpha))
+
+
+def batch_by_loops(margins):
+    mean, B = margins.mean(), len(margins)
+    wrong = [1 / (1 + math.exp(u - mean)) for u in margins]
+    return torch.tensor([sum((i == j) * w - w / B for j, w in enumerate(wrong)) / B for i in range(B)])
+
+
+def batch_with_a_constant_mean(margins):
+    u = margins.clone().requires_grad_()
+    (-torch.nn.functional.logsigmoid(u - u.mean().detach())).mean().backward()
+    return -u.grad
+
+
+def batch_slope(margins):
+    u = margins.clone().requires_grad_()
+    (-torch.nn.functional.logsigmoid(u - u.mean())).mean().backward()
+    return u.grad
+
+
+def fitting_by_odds(pull, opposite_pull):
+    odds = opposite_pull / pull
+    return 1 - 1 / (1 + odds)
+
+
+def fitting_the_other(pull, opposite_pull):
+    return 1 / (1 + opposite_pull / pull)
+
+
+def repaired_by_probabilities(pc, pr, rc, rr, beta):
+    right = (beta * (pc - rc)).exp() / ((beta * (pc - rc)).exp() + (beta * (pr - rr)).exp())
+    return 2 - 4 * right + 2 * right**2
+
+
+def repaired_without_its_constant(pc, pr, rc, rr, beta):
+    right = torch.sigmoid(beta * (pc - rc - pr + rr))
+    return 2 * right**2 - 4 * right
+
+
+def repaired_in_the_wrong_variable(pc, pr, rc, rr, beta):
+    s = torch.sigmoid(-beta * (pc - rc - pr + rr))
+    return 4 * (s**3 / 3 - s**4 / 4)
+
+
+def optimum_by_walking(wins):
+    answers = []
+    for arrows in (wins, wins + wins.T):
+        everywhere = True
+        for start in range(len(wins)):
+            seen, border = {start}, [start]
+            while border:
+                i = border.pop()
+                new = {j for j in range(len(wins)) if arrows[i, j] > 0} - seen
+                seen |= new
+                border += new
+            everywhere = everywhere and len(seen) == len(wins)
+        answers.append(everywhere)
+    return answers[0], answers[1]
+
+
+def optimum_if_nobody_always_wins(wins):
+    some = bool(((wins > 0).any(0) & (wins > 0).any(1)).all())
+    return some, optimum_by_walking(wins)[1]
+
+
+def optimum_of_dpo_twice(wins):
+    return (optimum_by_walking(wins)[0],) * 2
+
+
+def forward_by_newton(ref_logps, rewards, beta):
+    weights, level = beta * ref_logps.exp(), (rewards + beta * ref_logps.exp()).max()
+    for _ in range(200):  # from the left the sum is convex and falls: no step goes too far
+        shares = weights / (level - rewards)
+        level = level + (shares.sum() - 1) / (shares / (level - rewards)).sum()
+    return (weights / (level - rewards)).log()
+
+
+def forward_normalised_afterwards(ref_logps, rewards, beta):
+    shares = ref_logps.exp() / (rewards.max() + beta - rewards)
+    return (shares / shares.sum()).log()
+
+
+def forward_that_is_reverse(ref_logps, rewards, beta):
+    shares = ref_logps.exp() * (rewards / beta).exp()
+    return (shares / shares.sum()).log()
+
+
 RIGHT = [
     ("2.3", optimum_by_loops),
     ("3.1", loss_by_softplus),
     ("4.1", weight_from_the_loss),
     ("5.1", ranking_by_loops),
     ("6.2", sequence_by_loops),
+    ("10.1", pulls_by_loops),
+    ("10.2", batch_by_loops),
+    ("10.3", fitting_by_odds),
+    ("10.4", repaired_by_probabilities),
+    ("10.5", optimum_by_walking),
+    ("10.6", forward_by_newton),
 ]
 
 WRONG = [
@@ -235,4 +347,15 @@ WRONG = [
     ("6.2", sequence_off_by_one, "off by one"),
     ("6.2", sequence_without_its_end, "the last token is left out"),
     ("6.2", sequence_without_its_beginning, "the first completion token is left out"),
+    ("10.1", pulls_with_the_second_term_on_both, "contains the chosen completion only"),
+    ("10.1", pulls_per_batch, "mean over the batch"),
+    ("10.2", batch_with_a_constant_mean, "the mean moves with every margin"),
+    ("10.2", batch_slope, "the sign is reversed"),
+    ("10.3", fitting_the_other, "exchanged"),
+    ("10.4", repaired_without_its_constant, "the constant is wrong"),
+    ("10.4", repaired_in_the_wrong_variable, "du is not ds"),
+    ("10.5", optimum_if_nobody_always_wins, "a win and a loss of each completion are not enough"),
+    ("10.5", optimum_of_dpo_twice, "IPO needs no win against the order"),
+    ("10.6", forward_normalised_afterwards, "dividing by the sum does not find λ"),
+    ("10.6", forward_that_is_reverse, "under the reverse KL"),
 ]

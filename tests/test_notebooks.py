@@ -49,8 +49,8 @@ def test_tags_become_links():
         build.link_tags("[D9.9]", build.FOLDER)
 
 
-def test_nine_notebooks():
-    assert [name.split("_")[0] for name in NAMES] == [f"0{n}" for n in range(1, 10)]
+def test_ten_notebooks():
+    assert [name.split("_")[0] for name in NAMES] == [f"{n:02}" for n in range(1, 11)]
 
 
 @by_notebook
@@ -168,8 +168,8 @@ def test_the_pattern(source):
     assert text.count("**Predict before you run.**") >= 2
     assert len(re.findall(r"^## An open question$", text, re.MULTILINE)) == 1
     exercises, checks = tagged(student, "exercise"), tagged(student, "check")
-    headings = re.findall(r"^### Exercise (\d\.\d): ", text, re.MULTILINE)
-    assert headings == [re.search(r'check\("(\d\.\d)"', cell.source)[1] for cell in checks]
+    headings = re.findall(r"^### Exercise (\d+\.\d): ", text, re.MULTILINE)
+    assert headings == [re.search(r'check\("(\d+\.\d)"', cell.source)[1] for cell in checks]
     assert len(headings) == len(exercises) >= 3
     assert all("raise NotImplementedError" in cell.source for cell in exercises)
     assert not tagged(student, "answer") and tagged(solved, "answer")

@@ -18,6 +18,7 @@ CHAPTERS = {
     "7": "loss_zoo",
     "8": "comparisons",
     "9": "what_goes_wrong",
+    "10": "your_own_loss",
 }
 
 
