@@ -65,6 +65,11 @@ from .version import __version__
 
 _ANNEXES = {  # the file of an annex: its public names
     "bench.card": ("Card", "loss_card"),
+    "bench.conformance": (
+        "check_cdpo_loss", "check_dpo_gradient_weight", "check_dpo_loss", "check_implicit_reward",
+        "check_ipo_loss", "check_kl_estimate", "check_kto_loss", "check_optimal_policy",
+        "check_plackett_luce", "check_reward_model_loss", "check_sequence_logps",
+    ),
     "text.checkpoint": ("GPT",),  # which adds from_pretrained and save_pretrained to it
     "text.data": ("PreferencePair", "load_preferences"),
     "zoo.averaged": ("averaged_dpo_loss",),
@@ -78,7 +83,7 @@ _ANNEXES = {  # the file of an annex: its public names
     "zoo.rpo": ("dpop_loss", "rpo_loss", "with_nll"),
     "zoo.simpo": ("simpo_loss",),
     "zoo.unlikelihood": ("unlikelihood_loss", "unweighted_dpo_loss"),
-}
+}  # fmt: skip
 _FILE_OF = {name: file for file, names in _ANNEXES.items() for name in names}
 _HERE = [name for name, value in globals().items() if getattr(value, "__module__", "").startswith(__name__)]
 __all__ = sorted({*_HERE, *_FILE_OF, "__version__"})

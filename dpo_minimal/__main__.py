@@ -8,7 +8,7 @@ import sys
 from functools import partial
 
 from . import __version__
-from .experiments import card
+from .experiments import card, check
 from .experiments.bandit import command as bandit
 from .experiments.frontier import command as frontier
 from .experiments.sentiment import command as sentiment
@@ -22,6 +22,7 @@ COMMANDS = {
     "frontier": (frontier, "every method beside the best possible, in worlds where that is known exactly"),
     "sentiment": (sentiment, "every method on film reviews whose judge is known: the paper's Fig. 2 to 4"),
     "card": (card, "what a preference loss does: yours, or one of the package's"),
+    "check": (check, "your loss or your log-probabilities: are they what you think they are?"),
     "audit": (audit, "what a model reads of a preference file, and what is wrong with the file"),
     "sft": (sft, "supervised fine-tuning of a GPT-2: the start of every preference training"),
     "dpo": (dpo, "train a GPT-2 on preferences; without options, film reviews from SFT to DPO"),
@@ -61,8 +62,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, 2 after bad input (one sentence on stderr), 130 after
-    Ctrl-C, 141 where nobody reads the output any more."""
+    """Run one command. Returns the exit code: 0, or what a command returns that judges; 2 after bad input
+    (one sentence on stderr), 130 after Ctrl-C, 141 where nobody reads the output any more."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     own = ("-h", "--help", "--version", *COMMANDS)
     if not arguments or (arguments[0] not in own and arguments[0].startswith("-")):
@@ -70,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     command, _ = COMMANDS[vars(options).pop("command")]
     try:
-        command.run(options)
+        outcome = command.run(options)
         sys.stdout.flush()
     except BrokenPipeError:  # as after `| head -1`; what is still buffered must go somewhere at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -86,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt as interruption:
         print(f"\ndpo-minimal: {str(interruption) or 'interrupted.'}", file=sys.stderr)
         return 130
-    return 0
+    return outcome if isinstance(outcome, int) else 0
 
 
 def entry_point() -> None:

@@ -29,10 +29,20 @@ class Verdict(NamedTuple):
     message: str  # several lines for the student
     mistake: str | None = None  # the name of a known one
 
+    @property
+    def passed(self) -> bool:
+        """Whether it is right: `assert verdict.passed, verdict.message` in anybody's pytest."""
+        return self.status == "right"
+
+    __bool__ = passed.fget  # a tuple would always be true
+
+    def __str__(self) -> str:
+        return self.message
+
 
 def judge(exercise: Exercise, function: Callable[..., Any]) -> Verdict:
     """Whether `function` solves the exercise, and if not, the smallest input that shows it."""
-    name = f"{exercise.number} {exercise.function}"
+    name = f"{exercise.number} {exercise.function}".strip()
     if not callable(function):
         return Verdict("wrong", f"{name}: give the check the function itself, without calling it.")
     try:
