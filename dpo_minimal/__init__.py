@@ -74,6 +74,7 @@ _ANNEXES = {  # the file of an annex: its public names
     "text.data": ("PreferencePair", "load_preferences"),
     "zoo.averaged": ("averaged_dpo_loss",),
     "zoo.batchwise": ("aot_loss", "aot_unpaired_loss", "bco_loss"),
+    "zoo.divergences": ("divergence_dpo_loss", "divergence_optimal_logps"),
     "zoo.ipo": ("averaged_ipo_loss", "ipo_loss"),
     "zoo.kto": ("LabelLoss", "kto_kl_estimate", "kto_loss"),
     "zoo.margins": ("discopop_loss", "exo_loss", "hinge_loss"),
