@@ -148,7 +148,7 @@ def _with_our_names(function: Callable, reads: Sequence[str]) -> Callable:
         )
 
     def named(**given: Any) -> Any:
-        return function(*(given.pop(name) for name in columns), **given)
+        return function(*[given.pop(name) for name in columns], **given)  # a generator would pop too late
 
     only = inspect.Parameter.KEYWORD_ONLY
     rest = [p.replace(kind=only) for p in parameters if p not in plain[: len(columns)]]
