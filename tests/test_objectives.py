@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from planting import CAUGHT, plant
+from test_divergences import RECORDS, pair_by_hand
 from test_pointwise_losses import POINTWISE
 from test_policy import gradients, loop_logp, loud
 from test_relatives import RELATIVES, Row, log_odds
@@ -146,6 +147,9 @@ def by_hand(
         odds = [math.exp(reward) for reward in rewards]
         loss = -sum(math.log(odds[k] / sum(odds[k:])) for k in range(len(odds)))
         weight = beta * (1 - odds[0] / sum(odds))
+    elif loss_type in RECORDS:
+        loss, rewards, (weight, _) = pair_by_hand(RECORDS[loss_type], ratios, **options)
+        margin = rewards[0] - rewards[1]
     else:
         row = Row(*policy_logps, *reference, *lengths)
         loss = BY_ROW[loss_type].value(row, **options)
@@ -432,7 +436,7 @@ def separate_gradients(gpt: GPT, loss_type: str | None, rows: list[Example], ref
             losses.append(-sum(logps))
             continue
         ratios = torch.cat(logps) - reference[number, : len(logps)]
-        if loss_type in BY_ROW:  # the loss itself is tested elsewhere; here, how rows are put together
+        if loss_type in {*BY_ROW, *RECORDS}:  # the loss itself is tested elsewhere; here, how rows are put together
             lengths = torch.tensor([[len(ids) for ids in row.completions]])
             of_row = PreferenceBatch(SharedPromptBatch(None, None, lengths), reference[number : number + 1])
             loss = loss_of(LOSSES[loss_type], torch.stack(logps, -1), of_row, options_of(loss_type))

@@ -22,8 +22,8 @@ def divergence_value(
     """D(pi || pi_ref) = sum_y pi_ref(y) f(pi(y) / pi_ref(y)), +inf where f says so [D11.11].
 
     jensen_shannon is KL(pi || m) + KL(pi_ref || m), m the mean of both; chi2_kl is KL(pi || pi_ref) +
-    sum_y (pi - pi_ref)^2 / (2 pi_ref); alpha is (1 - sum_y pi^(1 - alpha) pi_ref^alpha) / (alpha (1 - alpha)), and so
-    is its rounding.
+    sum_y (pi - pi_ref)^2 / (2 pi_ref); alpha is (1 - sum_y pi^(1 - alpha) pi_ref^alpha) / (alpha (1 - alpha)),
+    whose rounding is divided by alpha (1 - alpha) too.
 
     Args: logps, ref_logps (..., Y), -inf allowed; divergence, alpha as there. Returns (...,) nats.
     Raises: InputError: as `kl_divergence` and `divergence_of`.
