@@ -37,7 +37,7 @@ def _check(
         from . import checks, mistakes
         from .exercises import samples
     except ModuleNotFoundError as error:
-        if error.name != "hypothesis":
+        if not (error.name or "").startswith("hypothesis"):
             raise
         raise InputError('the checks need Hypothesis: pip install "dpo-minimal[test]".') from None
     exercise, ours, wanted, derived = mistakes.KNOWN[name]
@@ -99,8 +99,8 @@ check_dpo_loss = _checker(
     Args:
         f: policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, each
             (B,) in nats, and beta -> losses. If all its parameters have such names, it gets these inputs,
-            else this order is assumed. It may return (B,) losses or their mean, alone, first in a tuple, or as
-            `losses` or `loss` of a dict or object.
+            else this order is assumed. It may return one loss a row, or their mean: alone, first in a tuple,
+            or as `losses` or `loss` of a dict or object.
         arguments: another order, as in a call: "policy_chosen_logps, policy_rejected_logps, beta=beta";
             constants may be among them, as in "logits, labels, average_log_prob=False".
         scale: a constant factor of f's answers, by which they are divided; 1 / math.log(2) for bits.
@@ -160,12 +160,13 @@ def _call(f, name: str, given: dict, derived: dict, arguments: str | None, fixed
         signature = inspect.signature(lambda *_: None)
     parameters = signature.parameters
     named = {n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    everything = {*given} if any(p.kind == p.VAR_KEYWORD for p in parameters.values()) else set()
     required = {n for n, p in parameters.items() if p.default is p.empty and p.kind != p.VAR_KEYWORD}
     known, keywords, assumed = {*given, *derived}, {}, []
     if arguments is not None:
         places, keywords = _read(arguments, name, known)
-    elif required and required <= known & named:
-        places, keywords = [], {n: n for n in named & known}
+    elif (required or everything) and required <= known & named:
+        places, keywords = [], {n: n for n in named & known | everything}
     else:
         places = [n for n in given if n not in fixed or n in named]
         assumed = [f"the arguments are, in this order, {', '.join(places)}"]

@@ -35,7 +35,7 @@ def load_function(target: str) -> Callable[..., Any]:
     except AttributeError:
         raise InputError(f"{place}: has no {name}; {_there(module)}.") from None
     if not callable(function):
-        raise InputError(f"{target}: is no function but a {type(function).__name__}; {_there(module)}.")
+        raise InputError(f"{target}: is of type {type(function).__name__}, no function; {_there(module)}.")
     return function
 
 

@@ -27,7 +27,7 @@ from functools import partial
 from ..bench.conformance import CHECKS
 from ..bench.loading import load_function
 from ..validation import InputError, check_positive
-from .options import Option, add_options, flag_of
+from .options import Option, add_options, flag_of, resolve
 
 WHAT = {
     "dpo_loss": "DPO's loss, of pairs",
@@ -59,15 +59,17 @@ add_arguments = partial(add_options, groups=GROUPS)
 
 def run(args: argparse.Namespace) -> int:
     """Print the verdicts. Returns the exit code: whether any function is wrong."""
+    args = resolve(args, GROUPS)
     named = [(name, text) for name in WHAT for text in getattr(args, name) or ()]
     if not named:
         raise InputError("name a function to check, as in --dpo-loss FILE.py:FUNCTION.")
-    how = {"scale": 1.0 if args.scale is None else args.scale} | ({"beta": args.beta} if args.beta else {})
+    fixed = {} if args.beta is None else {"beta": args.beta}
     verdicts = []
     for name, text in named:
         target, call = re.fullmatch(r"(.*?)(?:\((.*)\))?", text, re.DOTALL).groups()
         try:
-            verdicts.append(CHECKS[name](load_function(target), arguments=call or args.arguments, **how))
+            f, call = load_function(target), args.arguments if call is None else call
+            verdicts.append(CHECKS[name](f, arguments=call, scale=args.scale, **fixed))
         except InputError as error:
             raise InputError(f"{flag_of(name)} {error}") from None
     print("\n\n".join(f"{text}, as {verdict}" for (_, text), verdict in zip(named, verdicts)))
