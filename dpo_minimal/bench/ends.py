@@ -25,6 +25,7 @@ from ..preferences import (
 from .subject import Subject
 
 FAR = 60.0  # a range of scores, in nats of reward, beyond which no world here has its end
+NOTHING = 1e-15  # a gradient below it is rounding
 AWAY = 20.0  # beyond it what still moves has no end
 COPIES = 2000  # rows that stand for a population where a loss reads its whole batch
 FLIPPED = 0.1
@@ -175,8 +176,8 @@ def _settle(field: Callable, ref: Tensor, rounds: int = 300) -> Ends:
         size = slope.abs().amax((-2, -1))
         lowest = _lowest_curvature(slope, there)
         firm = lowest > 1e-9 * size  # else the differences cannot tell it from a direction without curvature
-        settled = (firm & (newton.abs().amax(-1) <= 1e-9)) | (gradient == 0).all(-1)
-        moving = ~settled & (_range(scores, there) <= FAR)
+        settled = (firm & (newton.abs().amax(-1) <= 1e-8)) | (gradient == 0).all(-1)
+        moving = ~settled & (_range(scores, there) <= FAR) & (gradient.norm(dim=-1) > NOTHING)
         if not moving.any():
             break
         step = _solve(slope, 1 / time + (-2 * lowest).clamp(min=0), gradient, there)
@@ -189,30 +190,36 @@ def _settle(field: Callable, ref: Tensor, rounds: int = 300) -> Ends:
     runs_away = ~settled & (faint | (_range(scores, there) > AWAY))
     sharp = settled
     if (restless := ~settled & ~runs_away).any():
-        averaged, quiet = _averaged(field, scores, restless, there)
-        logps, settled = torch.where(restless.unsqueeze(-1), averaged, logps), settled | (restless & quiet)
+        averaged, coherence = _averaged(field, scores, restless)
+        logps = torch.where(restless.unsqueeze(-1), averaged, logps)
+        settled = settled | (restless & (coherence < 0.1))
+        runs_away = runs_away | (restless & (coherence > 0.9))
     return Ends(logps, settled, runs_away, sharp)
 
 
-def _averaged(field: Callable, scores: Tensor, moving: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean of gradient steps that grow shorter, and whether the mean itself has come to rest."""
-    means, total = [], torch.zeros_like(scores)
+def _averaged(field: Callable, scores: Tensor, moving: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean policy of gradient steps that grow shorter, and how much of these steps went in one direction:
+    little around a kink, all of it where there is no end."""
+    scale = torch.ones(len(scores), 1, dtype=torch.float64)
     for k in range(1, 1601):
-        scores = scores - torch.where(moving.unsqueeze(-1), field(scores)[1], 0) * 4 / k**0.7
-        total = total + scores
-        if k in (400, 800, 1600):
-            means.append(total / (k / 2 if k > 400 else k))
-            total = torch.zeros_like(scores)
-    return field(means[-1])[0], _range(means[-1] - means[-2], there) <= 0.05
+        if k in (1, 801):
+            mean, steps, lengths = (torch.zeros_like(scores) for _ in range(3))
+        gradient = field(scores)[1]
+        scale = torch.maximum(scale, gradient.norm(dim=-1, keepdim=True))
+        step = torch.where(moving.unsqueeze(-1), gradient / scale, 0) * 4 / k**0.7
+        scores = scores - step
+        mean, steps, lengths = mean + scores / 800, steps + step, lengths + step.norm(dim=-1, keepdim=True)
+    coherence = steps.norm(dim=-1) / lengths[:, 0].clamp(min=1e-300)
+    return field(mean)[0], coherence
 
 
 def _lowest_curvature(slope: Tensor, there: Tensor) -> Tensor:
-    """(X,) the lowest eigenvalue of the symmetric part, in the directions that change the policy."""
+    """(X,) the lowest real part of an eigenvalue, in the directions that change the policy."""
     member = there.double()
     constant = member.unsqueeze(-1) * member.unsqueeze(-2) / member.sum(-1)[:, None, None]
     size = slope.abs().amax((-2, -1), keepdim=True)  # lifts the other directions above all curvature
-    lifted = (slope + slope.mT) / 2 + 2 * size * (constant + torch.diag_embed(1 - member))
-    return torch.linalg.eigvalsh(lifted)[:, 0]
+    lifted = slope + 2 * size * (constant + torch.diag_embed(1 - member))
+    return torch.linalg.eigvals(lifted).real.amin(-1)
 
 
 def _solve(slope: Tensor, shift: Tensor, gradient: Tensor, there: Tensor) -> Tensor:

@@ -231,7 +231,7 @@ def _alone(scenes: Scenes, x: int) -> tuple[Tensor, Tensor, Tensor, Rankings]:
 
 
 def _own_optimum(subject: Subject, scenes: Scenes, found: Ends, rows: list[int]) -> float | None:
-    """KL(pi || what the record says is its optimum), the worst prompt; None where the record has none."""
+    """KL(pi || what the record says is its optimum), the worst prompt; None where the record does not know."""
     record = subject.record
     if not callable(record.optimum):
         return None
@@ -239,7 +239,10 @@ def _own_optimum(subject: Subject, scenes: Scenes, found: Ends, rows: list[int])
     for x in rows:
         ref, _, lengths, rankings = _alone(scenes, x)
         extra = {"lengths": lengths} if "lengths" in record.reads else {}
-        own = record.optimum(rankings, ref, **extra, **subject.options)
+        try:
+            own = record.optimum(rankings, ref, **extra, **subject.options)
+        except InputError:
+            return None
         worst = max(worst, kl_divergence(found.logps[x : x + 1, : ref.shape[-1]], own).item())
     return worst
 
