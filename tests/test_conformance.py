@@ -236,6 +236,9 @@ RIGHT = {  # check, function, how it is called
         {"gradient": False},
     ),
     "token by token": ("sequence_logps", token_by_token, {}),
+    "labels beside a mask, which are ids": (
+        "sequence_logps", lambda logits, labels, mask: token_by_token(logits, labels, mask), {},
+    ),
     "lengths in place of a mask": ("sequence_logps", with_lengths, {}),
     "the weight, in numpy": (
         "dpo_gradient_weight",
@@ -344,11 +347,11 @@ WRONG = {  # check, function, how it is called, and what its name must contain
     ),
     "chosen scaled": (
         "dpo_loss", lambda a, b, c, d, beta: -F.logsigmoid(beta * (1.5 * a - c - b + d)),
-        "one side is transformed: the chosen",
+        "one side is transformed: the chosen's",
     ),
     "rejected as a probability": (
         "dpo_loss", lambda a, b, c, d, beta: -F.logsigmoid(beta * (a - c - (b.exp() - d))),
-        "one side is transformed: the rejected",
+        "one side is transformed: the rejected's",
     ),
     "beta outside": ("dpo_loss", lambda *g, beta: -beta * F.logsigmoid(h_of(*g)), "beta is outside"),
     "beta missing": ("dpo_loss", lambda *g, beta: -F.logsigmoid(h_of(*g)), "beta is missing"),
@@ -412,7 +415,13 @@ WRONG = {  # check, function, how it is called, and what its name must contain
     "IPO's target": ("ipo_loss", lambda *g, beta: (h_of(*g) - 1 / beta) ** 2, "1/(2 beta), not 1/beta"),
     "no smoothing": (
         "cdpo_loss", lambda a, b, c, d, beta, label_smoothing: official_loss(a, b, c, d, beta)[0],
-        "the smoothing is missing",
+        "another loss, DPO",
+    ),
+    "hinge": ("dpo_loss", lambda *g, beta: (1 - beta * h_of(*g)).relu().mean(), "another loss, hinge"),
+    "robust": (
+        "cdpo_loss", lambda a, b, c, d, beta, label_smoothing: dpo_minimal.robust_dpo_loss(
+            a, b, c, d, beta=beta, flip_probability=label_smoothing
+        ), "another loss, robust DPO",
     ),
     "KTO without z0": (
         "kto_loss", lambda kl_estimate, **given: halos_kto_of_rows(kl_estimate=0.0, **given), "z0 is missing",

@@ -59,7 +59,7 @@ def _check(
     try:
         with checks._silence():
             answer, taken = _taken(call(checks.copy(probe)), len(probe[names[0]]))
-    except Exception:  # which `judge` will meet again
+    except (Exception, SystemExit):  # which `judge` will meet again
         answer, taken = None, ""
     if isinstance(answer, Tensor) and answer.dim() == 0 and name.endswith("_loss"):
         taken = f"{taken or 'its one number'}, the mean over the batch"
@@ -163,10 +163,11 @@ def _call(f, name: str, given: dict, derived: dict, arguments: str | None, fixed
     everything = {*given} if any(p.kind == p.VAR_KEYWORD for p in parameters.values()) else set()
     required = {n for n, p in parameters.items() if p.default is p.empty and p.kind != p.VAR_KEYWORD}
     known, keywords, assumed = {*given, *derived}, {}, []
+    by_name = {*given} if "mask" in named else known  # labels beside a mask are ids
     if arguments is not None:
         places, keywords = _read(arguments, name, known)
-    elif (required or everything) and required <= known & named:
-        places, keywords = [], {n: n for n in named & known | everything}
+    elif (required or everything) and required <= by_name & named:
+        places, keywords = [], {n: n for n in named & by_name | everything}
     else:
         places = [n for n in given if n not in fixed or n in named]
         assumed = [f"the arguments are, in this order, {', '.join(places)}"]
@@ -290,7 +291,7 @@ def _symptom(exercise: Exercise, function: Callable[..., Any]) -> str | None:
         return None
     got, right = (torch.cat([a.detach().double().flatten() for a in x]) for x in (answers, expected))
     factor = ((got @ right) / (right @ right)).item()
-    if torch.allclose(got, factor * right, 1e-6, 1e-9) and abs(factor) > 1e-6:
+    if got.isfinite().all() and abs(factor) > 1e-6 and torch.allclose(got, factor * right, 1e-6, 1e-9):
         named = {1 / math.log(2): " = 1/ln 2: bits, where nats are meant", -1.0: ": the sign is reversed"}
         said = [text for number, text in named.items() if abs(factor - number) < 1e-6]
         return f"equal up to the constant factor {factor:.5g}{''.join(said)}"
@@ -310,6 +311,6 @@ def _symptom(exercise: Exercise, function: Callable[..., Any]) -> str | None:
         return None
     sides = [side for side, pair in {"chosen": (w, v), "rejected": (l, m)}.items() if reads(*pair)]
     if len(sides) == 1 or (not sides and reads(w, l)):
-        what = f"the {sides[0]} completion enters" if sides else "one completion enters"
-        return f"one side is transformed: {what} otherwise than by its log-ratio"
+        how = f"the {sides[0]}'s enters otherwise" if sides else "or both are, each by itself"
+        return f"no function of the log-ratios' difference; one side is transformed: {how}"
     return None

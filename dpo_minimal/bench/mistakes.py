@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ..closed_form import implicit_reward, optimal_logps
-from ..losses import bradley_terry_loss, dpo_loss
+from ..losses import Loss, bradley_terry_loss, dpo_loss
 from ..preferences import plackett_luce_logprob
+from ..zoo import LOSSES
 from ..zoo.ipo import ipo_loss
 from ..zoo.kto import kto_loss
 from ..zoo.noise import cdpo_loss
@@ -171,8 +172,25 @@ def _of_pairs(name, brute, source, ours, right: str, mistakes: str, slopes=PAIR[
         w, l, v, m = (logps[name].exp() for name in PAIR)
         return brute((w / v) ** beta, (l / m) ** beta, beta, label_smoothing)
 
-    inputs = _rows(" ".join(PAIR), beta=BETAS, **more)
-    return _known(name, inputs, expected, source, ours, "w, l, v, m, b, e=0", lines, slopes, strain=strain)
+    inputs, parameters = _rows(" ".join(PAIR), beta=BETAS, **more), "w, l, v, m, b, e=0"
+    known = _known(name, inputs, expected, source, ours, parameters, lines, slopes, strain=strain)
+    if slopes:
+        known.exercise.mistakes.update(_relatives(name.removesuffix("_loss")))
+    return known
+
+
+def _relatives(name: str) -> dict[str, Function]:
+    """The package's other losses of pairs, their options as by default, except beta and epsilon."""
+
+    def called(record: Loss, values: tuple) -> Tensor:
+        *logps, beta, epsilon = values if len(values) == 6 else (*values, None)
+        options = {option.name: option.default for option in record.options} | {"beta": beta}
+        noise = {n: epsilon for n in ("label_smoothing", "flip_probability") if n in options and epsilon}
+        return record.function(**dict(zip(PAIR, logps)), **options | noise).losses
+
+    others = [record for record in LOSSES.values() if record.name != name]
+    alike = [record for record in others if {n for n, read in record.parameters.items() if read} == {*PAIR}]
+    return {f"this is another loss, {r.title}": lambda *values, r=r: called(r, values) for r in alike}
 
 
 FAR = {name: torch.tensor([-900.0 if name == PAIR[0] else -100.0], dtype=torch.float64) for name in PAIR}
@@ -185,8 +203,6 @@ DPO = _of_pairs(
     -S(u)           | the logarithm is missing: -sigmoid(margin)
     S(-u)           | the logarithm is missing: 1 - sigmoid(margin)
     u               | this is the margin; the loss is -log sigmoid of it
-    (1 - u).relu()  | this is the hinge loss max(0, 1 - margin)
-    (h - 0.5/b)**2  | this is IPO's square
     -ell(u) * S(-u) | each loss is multiplied by its own weight sigmoid(-margin)
     """,
     strain=FAR | {"beta": 1.0},
@@ -209,7 +225,6 @@ IPO = _of_pairs(
     (h - 0.5)**2      | the target is 1/(2 beta), not 1/2
     (u - 0.5)**2      | off by beta squared: (margin - 1/2)^2
     (h - 0.5/b).abs() | the square is missing
-    -ell(u)           | this is DPO's loss
     """,
 )  # fmt: skip
 CDPO = _of_pairs(
@@ -219,9 +234,7 @@ CDPO = _of_pairs(
     """
     -(1-e) * ell(u)                           | the reversed label is missing
     -(1-e) * ell(u) + e * ell(-u)             | the reversed label is subtracted
-    (-(1-e) * ell(u) + e * ell(-u)) / (1-2*e) | this is robust DPO
     -((1-e) * S(u) + e * S(-u)).log()         | the probabilities are mixed; mix the losses
-    -ell(u)                                   | the smoothing is missing: this is DPO
     """,
     label_smoothing=st.sampled_from([0.1, 0.2, 0.3, 0.4, 0.05]),
 )  # fmt: skip
