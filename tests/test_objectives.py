@@ -436,7 +436,10 @@ def separate_gradients(gpt: GPT, loss_type: str | None, rows: list[Example], ref
             losses.append(-sum(logps))
             continue
         ratios = torch.cat(logps) - reference[number, : len(logps)]
-        if loss_type in {*BY_ROW, *RECORDS}:  # the loss itself is tested elsewhere; here, how rows are put together
+        if loss_type in {
+            *BY_ROW,
+            *RECORDS,
+        }:  # the loss itself is tested elsewhere; here, how rows are put together
             lengths = torch.tensor([[len(ids) for ids in row.completions]])
             of_row = PreferenceBatch(SharedPromptBatch(None, None, lengths), reference[number : number + 1])
             loss = loss_of(LOSSES[loss_type], torch.stack(logps, -1), of_row, options_of(loss_type))

@@ -220,6 +220,8 @@ BAD_KTO = dict(
 )
 RANKED = dict(policy_logps=LOGPS, reference_logps=LOGPS, beta=0.5)
 BAD_RANKED = dict(policy_logps=finite(LOGPS), reference_logps=finite(LOGPS), beta=BAD_POSITIVE)
+BAD_NAME = dict(unknown="kl", empty="", none=None, number=1, list=["alpha"])
+BAD_SHARE = BAD_FROM_ZERO | dict(above_one=1.01)
 LOSSES = {
     "dpo_loss": (MARGIN, BAD_MARGIN),
     "ipo_loss": (MARGIN, BAD_MARGIN),
@@ -230,6 +232,14 @@ LOSSES = {
     },
     "cdpo_loss": (MARGIN | dict(label_smoothing=0.1), BAD_MARGIN | dict(label_smoothing=BAD_FLIP)),
     "robust_dpo_loss": (MARGIN | dict(flip_probability=0.1), BAD_MARGIN | dict(flip_probability=BAD_FLIP)),
+    "divergence_dpo_loss": (
+        MARGIN | dict(divergence="alpha", alpha=0.5),
+        BAD_MARGIN | dict(divergence=BAD_NAME, alpha=BAD_SHARE),
+    ),
+    "divergence_optimal_logps": (
+        dict(ref_logps=LOGPS, rewards=REWARDS, beta=0.5, divergence="alpha", alpha=0.5),
+        CLOSED_FORM["optimal_logps"][1] | dict(divergence=BAD_NAME, alpha=BAD_SHARE),
+    ),
     "averaged_ipo_loss": (MARGIN | COUNTED, BAD_MARGIN | BAD_COUNTED),
     "simpo_loss": (
         POLICY | COUNTED | dict(beta=0.5, gamma=0.5),

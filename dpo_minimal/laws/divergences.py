@@ -21,20 +21,16 @@ def divergence_value(
 ) -> Tensor:
     """D(pi || pi_ref) = sum_y pi_ref(y) f(pi(y) / pi_ref(y)), +inf where f says so [D11.11].
 
-    jensen_shannon is KL(pi || m) + KL(pi_ref || m), m the mean of both; chi2_kl is KL(pi || pi_ref) +
-    sum_y (pi - pi_ref)^2 / (2 pi_ref); alpha is (1 - sum_y pi^(1 - alpha) pi_ref^alpha) / (alpha (1 - alpha)),
-    whose rounding is divided by alpha (1 - alpha) too.
-
-    Args: logps, ref_logps (..., Y), -inf allowed; divergence, alpha as there. Returns (...,) nats.
-    Raises: InputError: as `kl_divergence` and `divergence_of`.
+    Args: logps, ref_logps (..., Y), -inf allowed. Returns (...,) nats; of alpha between 0 and 1 a difference
+    from one over alpha (1 - alpha), and so is its rounding. Raises: as `kl_divergence` and `divergence_of`.
     """
     divergence_of(divergence, alpha)
     check_same_shape(logps=logps, ref_logps=ref_logps)
     check_log_distribution(logps=logps, ref_logps=ref_logps)
     if divergence == "jensen_shannon":
-        both = torch.stack([logps, ref_logps])
-        absent = (both == -math.inf).all(0)  # whose log-sum has no gradient
-        mean = (both.masked_fill(absent, 0).logsumexp(0) - math.log(2)).masked_fill(absent, -math.inf)
+        both, absent = torch.stack([logps, ref_logps]), (logps == -math.inf) & (ref_logps == -math.inf)
+        both = both.masked_fill(absent, 0)  # a log-sum of -inf alone has no gradient
+        mean = (both.logsumexp(0) - math.log(2)).masked_fill(absent, -math.inf)
         return kl_divergence(logps, mean) + kl_divergence(ref_logps, mean)
     if divergence == "forward_kl" or alpha == 1:
         return kl_divergence(ref_logps, logps)
@@ -51,10 +47,7 @@ def divergence_value(
 def divergence_objective(
     logps: Tensor, ref_logps: Tensor, rewards: Tensor, *, beta: float, divergence: str, alpha=None
 ) -> Tensor:
-    """E_pi[r] - beta D(pi || pi_ref), (...,) in units of reward [D11.11].
-
-    Args, Raises: as `rlhf_objective` and `divergence_of`.
-    """
+    """E_pi[r] - beta D(pi || pi_ref), (...,), units of reward [D11.11]. Args, Raises: as `rlhf_objective`."""
     _check_world(ref_logps, rewards)
     check_positive("beta", beta)
     value = divergence_value(logps, ref_logps, divergence=divergence, alpha=alpha)
@@ -65,9 +58,7 @@ def divergence_frontier(
     ref_logps: Tensor, rewards: Tensor, betas: Iterable[float] | Tensor, *, divergence: str, alpha=None
 ) -> tuple[Tensor, Tensor]:
     """The best reachable trade-off: (D, E[r]) at the optimum for each beta, (len(betas), ...) each [D11.11].
-
-    Args, Raises: as `reward_kl_frontier` and `divergence_of`.
-    """
+    Args, Raises: as `reward_kl_frontier`."""
     rule = {"divergence": divergence, "alpha": alpha}
     best = [divergence_optimal_logps(ref_logps, rewards, beta=beta, **rule) for beta in betas]
     if not best:
@@ -81,11 +72,9 @@ def certify_divergence(
 ) -> Certificate:
     """`certify` for `divergence_dpo_loss`: the distance to the minimiser of its own objective [D11.13].
 
-    If differences of the scores beta f'(u) are within D of the minimiser's, f'(u) itself is within D / beta,
-    and |log pi - log pi*| at most as far as log u moves when f'(u) moves by D / beta, either way. It is
-    infinite where f' has no such value. Rounding is added on top, as there.
-
-    Args, Returns, Raises: as `certify` and `divergence_of`.
+    Where differences of the scores beta f'(u) are within D of the minimiser's, |log pi - log pi*| is at most
+    what log u moves by as f'(u) moves by D / beta, either way; inf where f' has no such value. Rounding is
+    added on top. Args, Returns, Raises: as `certify` and `divergence_of`.
     """
     rule = divergence_of(divergence, alpha)
     check_positive("beta", beta)

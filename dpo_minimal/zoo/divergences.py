@@ -171,14 +171,14 @@ def divergence_dpo_loss(
     )
     # Held where it leaves the span: the clamp lets no gradient through, and the pull below says the same.
     chosen_held, rejected_held = chosen.clamp(*rule.span), rejected.clamp(*rule.span)
-    chosen_rewards, rejected_rewards = (beta * rule.score(x) for x in (chosen_held, rejected_held))
-    margin = chosen_rewards - rejected_rewards
+    chosen_reward, rejected_reward = beta * rule.score(chosen_held), beta * rule.score(rejected_held)
+    margin = chosen_reward - rejected_reward
     pull = beta * torch.sigmoid(-margin)
     return _preference_loss(
         policy_chosen_logps.dtype,
         losses=-F.logsigmoid(margin),
-        chosen_rewards=chosen_rewards,
-        rejected_rewards=rejected_rewards,
+        chosen_rewards=chosen_reward,
+        rejected_rewards=rejected_reward,
         chosen_weights=pull * rule.slope(chosen_held) * (chosen == chosen_held),
         rejected_weights=pull * rule.slope(rejected_held) * (rejected == rejected_held),
     )
