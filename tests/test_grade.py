@@ -12,7 +12,7 @@ import pytest
 from dpo_minimal.bench.checks import Verdict, complain
 from dpo_minimal.bench.exercises import samples
 from notebooks import build, checks
-from notebooks.examine import Session, cells_to_run, code_cells, examine, read
+from notebooks.examine import Session, cells_to_run, chapter_of, code_cells, examine, read
 from notebooks.exercises import all_exercises, of_chapter
 from notebooks.grade import Result, grade, gradebook, main, submissions, summary, write_csv
 
@@ -108,6 +108,14 @@ def test_only_what_the_student_wrote_is_run():
     assert len(cells) == 1 + len(of_chapter("3")) and cells[0][0] == 1 and "import torch" in cells[0][1]
     notebook.cells.insert(3, nbformat.v4.new_code_cell("helper = 1"))
     assert (2, "helper = 1") in cells_to_run(notebook, "3")
+
+
+def test_a_notebook_of_two_digits_is_known(tmp_path):
+    """By its metadata and by its file's name."""
+    notebook = build.student_notebook(build.sources()[9])
+    assert chapter_of(tmp_path / "mine.ipynb", notebook) == "10"
+    assert chapter_of(tmp_path / "10_your_own_loss.ipynb", {"metadata": {}}) == "10"
+    assert len(cells_to_run(notebook, "10")) == 1 + len(of_chapter("10"))
 
 
 # ------------------------------------------------------------------------------- what cells mean in Jupyter

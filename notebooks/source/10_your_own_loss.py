@@ -2,7 +2,7 @@
 # # 10 · Your own loss
 #
 # **Before this:** notebook 7, or what it shows: DPO's loss is $-\log\sigma(u)$ of a margin $u$, β times the difference of a pair's log-ratios, and other losses end at other policies than π\* ·
-# **Read:** 25 minutes · **Solve:** 35 minutes · **Difficulty:** ●●● · **Derivations:** [D2.3], [D4.4], [D5.1], [D11.1], [D12.1], [D12.2], [D13.4], [D13.6]
+# **Read:** 25 minutes · **Solve:** 35 minutes · **Difficulty:** ●●● · **Derivations:** [D2.3], [D4.4], [D5.1], [D11.1], [D11.11], [D11.12], [D12.1], [D13.4], [D13.6]
 #
 # **The claim.** A preference loss is invented in a line, and nearly any will train: the loss falls, the margins grow. Where it ends is decided before any training, by one equation about the loss itself. So a new loss can be examined in minutes, with a few questions that each have a number for an answer.
 
@@ -63,9 +63,10 @@ def pulls_at(loss, margins):
 # %%
 u = torch.linspace(-5, 5, 201, dtype=torch.float64)
 figure, (left, right) = plt.subplots(1, 2)
-for loss, style, colour in [(dpo_losses, "-", figures.BLUE), (focal_loss, "--", figures.RED)]:
+kinds = {"DPO": (dpo_losses, "-", figures.BLUE), "focal": (focal_loss, "--", figures.RED)}
+for name, (loss, style, colour) in kinds.items():
     for axes, line in zip((left, right), pulls_at(loss, u)):
-        axes.plot(u, line, style, color=colour, label=loss.__name__.partition("_")[0])
+        axes.plot(u, line, style, color=colour, label=name)
 left.set(xlabel="margin u (nats)", ylabel="loss (nats)")
 right.set(xlabel="margin u (nats)", ylabel="pull w(u)")
 right.legend(loc="upper right")
@@ -73,8 +74,8 @@ figures.show(figure, "Two losses and their pulls; the focal one falls sooner to 
 
 # %%
 at = torch.tensor([-5.0, 0.0, 4.0], dtype=torch.float64)
-for loss in (dpo_losses, focal_loss):
-    print(f"{loss.__name__} pulls at -5, 0 and 4:", *(f"{w:.4f}" for w in pulls_at(loss, at)[1]))
+for name, (loss, _, _) in kinds.items():
+    print(f"{name:5} pulls at -5, 0 and 4:", *(f"{w:.4f}" for w in pulls_at(loss, at)[1]))
 
 # %% [markdown] tags=["answer"]
 # **What happened.** It does what it was made for. On hard pairs the focal loss pulls as DPO does, and a little harder; at the reference it pulls a little less; and an easy pair at $u=4$ gets less than a twentieth of DPO's pull. Nothing in these pictures looks wrong. Is it?
@@ -97,7 +98,7 @@ print(f"log 2 is {torch.tensor(2.0).log():.4f}, half of it {torch.tensor(2.0).lo
 #
 # ## Question 2: whom does it pull, and how hard?
 #
-# A loss may contain the two log-probabilities other than by their difference. Then a pair has *two* pulls ([D5.1]): minus the slope in $\log\pi(y_w)$, which raises the chosen completion, and the slope in $\log\pi(y_l)$, which lowers the rejected one. For a loss of margins they are equal. In the next cell a second term is added to DPO's loss, as is often done to keep the chosen completion from falling (notebook 9): the average negative log-probability of the chosen completion, of $\vert y_w\vert$ tokens, times α.
+# A loss may contain the two log-probabilities other than by their difference. Then a pair has *two* pulls ([D5.1]): minus the slope in $\log\pi(y_w)$, which raises the chosen completion, and the slope in $\log\pi(y_l)$, which lowers the rejected one. For a loss of margins they are equal. In the next cell a second term is added to DPO's loss, to keep the chosen completion from falling (notebook 9): α times the average negative log-probability of the chosen completion, of $\vert y_w\vert$ tokens. The sum is known as RPO (Pang et al., 2024).
 #
 # $$\ell=-\log\sigma(u)-\frac\alpha{\vert y_w\vert}\log\pi_\theta(y_w).$$
 
@@ -389,12 +390,32 @@ def has_one_optimum(wins):
 check("10.5", has_one_optimum)
 
 # %% [markdown]
-# **Your turn.** Invent one: choose an even $k$, or break a rule on purpose. Predict the answers to the five questions before you ask them.
+# ## The card
+#
+# The library asks all these questions at once, and some more, in exact worlds with several completions. Its answer is one page, the loss's *card*.
+#
+# **Predict before you run.** What will the card of the focal loss say about the optimum, about the pairs, about unanimous labels? And that of the repaired one?
+
+# %%
+card = dpo.loss_card(focal_loss, options={"beta": 0.5}, quick=True)
+print(card.text())
+
+# %%
+repaired = dpo.loss_card(proper_loss, options={"beta": 0.5}, quick=True)
+print(f"the repaired loss {repaired.verdict}")
+for key in ("value_at_reference", "kl_to_optimal", "best_beta", "kl_after_flips"):
+    print(f"{key:18} focal {card.json()[key]:.3g}, repaired {repaired.json()[key]:.3g}")
+
+# %% [markdown] tags=["answer"]
+# **What happened.** The first verdict has what was found above by hand, and one thing more: the focal loss ends *near* the optimum of β = 0.89. Its curve in the figure of question 4 is close to $\sigma(1.8\,u)$, so its margins are right but for a factor of about 1.8. With a β divided by that factor it would nearly do; but the factor is nobody's choice, and the remainder depends on the pairs. The repaired loss ends at π\*, needs hardly more data than DPO, and with a tenth of the labels flipped it is a little nearer to π\* than DPO is. Both lose their end where one label is never contradicted, as every proper loss does.
+
+# %% [markdown]
+# **Your turn.** Invent one: choose an even $k$, or break a rule on purpose. Predict the card before you ask for it.
 
 # %% [markdown]
 # ## Another penalty
 #
-# "Ends at π\*" is no verdict on a loss as such: π\* belongs to the penalty β KL(π‖π_ref). With another penalty there is another optimum, and another loss for it. Exchange the two policies in the divergence (the *forward* KL):
+# "Ends at π\*" is no verdict on a loss as such: π\* belongs to the penalty β KL(π‖π_ref). With another penalty there is another optimum, and another loss for it. Exchange the two policies in the divergence (the *forward* KL, [D11.11]):
 #
 # $$\max_\pi\ \sum_y\pi_yr_y-\beta\,\mathrm{KL}(\pi_{\rm ref}\Vert\pi),\qquad\mathrm{KL}(\pi_{\rm ref}\Vert\pi)=\sum_y\pi_{{\rm ref},y}\log\frac{\pi_{{\rm ref},y}}{\pi_y}.$$
 #
@@ -427,6 +448,30 @@ def forward_kl_optimum(ref_logps, rewards, beta):
 check("10.6", forward_kl_optimum)
 
 # %% [markdown]
+# λ cancels in differences of rewards, as $\log Z$ did in DPO. So with $\rho=\pi_\theta/\pi_{\rm ref}$ the margin $m=\beta\,(1/\rho_l-1/\rho_w)$ takes the place of $u$, and $-\log\sigma(m)$ is a loss for this penalty ([D11.12]; Wang et al., 2023, have it for a whole family of divergences).
+#
+# **Predict before you run.** Which of the two optima gives the worst completion more? Where does this loss end, and are its two pulls equal?
+
+
+# %%
+def forward_kl_losses(policy_chosen, policy_rejected, ref_chosen, ref_rejected, *, beta):
+    """(B,) log-probabilities -> (B,) losses."""
+    won, lost = (ref_chosen - policy_chosen).exp(), (ref_rejected - policy_rejected).exp()
+    return -F.logsigmoid(beta * (lost - won))
+
+
+forward = dpo.divergence_optimal_logps(ref_logps, rewards, beta=beta, divergence="forward_kl")
+end = trained(forward_kl_losses, pairs, step_size=1.0)
+for name, logps in {"optimum, reverse KL": optimal, "optimum, forward KL": forward, "its loss": end}.items():
+    print(f"{name:19}", *(f"{chance:.4f}" for chance in logps[0].exp()))
+moved = [torch.tensor([p], dtype=torch.float64).log().requires_grad_(p != 0.3) for p in (0.6, 0.1, 0.3, 0.3)]
+up, down = torch.autograd.grad(forward_kl_losses(*moved, beta=0.5), moved[:2])
+print(f"pulls of a pair: up {-up.item():.4f}, down {down.item():.4f}")
+
+# %% [markdown] tags=["answer"]
+# **What happened.** The forward KL leaves the worst completion twice as much, and the best one more as well; what lies between pays for both. It punishes $\log\frac{\pi_{\rm ref}}\pi$, which explodes where a completion of the reference is given up, and hardly minds where one is made likelier. Its loss ends exactly there, and the card would say "ends elsewhere" of it, rightly: elsewhere than π\*. The two pulls are unequal, $\sigma(-m)\,\beta/\rho_w$ up and $\sigma(-m)\,\beta/\rho_l$ down: a completion that has become unlikely is moved faster.
+
+# %% [markdown]
 # ## An open question
 #
-# There is a proper loss for every even $k$, and on endless clean data they all end at π\*. DPO's $k=1$ is maximum likelihood, so with many clean labels no other needs fewer. But real labels are flipped, by a share that nobody knows, and then every proper loss ends elsewhere: with three completions or more, no rewards fit flipped labels ([D2.3]), and each $k$ makes its own compromise. Is there a $k$ that needs hardly more labels than DPO where they are clean, and is hurt less where they are not, whatever the rewards? We know of no $k$ that is best, and of no proof that there is none.
+# There is a proper loss for every even $k$, and on endless clean data they all end at π\*. DPO's $k=1$ is maximum likelihood, so with many clean labels no other needs fewer. But real labels are flipped, by a share that nobody knows, and then every proper loss ends elsewhere: with three completions or more, no rewards fit flipped labels ([D2.3]), and each $k$ makes its own compromise. Is there a $k$ that needs hardly more labels than DPO where they are clean, and is hurt less where they are not, whatever the rewards? The card has a line for each of the two. We know of no $k$ that is best, and of no proof that there is none.
