@@ -83,7 +83,7 @@ for name, (loss, _, _) in kinds.items():
 # %% [markdown]
 # ## Question 1: what does it say at the reference?
 #
-# Before training, policy and reference are the same, and every margin is zero. So a loss of margins has *one* value there, whatever the pair. This costs one line, and it finds a lost reference, a β in the wrong place, and averages where sums were meant ([D13.6]).
+# Before training, policy and reference are the same, and every margin is zero. So a loss of margins has *one* value there, whatever the pair. This costs one line, and it finds a lost reference and a β that stands on one side only ([D13.6]). It does not find whatever treats policy and reference alike, such as averages where sums are meant.
 
 # %%
 generator = torch.Generator().manual_seed(0)
@@ -179,7 +179,7 @@ check("10.2", batch_pulls)
 
 
 # %%
-def trained(loss, pairs, steps=3000, step_size=10.0):
+def trained(loss, pairs, steps=1000, step_size=16.0):
     """The table (1, Y) where gradient descent from the reference ends."""
     theta = ref_logps.clone().requires_grad_()
     for _ in range(steps):
@@ -405,6 +405,7 @@ repaired = dpo.loss_card(proper_loss, options={"beta": 0.5}, quick=True)
 print(f"the repaired loss {repaired.verdict}")
 for key in ("value_at_reference", "kl_to_optimal", "best_beta", "kl_after_flips"):
     print(f"{key:18} focal {card.json()[key]:.3g}, repaired {repaired.json()[key]:.3g}")
+print(f"squared error over the Cramér-Rao bound, repaired {repaired.json()['efficiency']:.2f}")
 
 # %% [markdown] tags=["answer"]
 # **What happened.** The first verdict has what was found above by hand, and one thing more: the focal loss ends *near* the optimum of β = 0.89. Its curve in the figure of question 4 is close to $\sigma(1.8\,u)$, so its margins are right but for a factor of about 1.8. With a β divided by that factor it would nearly do; but the factor is nobody's choice, and the remainder depends on the pairs. The repaired loss ends at π\*, needs hardly more data than DPO, and with a tenth of the labels flipped it is a little nearer to π\* than DPO is. Both lose their end where one label is never contradicted, as every proper loss does.
@@ -469,9 +470,9 @@ up, down = torch.autograd.grad(forward_kl_losses(*moved, beta=0.5), moved[:2])
 print(f"pulls of a pair: up {-up.item():.4f}, down {down.item():.4f}")
 
 # %% [markdown] tags=["answer"]
-# **What happened.** The forward KL leaves the worst completion twice as much, and the best one more as well; what lies between pays for both. It punishes $\log\frac{\pi_{\rm ref}}\pi$, which explodes where a completion of the reference is given up, and hardly minds where one is made likelier. Its loss ends exactly there, and the card would say "ends elsewhere" of it, rightly: elsewhere than π\*. The two pulls are unequal, $\sigma(-m)\,\beta/\rho_w$ up and $\sigma(-m)\,\beta/\rho_l$ down: a completion that has become unlikely is moved faster.
+# **What happened.** The forward KL leaves the worst completion twice as much, and the best one more as well; the second best pays for both. It punishes $\log\frac{\pi_{\rm ref}}\pi$, which explodes where a completion of the reference is given up, and hardly minds where one is made likelier. Its loss ends exactly there, and the card would say "ends elsewhere" of it, rightly: elsewhere than π\*. The two pulls are unequal, $\sigma(-m)\,\beta/\rho_w$ up and $\sigma(-m)\,\beta/\rho_l$ down: a completion that has become unlikely is moved faster.
 
 # %% [markdown]
 # ## An open question
 #
-# There is a proper loss for every even $k$, and on endless clean data they all end at π\*. DPO's $k=1$ is maximum likelihood, so with many clean labels no other needs fewer. But real labels are flipped, by a share that nobody knows, and then every proper loss ends elsewhere: with three completions or more, no rewards fit flipped labels ([D2.3]), and each $k$ makes its own compromise. Is there a $k$ that needs hardly more labels than DPO where they are clean, and is hurt less where they are not, whatever the rewards? The card has a line for each of the two. We know of no $k$ that is best, and of no proof that there is none.
+# There is a proper loss for every positive even $k$, and on endless clean data they all end at π\*. DPO's $k=1$ is maximum likelihood, so with many clean labels no other needs fewer. But real labels are flipped, by a share that nobody knows, and then every proper loss ends elsewhere: with three completions or more, no rewards fit flipped labels ([D2.3]), and each $k$ makes its own compromise. Is there a $k$ that needs hardly more labels than DPO where they are clean, and is hurt less where they are not, whatever the rewards? The card has a line for each of the two. We know of no $k$ that is best, and of no proof that there is none.
