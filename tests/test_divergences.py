@@ -39,7 +39,7 @@ from dpo_minimal.zoo import LOSSES
 from dpo_minimal.zoo import divergences as zoo
 
 EPS = torch.finfo(torch.float64).eps
-few = settings(max_examples=12)
+few = settings(max_examples=8)
 
 # f(u), f'(u) and u f''(u), with f(1) = f'(1) = 0.
 BY_HAND = {
@@ -193,8 +193,8 @@ def test_the_reverse_kl_is_the_closed_form_and_alpha_joins_both_kl():
 
 
 @each
-@settings(max_examples=4)  # of some twenty entries each
-@given(worlds(prompts=st.just(1), completions=st.integers(2, 4), scale=1.0, beta=st.floats(0.2, 3.0)))
+@settings(max_examples=2)  # of some dozen entries each
+@given(worlds(prompts=st.just(1), completions=st.integers(2, 3), scale=1.0, beta=st.floats(0.2, 3.0)))
 def test_gradients_are_those_of_the_implicit_function_theorem(name, world):
     """[D11.11] In reference, rewards and beta, against central differences."""
     beta = f64(world.beta).requires_grad_()
@@ -374,14 +374,14 @@ def test_values_of_policies_that_leave_something_out():
 
 
 @each
-@few
+@settings(max_examples=5)  # of several prompts and betas each
 @given(worlds(scale=1.0))
 def test_nothing_lies_beyond_the_frontier(name, world):
     """[D11.11] Along it the reward rises with the divergence at the slope beta, and no policy has more."""
-    betas = f64([4.0, 2.0, 1.0, 0.5, 0.25])
+    betas = f64([4.0, 1.0, 0.25])
     tables = (world.ref_logps, world.rewards)
     value, reward = divergence_frontier(*tables, betas, **NAMES[name])
-    assert value.shape == reward.shape == (5, len(world.rewards))
+    assert value.shape == reward.shape == (3, len(world.rewards))
     slack = 1e-10  # rounding; alpha's value is a difference of ones over alpha
     steps, gains = value.diff(dim=0), reward.diff(dim=0)
     assert (steps >= -slack).all()
@@ -420,7 +420,7 @@ def check_bound(name: str, world) -> Tensor:
 
 
 @each
-@settings(max_examples=6)  # of ten distances each
+@settings(max_examples=3)  # of ten distances each
 @given(worlds(completions=st.integers(2, 5), scale=1.0, beta=st.floats(0.2, 2.0)))
 def test_the_bound_covers_the_distance(name, world):
     """[D11.13]"""
@@ -434,12 +434,12 @@ def test_the_bound_is_not_wasteful(name):
     (For two completions and small steps it is the distance; for more, the worst difference of scores stands
     for all, and the worst log-ratio per score.)"""
     generator, ratios = torch.Generator().manual_seed(1), []
-    for _ in range(6):
+    for _ in range(4):
         ref, rewards, logps = (normal(2, 3, generator=generator, scale=0.7) for _ in range(3))
         world = WorldLike(ref.log_softmax(-1), rewards, logps.log_softmax(-1), 0.6, generator)
         ratios.append(check_bound(name, world))
     ratios = torch.cat(ratios)
-    assert len(ratios) >= 80  # of 120: those up to a distance of some hundredths
+    assert len(ratios) >= 50  # of 80: those up to a distance of some hundredths
     assert ratios.min() >= 1 and ratios.median() < 10
 
 
