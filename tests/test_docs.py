@@ -1,8 +1,6 @@
 """The README and those of the annexes say what the code does: commands parse, the map is complete, links lead
 somewhere, values are printed."""
 
-import contextlib
-import io
 import re
 import shlex
 from pathlib import Path
@@ -11,6 +9,9 @@ import pytest
 from test_house import ANNEXES, PACKAGE
 
 from dpo_minimal.__main__ import COMMANDS, _parser, main
+from dpo_minimal.bench.card import verdict
+from dpo_minimal.bench.measures import endings, invariances
+from dpo_minimal.bench.subject import Subject
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -22,14 +23,19 @@ DOCUMENTS = sorted(
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
 
-def test_readme_example_prints_what_it_shows():
-    """The numbers in the comments of the README's python block are the ones its code prints."""
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(block, {})
-    shown = re.findall(r"# prints (.*)", block)
-    assert shown and printed.getvalue().splitlines() == shown
+@pytest.mark.parametrize(
+    ("document", "name"), [(ROOT / "README.md", "my_loss"), (PACKAGE / "bench" / "README.md", "focal")]
+)
+def test_the_verdicts_quoted_are_those_of_the_whole_card(document, name):
+    """Of the loss that the document shows: where it ends in all worlds, in the words of the card."""
+    text = document.read_text(encoding="utf-8")
+    block = next(b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if f"def {name}(" in b)
+    found: dict = {}
+    exec(block, found)
+    subject = Subject(found[name], (), None)
+    findings = invariances(subject) | endings(subject, reads_batch=False, quick=False)
+    quoted = " ".join(re.search(r"```\n(ends .*?)```", text, re.DOTALL)[1].split())
+    assert quoted == verdict(findings, subject.options)
 
 
 def commands_of(document: Path) -> list[str]:

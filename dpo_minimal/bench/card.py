@@ -121,9 +121,9 @@ def _findings(subject: Subject, quick: bool) -> Findings:
     batch = found["batch_dependent"]
     found |= endings(subject, batch, quick=quick)
     found |= {"efficiency": None, "n_kl": None, "n_kl_law": None}
-    if found["ends_at_optimum"] and "beta" in subject.options:
-        found |= finite_data(subject, batch, quick=quick)
     beta = subject.options.get("beta", found["best_beta"] or BETA)
+    if found["ends_at_optimum"]:
+        found |= finite_data(subject, batch, beta, quick=quick)
     return found | on_gpt(subject, batch, beta, quick=quick) | displacement(subject)
 
 

@@ -27,7 +27,7 @@ from .subject import Subject
 FAR = 60.0  # a range of scores, in nats of reward, beyond which no world here has its end
 NOTHING = 1e-15  # a gradient below it is rounding
 AWAY = 20.0  # beyond it what still moves has no end
-COPIES = 2000  # rows that stand for a population where a loss reads its whole batch
+COPIES = 600  # rows that stand for a population where a loss reads its whole batch
 FLIPPED = 0.1
 SIZES = (3, 4, 5, 4, 5, 5)  # completions of each world
 
@@ -132,7 +132,7 @@ def ends(subject: Subject, scenes: Scenes, *, reads_batch: bool) -> Ends:
         own = Rankings(*(field[scenes.rankings.prompt == x] for field in scenes.rankings))
         rows = equal_rows(own._replace(prompt=torch.zeros_like(own.prompt)))
         one = Scenes(*(table[x : x + 1] for table in scenes[:3]), rows, (kind,))
-        found.append(_settle(_field(subject, one, rows), one.ref_logps))
+        found.append(_settle(_field(subject, one, rows), one.ref_logps, rounds=150))
     every = Ends(*(torch.cat(fields) for fields in zip(*found)))
     return every._replace(sharp=torch.zeros_like(every.settled))
 

@@ -259,10 +259,10 @@ def _below_frontier(found: Ends, scenes: Scenes, rows: list[int]) -> float:
 # ------------------------------------------------------------------------------------------ finite data
 
 
-def finite_data(subject: Subject, reads_batch: bool, *, quick: bool) -> Findings:
-    """Estimates from samples, for a loss that ends at pi*: the mean squared error of its rewards over the
-    Cramer-Rao bound [D11.3], and N KL beside its law [D11.5]."""
-    data_sets, pairs, beta = 200 if quick else 2000, 1000, subject.options["beta"]
+def finite_data(subject: Subject, reads_batch: bool, beta: float, *, quick: bool) -> Findings:
+    """Estimates from samples, for a loss that ends at pi* of this beta: the mean squared error of its rewards
+    over the Cramer-Rao bound [D11.3], and N KL beside the law of maximum likelihood [D11.5]."""
+    data_sets, pairs = 200 if quick else 2000, 1000
     data_sets = data_sets // 10 if reads_batch else data_sets  # one after the other
     rewards = torch.tensor([[0.0, 0.5, 1.0, 1.2]], dtype=torch.float64)
     ref = torch.tensor([[0.4, 0.3, 0.2, 0.1]], dtype=torch.float64).log()
