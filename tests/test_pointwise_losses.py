@@ -374,18 +374,16 @@ def test_where_a_best_is_too_little_the_optimum_is_refused():
         f64([[0.98, 0.02]]).log(),
         Rankings(torch.zeros(1).long(), torch.tensor([[1, 0]]), f64([1.0])),
     )
-    with pytest.raises(InputError, match=r"^the optimum of SPPO is not known: .*\.$"):
+    with pytest.raises(InputError, match=r"^the optimum is not known where targets .*\.$"):
         sppo_optimum(always, ref, beta=0.5)
-    with pytest.raises(InputError, match=r"^NCA has no optimum: a completion was never chosen; .*\.$"):
+    with pytest.raises(InputError, match=r"^NCA has no optimum where a completion was never chosen; .*\.$"):
         nca_optimum(always, ref, beta=0.5)
     three = f64([[0.5, 0.3, 0.2]]).log()
-    for name, optimum in (("NCA", nca_optimum), ("SPPO", sppo_optimum)):
-        with pytest.raises(
-            InputError, match=rf"^{name} has no optimum: a completion was never compared; .*\.$"
-        ):
+    for optimum in (nca_optimum, sppo_optimum):
+        with pytest.raises(InputError, match=r"^there is no optimum where a completion was never compared; "):
             optimum(always, three, beta=0.5)
     half = drawn(f64([[0.5, 0.3], [0.7, 0.5]]), ref[0].exp())
-    with pytest.raises(InputError, match=r"^the optimum of NCA is not known"):  # beta > 1: Jensen turns round
+    with pytest.raises(InputError, match=r"^the optimum is not known"):  # beta > 1: Jensen turns round
         nca_optimum(half, ref, beta=3.0)
 
 

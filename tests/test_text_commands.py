@@ -177,7 +177,7 @@ def test_the_same_seed_gives_the_same_run(trained, world, no_figure):
 STARTS = {  # the loss where policy = reference; None where there is no reference to start from
     "ipo": 1 / (4 * 0.1**2), "averaged_ipo": 1 / (4 * 0.1**2), "cdpo": math.log(2), "robust": math.log(2),
     "unweighted_dpo": 0, "kto": 0.5, "simpo": None, "orpo": None, "unlikelihood": None,
-    "plackett_luce": math.log(6),
+    "plackett_luce": math.log(6), "nca": math.log(4), "bco": math.log(4),
 }  # fmt: skip
 
 
@@ -190,7 +190,9 @@ def test_every_loss_starts_where_it_must_and_falls(world, loss_type, capsys, req
         request.getfixturevalue("no_figure")
     ranked = loss_type == "plackett_luce"
     data, steps = world / ("ranked.jsonl" if ranked else "pairs.jsonl"), None if ranked else 9
-    assert main(dpo_flags(world, loss_type=loss_type, data=data, max_steps=steps)) == 0
+    step = dict(per_device_train_batch_size=8, gradient_accumulation_steps=1)
+    step = step if LOSSES[loss_type].reads_batch else {}
+    assert main(dpo_flags(world, loss_type=loss_type, data=data, max_steps=steps, **step)) == 0
     looked = [record for record in records_of(Path("run")) if "eval_loss" in record]
     first, last = looked[0]["eval_loss"], looked[-1]["eval_loss"]
     if STARTS[loss_type] is not None:

@@ -260,8 +260,8 @@ def test_the_optimum_of_a_prompt_is_that_of_it_alone(name):
 @pytest.mark.parametrize("name", OPTIMA)
 def test_an_optimum_that_does_not_exist_is_refused(name):
     """A completion that never won has no finite reward, and Unlikelihood's share of it is negative; cDPO,
-    IPO, SPPO and the hinge have an optimum all the same. One that was never compared has no reward under any loss,
-    and under Unlikelihood, which does not tilt a reference, probability 0."""
+    IPO, SPPO and the hinge have an optimum all the same. One that was never compared has no reward under any
+    loss, and under Unlikelihood, which does not tilt a reference, probability 0."""
     loss = LOSSES[name]
     options = {option.name: min(option.default, 0.1) for option in loss.options}
     lengths = {"lengths": LENGTHS} if "lengths" in loss.reads else {}

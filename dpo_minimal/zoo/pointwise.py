@@ -91,40 +91,40 @@ def nca_optimum(rankings: Rankings, ref_logps: Tensor, *, beta: float) -> Tensor
     below it, until probabilities sum to one [D12.15].
 
     Args: comparisons; ref_logps (X, Y). Returns (X, Y) log-probabilities, float64.
-    Raises: InputError: a completion was never shown or never chosen; or the r = log(w / m) sum to less than
-        one probability, where the loss is not convex (never for beta <= 1 and pairs drawn from pi_ref).
+    Raises: InputError: a completion was never compared or never chosen; or those r sum to less than one
+        probability, where the loss is not convex (not for beta <= 1 and pairs drawn from pi_ref).
     """
     check_positive("beta", beta)
-    chosen, shown = _shares(rankings, ref_logps, "NCA")
+    chosen, shown = _shares(rankings, ref_logps)
+    if (chosen == 0).any():
+        raise InputError("NCA has no optimum where a completion was never chosen; leave it out.")
     best = (chosen / shown).log() / beta
-    if (best == -math.inf).any():
-        raise InputError("NCA has no optimum: a completion was never chosen; leave it out.")
-    return _least(lambda a: (chosen + shown) * torch.sigmoid(beta * a) - chosen, best, ref_logps, "NCA")
+    return _least(lambda a: (chosen + shown) * torch.sigmoid(beta * a) - chosen, best, ref_logps)
 
 
 def sppo_optimum(rankings: Rankings, ref_logps: Tensor, *, beta: float) -> Tensor:
-    """Where SPPO ends: each log-ratio (w/m - 1) / (2 beta), w and m as in `nca_optimum`, or below it, until
+    """Where SPPO ends: each log-ratio (w / m - 1) / (2 beta), w and m as in `nca_optimum`, or below it, until
     probabilities sum to one [D12.16].
 
     Args, Returns: as `nca_optimum`. Raises: the same, but a completion may lose always.
     """
     check_positive("beta", beta)
-    chosen, shown = _shares(rankings, ref_logps, "SPPO")
+    chosen, shown = _shares(rankings, ref_logps)
     best = (chosen / shown - 1) / (2 * beta)
-    return _least(lambda a: shown * (a - best), best, ref_logps, "SPPO")
+    return _least(lambda a: shown * (a - best), best, ref_logps)
 
 
-def _shares(rankings: Rankings, ref_logps: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """(X, Y) weights with which each completion was chosen, and half of those with which it was shown."""
+def _shares(rankings: Rankings, ref_logps: Tensor) -> tuple[Tensor, Tensor]:
+    """(X, Y) weights with which each completion was chosen, and half of those with which it was shown; 1 and
+    1 where there is none."""
     wins = win_counts(rankings, *ref_logps.shape)
-    chosen, shown = wins.sum(-1), (wins.sum(-1) + wins.sum(-2)) / 2
-    if ((shown == 0) & (ref_logps > -math.inf)).any():
-        raise InputError(f"{name} has no optimum: a completion was never compared; leave it out.")
-    there = shown > 0
-    return torch.where(there, chosen, 1), torch.where(there, shown, 1)
+    chosen, shown, none = wins.sum(-1), (wins.sum(-1) + wins.sum(-2)) / 2, ref_logps == -math.inf
+    if (shown.masked_fill(none, 1) == 0).any():
+        raise InputError("there is no optimum where a completion was never compared; leave it out.")
+    return chosen.masked_fill(none, 1), shown.masked_fill(none, 1)
 
 
-def _least(slope: Callable[[Tensor], Tensor], best: Tensor, ref_logps: Tensor, name: str) -> Tensor:
+def _least(slope: Callable[[Tensor], Tensor], best: Tensor, ref_logps: Tensor) -> Tensor:
     """The policy of the least sum of convex functions of its log-ratios a, one a completion [D12.15].
 
     There slope(a) = -k pi with one k >= 0 a prompt. Either side is monotone, so that bisection finds a from k
@@ -134,10 +134,7 @@ def _least(slope: Callable[[Tensor], Tensor], best: Tensor, ref_logps: Tensor, n
     """
     ref = ref_logps.double().exp()
     if ((ref * best.exp()).sum(-1) < 1 - 1e-12).any():  # rounding
-        raise InputError(
-            f"the optimum of {name} is not known: where each completion is best, probabilities sum to less "
-            "than one, and the loss is not convex there; raise beta, or compare what the reference samples."
-        )
+        raise InputError("the optimum is not known where targets sum to less than one; compare other pairs.")
 
     def logratios(k: Tensor) -> Tensor:
         low, high = best - 1e3, best
@@ -148,9 +145,9 @@ def _least(slope: Callable[[Tensor], Tensor], best: Tensor, ref_logps: Tensor, n
         return high
 
     high = (-slope(torch.zeros_like(best)) / ref).nan_to_num(0).amax(-1, keepdim=True).clamp(min=0)
-    low, grid = torch.zeros_like(high), torch.linspace(0, 1, 65, dtype=high.dtype, device=high.device)
+    low, grid = torch.zeros_like(high), torch.linspace(0, 1, 65).to(high).view(-1, 1, 1)
     for _ in range(12):
-        k = low + (high - low) * grid.view(-1, 1, 1)  # (65, X, 1)
+        k = low + (high - low) * grid  # (65, X, 1)
         place = ((ref * logratios(k).exp()).sum(-1, keepdim=True) >= 1).sum(0, keepdim=True) - 1
         low, high = (k.gather(0, place.clamp(0, 63) + side)[0] for side in (0, 1))
     return (ref_logps + logratios(low)).log_softmax(-1)

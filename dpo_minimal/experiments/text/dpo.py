@@ -153,10 +153,8 @@ def run(args: argparse.Namespace) -> Path:
     )  # fmt: skip
     loss = _loss_of(options)
     if LOSSES[options.loss_type].reads_batch and options.gradient_accumulation_steps > 1:
-        raise InputError(
-            f"--loss-type {options.loss_type} compares the rows of a step with each other; give "
-            "--gradient-accumulation-steps 1, and the rows of a step as --per-device-train-batch-size."
-        )
+        text = "compares the rows of a step with each other; give --gradient-accumulation-steps 1."
+        raise InputError(f"--loss-type {options.loss_type} {text}")
     setup.begin(options)
     # All that can be wrong with the input is checked before anything is written.
     policy = None if options.model is None else load_policy(options.model)
