@@ -93,9 +93,9 @@ EXO = Loss(
 def discopop_loss(h: Tensor, *, beta: float, tau: float) -> tuple[Tensor, Tensor]:
     """DiscoPOP: (1 - m) (-log sigmoid(u)) + m e^-u, with u = beta h and m = sigmoid(u / tau) [D12.11].
 
-    DPO's loss where the order is wrong, the exponential one where it is right. At u = 0 these are log 2 and 1,
-    and the loss climbs that step: for tau < (1 - log 2) / 3 = 0.102 the gradient weight at the reference is
-    negative, and training begins against the labels. It is not convex, and a pair has up to two minima.
+    DPO's loss where the order is wrong, the exponential one where it is right. At u = 0 these are log 2 and
+    1, and the loss climbs that step: for tau < (1 - log 2) / 3 = 0.102 the gradient weight at the reference
+    is negative, and training begins against the labels. It is not convex: a pair may have two minima.
 
     Args: as `dpo_loss`; tau: in (0, 1], the width of the step; beyond 1 a wrong order costs exponentially.
     Returns, Raises: as `dpo_loss`; InputError also for tau out of range.
