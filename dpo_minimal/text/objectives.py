@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -122,12 +122,14 @@ def preference_objective(model: GPT, loss_type: str, *, dtype: str, **options: f
     """
     options = loss_options(loss_type, options)
     loss = LOSSES[loss_type]
+    # RPO, which divides the chosen's likelihood alone by a length, orders completions by sums.
+    ordered_by = loss.reads if "rejected_lengths" in loss.parameters else {*loss.reads} - {"lengths"}
 
     def objective(micro: PreferenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
         logps = completion_logps_of(model, micro.batch, dtype)
         result = loss_of(loss, logps, micro, options)
         measure = _metrics if micro.labels is None else _label_metrics
-        metrics = measure(loss.reads, logps.detach(), micro, result, dtype)
+        metrics = measure(ordered_by, logps.detach(), micro, result, dtype)
         if micro.kl_estimate is not None:
             metrics["kto/kl_estimate"] = micro.kl_estimate
         return result.losses.mean(), {name: values.mean() for name, values in metrics.items()}
@@ -136,7 +138,7 @@ def preference_objective(model: GPT, loss_type: str, *, dtype: str, **options: f
 
 
 def _metrics(
-    reads: tuple[str, ...], policy: Tensor, micro: PreferenceBatch, result: PreferenceLoss, dtype: str
+    reads: Collection[str], policy: Tensor, micro: PreferenceBatch, result: PreferenceLoss, dtype: str
 ) -> dict[str, Tensor]:
     """What `preference_objective` logs of each row of log-probabilities (B, K)."""
     ratios, lengths = policy - micro.reference_logps, micro.batch.completion_lengths
@@ -164,7 +166,7 @@ def _metrics(
 
 
 def _label_metrics(
-    reads: tuple[str, ...], policy: Tensor, micro: PreferenceBatch, result: LabelLoss, dtype: str
+    reads: Collection[str], policy: Tensor, micro: PreferenceBatch, result: LabelLoss, dtype: str
 ) -> dict[str, Tensor]:
     """The same of each labelled row of log-probabilities (B, 1)."""
     policy, lengths = policy[:, 0], micro.batch.completion_lengths[:, 0]
