@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planting import CAUGHT, plant
 from test_divergences import RECORDS, pair_by_hand
+from test_margin_losses import MARGINS
 from test_pointwise_losses import POINTWISE
 from test_policy import gradients, loop_logp, loud
 from test_relatives import RELATIVES, Row, log_odds
@@ -45,7 +46,7 @@ from dpo_minimal.train import Window, _means, average, make_optimizer, train
 from dpo_minimal.validation import InputError
 from dpo_minimal.zoo import LOSSES, kto
 
-BY_ROW = RELATIVES | POINTWISE  # whose value and pulls are written out elsewhere, a row at a time
+BY_ROW = RELATIVES | POINTWISE | MARGINS  # whose value and pulls are written out elsewhere, a row at a time
 ALONE = [name for name, loss in LOSSES.items() if not loss.reads_batch]
 VOCAB = 11
 SHAPE = GPTConfig(vocab_size=VOCAB, block_size=256, n_layer=2, n_head=2, n_embd=16)
@@ -84,8 +85,8 @@ def sizes_of(loss_type: str, count: int) -> list[int]:
 
 def options_of(loss_type: str, beta: float = 0.3) -> dict[str, float]:
     """Values for the options of a loss, none of them a default."""
-    values = dict(label_smoothing=0.2, flip_probability=0.15, gamma=0.4, lam=0.7, alpha=0.6)
-    values |= dict(beta=beta, desirable_weight=1.3, undesirable_weight=0.8)
+    values = dict(label_smoothing=0.2, flip_probability=0.15, gamma=0.4, lam=0.7, alpha=0.6, tau=0.3)
+    values |= dict(beta=beta, desirable_weight=1.3, undesirable_weight=0.8, nll_weight=1.2)
     return {option.name: values[option.name] for option in LOSSES[loss_type].options}
 
 
@@ -154,13 +155,13 @@ def by_hand(
         row = Row(*policy_logps, *reference, *lengths)
         loss = BY_ROW[loss_type].value(row, **options)
         weight = BY_ROW[loss_type].pulls(row, **options)[0]
-        if loss_type in ("averaged_ipo", "simpo", "orpo"):
+        if loss_type in ("averaged_ipo", "averaged_dpo", "simpo", "orpo"):
             tokens = [float(length) for length in lengths]
         if loss_type in ("simpo", "orpo", "unlikelihood"):
             scores = policy_logps
             rewards = [x / n for x, n in zip(scores, tokens)]
             rewards = [log_odds(x) if loss_type == "orpo" else options.get("beta", 1) * x for x in rewards]
-        elif loss_type == "averaged_ipo":
+        elif loss_type in ("averaged_ipo", "averaged_dpo"):
             rewards = [reward / n for reward, n in zip(rewards, tokens)]
         margin = rewards[0] - rewards[1]
     # float32 rounding of the longer of the two: what is closer cannot be told apart, in whatever dtype
@@ -436,10 +437,7 @@ def separate_gradients(gpt: GPT, loss_type: str | None, rows: list[Example], ref
             losses.append(-sum(logps))
             continue
         ratios = torch.cat(logps) - reference[number, : len(logps)]
-        if loss_type in {
-            *BY_ROW,
-            *RECORDS,
-        }:  # the loss itself is tested elsewhere; here, how rows are put together
+        if loss_type in {*BY_ROW, *RECORDS}:  # itself tested elsewhere; here, how rows are put together
             lengths = torch.tensor([[len(ids) for ids in row.completions]])
             of_row = PreferenceBatch(SharedPromptBatch(None, None, lengths), reference[number : number + 1])
             loss = loss_of(LOSSES[loss_type], torch.stack(logps, -1), of_row, options_of(loss_type))
@@ -539,7 +537,7 @@ def test_a_start_by_name_is_the_loss_where_policy_is_reference():
     """The number that figures show and the loss that is trained must not part."""
     for name, of in LOSSES.items():
         if of.start is None:  # nothing to start from: the same rows under another policy cost something else
-            assert name in ("simpo", "orpo", "unlikelihood")
+            assert name in ("simpo", "orpo", "unlikelihood", "rpo")
             continue
         for K in (2,) if of.rows == "preferences" else (2, 3, 5):
             for beta in (0.1, 3.0):
@@ -833,6 +831,7 @@ OPTIONS = {option.name for loss in LOSSES.values() for option in loss.options}
 BAD_VALUES = {"beta": (0, -0.1, math.nan, math.inf, "0.1"), "label_smoothing": (-0.1, 0.5, math.nan, "0.1")}
 BAD_VALUES |= {"gamma": (-0.1, math.nan, math.inf, "1"), "alpha": (-0.1, 1.1, math.nan, "0.5")}
 BAD_VALUES |= {"flip_probability": BAD_VALUES["label_smoothing"], "lam": BAD_VALUES["gamma"]}
+BAD_VALUES |= {"nll_weight": BAD_VALUES["gamma"], "tau": (0, -0.1, 1.1, math.nan, "0.5")}
 BAD_VALUES |= {f"{side}desirable_weight": BAD_VALUES["beta"] for side in ("", "un")}
 
 
@@ -856,7 +855,8 @@ def test_options_that_a_loss_does_not_use_are_refused(loss_type):
         for value in BAD_VALUES[name]:
             with pytest.raises(InputError, match=rf"^{flag} must .*\.$"):
                 loss_options(loss_type, good | {name: value})
-    zeros = {"label_smoothing": 0, "flip_probability": 0.0, "gamma": 0, "lam": 0, "alpha": 0}
+    zeros = {"flip_probability": 0.0, "gamma": 0, "lam": 0, "alpha": 0, "nll_weight": 0}
+    zeros |= {} if loss_type == "exo" else {"label_smoothing": 0}  # whose divergence would be infinite
     edge = good | {name: zeros[name] for name in good if name in zeros}
     assert loss_options(loss_type, edge) == edge
 
