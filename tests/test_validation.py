@@ -241,6 +241,18 @@ LOSSES = {
         CLOSED_FORM["optimal_logps"][1] | dict(divergence=BAD_NAME, alpha=BAD_SHARE),
     ),
     "averaged_ipo_loss": (MARGIN | COUNTED, BAD_MARGIN | BAD_COUNTED),
+    "averaged_dpo_loss": (MARGIN | COUNTED, BAD_MARGIN | BAD_COUNTED),
+    "hinge_loss": (MARGIN, BAD_MARGIN),
+    "exo_loss": (
+        MARGIN | dict(label_smoothing=0.1),
+        BAD_MARGIN | dict(label_smoothing=BAD_FLIP | dict(zero=0.0)),
+    ),
+    "discopop_loss": (MARGIN | dict(tau=0.1), BAD_MARGIN | dict(tau=BAD_POSITIVE | dict(above_one=1.01))),
+    "dpop_loss": (MARGIN | dict(lam=0.5), BAD_MARGIN | dict(lam=BAD_FROM_ZERO)),
+    "rpo_loss": (
+        MARGIN | dict(chosen_lengths=TOKENS, nll_weight=0.5),
+        BAD_MARGIN | dict(chosen_lengths=BAD_TOKENS, nll_weight=BAD_FROM_ZERO),
+    ),
     "simpo_loss": (
         POLICY | COUNTED | dict(beta=0.5, gamma=0.5),
         BAD_POLICY | BAD_COUNTED | dict(beta=BAD_POSITIVE, gamma=BAD_FROM_ZERO),
