@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..certificates import curvature, laplacian_inverse
-from ..losses import BETA, DPO, Loss, Option, PreferenceLoss, _logratios, _preference_loss, dpo_optimum
+from ..losses import BETA, DPO, Loss, Option, PreferenceLoss, _preference_loss, dpo_optimum
 from ..preferences import Rankings, win_counts
 from ..validation import InputError, check_not_negative, widen
-from .inputs import token_counts
+from .inputs import of_logratios, token_counts
 
 
 def with_nll(loss: Loss) -> Loss:
@@ -39,9 +39,10 @@ def with_nll(loss: Loss) -> Loss:
         fields = out._asdict() | {"chosen_weights": out.chosen_weights + share}
         return _preference_loss(given[CHOSEN].dtype, **fields | {"losses": out.losses - share * chosen})
 
-    names = dict.fromkeys((*taken, "chosen_lengths", "nll_weight"))
-    function.__signature__ = inspect.Signature([inspect.Parameter(name, NAMED) for name in names])
-    function.__doc__ = f"`{loss.function.__name__}` + nll_weight (-log pi(y_w) / |y_w|) [D12.13]."
+    added = {name: inspect.Parameter(name, NAMED) for name in ("chosen_lengths", "nll_weight")}
+    named = {name: parameter.replace(kind=NAMED) for name, parameter in taken.items()}
+    function.__signature__ = inspect.Signature([*(named | added).values()])
+    function.__doc__ = f"{loss.title} + nll_weight (-log pi(y_w) / |y_w|) [D12.13]."
     weight = Option("nll_weight", ">= 0", 1.0, "weight of the chosen's mean token", "ν")
     return replace(
         loss, name=f"{loss.name}_nll", title=f"{loss.title} + NLL", function=function, proof="D12.13",
@@ -86,15 +87,8 @@ RPO = replace(with_nll(DPO), name="rpo", title="RPO", optimum=rpo_optimum, sourc
 rpo_loss = RPO.function
 
 
-def dpop_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    reference_chosen_logps: Tensor,
-    reference_rejected_logps: Tensor,
-    *,
-    beta: float,
-    lam: float,
-) -> PreferenceLoss:
+@of_logratios
+def dpop_loss(chosen: Tensor, rejected: Tensor, *, beta: float, lam: float) -> tuple[Tensor, Tensor, Tensor]:
     """DPO-Positive: -log sigmoid(u), u = beta (h - lam max(0, log pi_ref(y_w) / pi(y_w))) [D12.14].
 
     A chosen completion that has become less likely than under the reference takes lam times its fall off the
@@ -102,20 +96,13 @@ def dpop_loss(
     stationary point, unless it is the reference.
 
     Args: as `dpo_loss`; lam: >= 0, 0 for DPO.
-    Returns, Raises: as `dpo_loss`; InputError also for lam < 0. Rewards are DPO's.
+    Returns, Raises: as `dpo_loss`; InputError also for lam < 0.
     Source: Pal et al. (2024), "Smaug: Fixing Failure Modes of Preference Optimisation with DPO-Positive".
     """
     check_not_negative("lam", lam)
-    h, chosen, rejected = _logratios(
-        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, beta
-    )
-    u = beta * (h - lam * F.relu(-chosen))
+    u = beta * (chosen - rejected - lam * F.relu(-chosen))
     pull = beta * torch.sigmoid(-u)
-    return _preference_loss(
-        policy_chosen_logps.dtype, losses=-F.logsigmoid(u), chosen_rewards=beta * chosen,
-        rejected_rewards=beta * rejected, chosen_weights=torch.where(chosen < 0, pull + lam * pull, pull),
-        rejected_weights=pull,
-    )  # fmt: skip
+    return -F.logsigmoid(u), torch.where(chosen < 0, pull + lam * pull, pull), pull
 
 
 DPOP = Loss(
