@@ -237,7 +237,7 @@ RIGHT = {  # check, function, how it is called
     ),
     "token by token": ("sequence_logps", token_by_token, {}),
     "labels beside a mask, which are ids": (
-        "sequence_logps", lambda logits, labels, mask: token_by_token(logits, labels, mask), {},
+        "sequence_logps", lambda logits, labels, mask: scored()(logits, labels, mask), {},
     ),
     "lengths in place of a mask": ("sequence_logps", with_lengths, {}),
     "the weight, in numpy": (
@@ -524,7 +524,9 @@ def files(tmp_path, monkeypatch):
     """A folder with a right loss, a wrong one, and what cannot be loaded."""
     monkeypatch.chdir(tmp_path)
     Path("losses.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"  # looks for its module
         "import neighbour\nimport torch.nn.functional as F\nNUMBER = 1\n\n"
+        "@dataclass\nclass Settings:\n    beta: float\n\n"
         "def dpo(pc, pr, rc, rr, beta):\n    return -F.logsigmoid(beta * (pc - pr - rc + rr))\n\n"
         "def wrong(pc, pr, rc, rr, beta):\n    return -F.logsigmoid(beta * (pc - pr))\n\n"
         "class Trainer:\n    @staticmethod\n"
@@ -561,7 +563,7 @@ def test_exit_codes_and_messages(files, quickly, capsys):
         (["--dpo-loss", "losses.py"], "write FILE.py:FUNCTION"),
         (["--dpo-loss", "nowhere.py:dpo"], "nowhere.py: no such file"),
         (["--dpo-loss", "nowhere:dpo"], "nowhere: no such module"),
-        (["--dpo-loss", "losses.py:ipo"], "has no ipo; it has dpo, wrong, Trainer"),
+        (["--dpo-loss", "losses.py:ipo"], "has no ipo; it has Settings, dpo, wrong, Trainer"),
         (["--dpo-loss", "losses.py:NUMBER"], "is of type int, no function"),
         (["--dpo-loss", "broken.py:f"], "line 2 of broken.py raises ZeroDivisionError"),
         (["--dpo-loss", "grammar.py:f"], "line 1 of grammar.py raises SyntaxError"),
