@@ -42,6 +42,7 @@ def with_nll(loss: Loss) -> Loss:
     added = {name: inspect.Parameter(name, NAMED) for name in ("chosen_lengths", "nll_weight")}
     named = {name: parameter.replace(kind=NAMED) for name, parameter in taken.items()}
     function.__signature__ = inspect.Signature([*(named | added).values()])
+    function.__name__ = f"{loss.name}_nll_loss"
     function.__doc__ = f"{loss.title} + nll_weight (-log pi(y_w) / |y_w|) [D12.13]."
     weight = Option("nll_weight", ">= 0", 1.0, "weight of the chosen's mean token", "ν")
     return replace(
@@ -79,8 +80,8 @@ def rpo_optimum(
         reach = max(1, beta) * (step.amax(-1, keepdim=True) - step.amin(-1, keepdim=True))
         ratios = ratios + step * torch.where(reach > 1e-8, torch.log1p(reach) / reach, 1)  # as for DPO
         if reach.max() < 1e-8:
-            break
-    return (ref_logps + ratios).log_softmax(-1)
+            return (ref_logps + ratios).log_softmax(-1)
+    raise InputError("RPO has an optimum, but out of numerical reach; raise nll_weight or lower beta.")
 
 
 RPO = replace(with_nll(DPO), name="rpo", title="RPO", optimum=rpo_optimum, source="Pang et al. (2024)")
