@@ -375,6 +375,9 @@ WRONG = {  # check, function, how it is called, and what its name must contain
     "bits": (
         "dpo_loss", lambda *g, beta: -F.logsigmoid(beta * h_of(*g)) / math.log(2), "1.4427 = 1/ln 2: bits",
     ),
+    "half precision": (
+        "dpo_loss", lambda *g, beta: -F.logsigmoid(beta * h_of(*g)).bfloat16(), "too few digits",
+    ),
     "sum over the batch": (
         "dpo_loss", lambda *g, beta: -F.logsigmoid(beta * h_of(*g)).sum(), "the sum over the batch",
     ),
@@ -412,6 +415,7 @@ WRONG = {  # check, function, how it is called, and what its name must contain
     "optimum without reference": ("optimal_policy", lambda q, r, b: (r / b).log_softmax(-1), "no reference"),
     "all in the denominators": ("plackett_luce", lambda r: r.log_softmax(-1).sum(-1), "every denominator"),
     "k2": ("kl_estimate", lambda p, q: (p - q) ** 2 / 2, "k2"),
+    "a table's KL": ("kl_estimate", lambda p, q: (p.exp() * (p - q)).sum(), "weighted with π again"),
     "IPO's target": ("ipo_loss", lambda *g, beta: (h_of(*g) - 1 / beta) ** 2, "1/(2 beta), not 1/beta"),
     "no smoothing": (
         "cdpo_loss", lambda a, b, c, d, beta, label_smoothing: official_loss(a, b, c, d, beta)[0],
@@ -449,6 +453,9 @@ UNNAMED = {  # no known mistake: refused with the input that tells
     "another temperature": ("dpo_loss", lambda *g, beta: -F.logsigmoid(beta * h_of(*g) ** 3)),
     "a constant is added": ("dpo_loss", lambda *g, beta: 0.1 - F.logsigmoid(beta * h_of(*g) + 0.01)),
     "(B, 1)": ("dpo_loss", lambda *g, beta: -F.logsigmoid(beta * h_of(*g))[:, None]),
+    "its input is changed": (
+        "dpo_loss", lambda a, *g, beta: -F.logsigmoid(beta * h_of(a.clone(), *g) + 0 * a.mul_(2)),
+    ),
     "nothing": ("dpo_loss", lambda *g, beta: None),
     "raises": ("sequence_logps", lambda logits, ids, mask: logits[:, 99]),
     "a constant weight": ("dpo_loss", constant_weight),

@@ -289,9 +289,12 @@ def _symptom(exercise: Exercise, function: Callable[..., Any]) -> str | None:
     expected = [exercise.expected(**copy(given)) for given in drawn]
     if not all(isinstance(a, Tensor) and a.shape == b.shape for a, b in zip(answers, expected)):
         return None
+    if answers[0].dtype in (torch.float16, torch.bfloat16):
+        return f"its answers are {answers[0].dtype}, which has too few digits: compute in float32"
     got, right = (torch.cat([a.detach().double().flatten() for a in x]) for x in (answers, expected))
     factor = ((got @ right) / (right @ right)).item()
-    if got.isfinite().all() and abs(factor) > 1e-6 and torch.allclose(got, factor * right, 1e-6, 1e-9):
+    scaled = got.isfinite().all() and torch.allclose(got, factor * right, 1e-6, 1e-9)
+    if scaled and abs(factor) > 1e-6 and abs(factor - 1) > 1e-6:
         named = {1 / math.log(2): " = 1/ln 2: bits, where nats are meant", -1.0: ": the sign is reversed"}
         said = [text for number, text in named.items() if abs(factor - number) < 1e-6]
         return f"equal up to the constant factor {factor:.5g}{''.join(said)}"

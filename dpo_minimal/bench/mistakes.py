@@ -359,6 +359,7 @@ KL = _known(
     ((p - q).exp() - 1 - (p - q)).mean() | k3 with the ratio upside down estimates another quantity
     (p - q).clamp(min=0).mean() | each sample is clamped at zero, which is biased
     (p - q).sum()               | the sum over the samples
+    (p.exp() * (p - q)).sum()   | weighted with π again: samples come with that frequency already
     """,
 )  # fmt: skip
 
