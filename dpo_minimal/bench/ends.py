@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -25,25 +26,29 @@ from ..preferences import (
 from .subject import Subject
 
 FAR = 60.0  # a range of scores, in nats of reward, beyond which no world here has its end
-NOTHING = 1e-15  # a gradient below it is rounding
+NOTHING = 1e-15  # a gradient below it is rounding, where the first one is 1
+SURE, ROUGH = 1e-8, 0.015  # error of scores: of an exact end; of an average, or where shares are rounded
 AWAY = 20.0  # beyond it what still moves has no end
 COPIES = 600  # rows that stand for a population where a loss reads its whole batch
 FLIPPED = 0.1
 SIZES = (3, 4, 5, 4, 5, 5)  # completions of each world
 
 
+Field = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
 class Ends(NamedTuple):
     """The end of each prompt.
 
     Fields: logps (X, Y) where it came to rest, or was last seen; settled (X,) whether it rests there;
-    runs_away (X,) whether it was last seen far off and still moving, neither where it goes to and fro; sharp
-    (X,) whether the end is known to the last digits.
+    runs_away (X,) whether it was last seen far off and still moving, neither where it goes to and fro; error
+    (X,) about how far the scores are from those of the end.
     """
 
     logps: Tensor
     settled: Tensor
     runs_away: Tensor
-    sharp: Tensor
+    error: Tensor
 
 
 class Scenes(NamedTuple):
@@ -132,9 +137,9 @@ def ends(subject: Subject, scenes: Scenes, *, reads_batch: bool) -> Ends:
         own = Rankings(*(field[scenes.rankings.prompt == x] for field in scenes.rankings))
         rows = equal_rows(own._replace(prompt=torch.zeros_like(own.prompt)))
         one = Scenes(*(table[x : x + 1] for table in scenes[:3]), rows, (kind,))
-        found.append(_settle(_field(subject, one, rows), one.ref_logps, rounds=150))
+        found.append(_settle(_field(subject, one, rows, reads_batch=True), one.ref_logps, rounds=150))
     every = Ends(*(torch.cat(fields) for fields in zip(*found)))
-    return every._replace(sharp=torch.zeros_like(every.settled))
+    return every._replace(error=torch.full_like(every.error, ROUGH))
 
 
 def equal_rows(rankings: Rankings, count: int = COPIES) -> Rankings:
@@ -146,58 +151,82 @@ def equal_rows(rankings: Rankings, count: int = COPIES) -> Rankings:
     return Rankings(prompt, order, weight)
 
 
-def _field(subject: Subject, scenes: Scenes, rankings: Rankings) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """From scores (X, Y) to log-probabilities and the gradient of each prompt's mean loss in the scores.
+def _field(subject: Subject, scenes: Scenes, rankings: Rankings, *, reads_batch: bool = False) -> Field:
+    """From scores (X, Y) to log-probabilities and the gradient of each prompt's mean loss in the scores, or
+    from (C, X, Y) to as many of either.
 
     Scores are log-ratios times beta, where the loss has one: in them its shape does not depend on beta.
     """
-    ref, scale = scenes.ref_logps, 1 / subject.options.get("beta", 1.0)
-    weight = rankings.weight * len(ref)  # of each prompt they sum to one
+    scale, X = 1 / subject.options.get("beta", 1.0), len(scenes.ref_logps)
+
+    @cache
+    def copies(count: int) -> tuple[Tensor, Tensor, Rankings]:
+        prompt = (rankings.prompt + X * torch.arange(count).unsqueeze(-1)).flatten()
+        weight = rankings.weight.repeat(count) * X  # of each prompt they sum to one
+        rows = Rankings(prompt, rankings.order.repeat(count, 1), weight)
+        return scenes.ref_logps.repeat(count, 1), scenes.lengths.repeat(count, 1), rows
 
     def field(scores: Tensor) -> tuple[Tensor, Tensor]:
-        leaf = scores.clone().requires_grad_()
+        leaf = scores.flatten(0, -2).clone().requires_grad_()  # copies of a prompt are as good as others
+        ref, lengths, rows = copies(len(leaf) // X)
         logps = (ref + scale * leaf).log_softmax(-1)
-        total = weight @ subject.on_table(logps, ref, rankings, scenes.lengths)
-        (gradient,) = torch.autograd.grad(total, leaf)
-        return logps.detach(), gradient.nan_to_num(0.0)
+        losses = subject.on_table(logps, ref, rows, lengths)
+        (gradient,) = torch.autograd.grad(rows.weight @ losses.double(), leaf)
+        return logps.detach().view_as(scores), gradient.view_as(scores)
 
-    return field
+    def one_by_one(scores: Tensor) -> tuple[Tensor, Tensor]:
+        logps, gradients = zip(*map(field, scores.unflatten(0, (-1, X)) if scores.dim() == 2 else scores))
+        return torch.stack(logps).view_as(scores), torch.stack(gradients).view_as(scores)
+
+    return one_by_one if reads_batch else field
 
 
-def _settle(field: Callable, ref: Tensor, rounds: int = 300) -> Ends:
+def _settle(unscaled: Field, ref: Tensor, rounds: int = 300) -> Ends:
     """Implicit Euler steps along the field whose length grows as the gradient falls: first the path of
     training, at the end Newton's method. What then goes to and fro, at a kink of the loss, is averaged."""
     there = ref > -math.inf
-    scores, time = torch.zeros_like(ref), torch.ones(len(ref), dtype=torch.float64)
+    scores, time = torch.zeros_like(ref), torch.full((len(ref),), 0.3, dtype=torch.float64)
+    first = unscaled(scores)[1].norm(dim=-1, keepdim=True)
+    unit = torch.where(first > 0, first, 1)
+
+    def field(scores: Tensor) -> tuple[Tensor, Tensor]:
+        logps, gradient = unscaled(scores)  # a loss times a number must end where it did
+        return logps, (gradient / unit).nan_to_num(0, 0, 0)
+
     logps, gradient = field(scores)
     for _ in range(rounds):
         slope = _jacobian(field, scores)
         newton = _solve(slope, torch.zeros(len(ref)).double(), gradient, there)
-        size = slope.abs().amax((-2, -1))
+        size, rest = slope.abs().amax((-2, -1)), gradient.norm(dim=-1)
         lowest = _lowest_curvature(slope, there)
         firm = lowest > 1e-9 * size  # else the differences cannot tell it from a direction without curvature
-        settled = (firm & (newton.abs().amax(-1) <= 1e-8)) | (gradient == 0).all(-1)
-        moving = ~settled & (_range(scores, there) <= FAR) & (gradient.norm(dim=-1) > NOTHING)
+        error = torch.where(firm, newton.abs().amax(-1), math.inf)
+        reach = _range(scores, there)
+        error = torch.where((rest <= NOTHING * size) & (reach <= AWAY), 0, error)  # none pulls any more
+        settled = error <= SURE
+        moving = ~settled & (reach <= FAR) & (rest > NOTHING)
         if not moving.any():
             break
         step = _solve(slope, 1 / time + (-2 * lowest).clamp(min=0), gradient, there)
         step = step * (2 / step.norm(dim=-1, keepdim=True).clamp(min=2.0))
         scores = scores + torch.where(moving.unsqueeze(-1), step, 0)
         logps, new = field(scores)
-        ratio = gradient.norm(dim=-1) / new.norm(dim=-1).clamp(min=1e-300)
+        ratio = rest / new.norm(dim=-1).clamp(min=1e-300)
         time, gradient = time * ratio.clamp(0.3, 5.0), new
-    faint = gradient.norm(dim=-1) < 1e-4  # at a kink it is not
-    runs_away = ~settled & (faint | (_range(scores, there) > AWAY))
-    sharp = settled
-    if (restless := ~settled & ~runs_away).any():
+    finite = unscaled(scores)[1].isfinite().all(-1)
+    faint = (gradient.norm(dim=-1) < 1e-4) & finite  # at a kink it is not
+    settled = (settled & finite) | (faint & (error < 0.01) & (reach <= AWAY))  # in float32 it is not sure
+    runs_away = ~settled & (faint | (reach > AWAY))
+    error = torch.where(settled, error.clamp(max=ROUGH), ROUGH)
+    if (restless := ~settled & ~runs_away & finite).any():
         averaged, coherence = _averaged(field, scores, restless)
         logps = torch.where(restless.unsqueeze(-1), averaged, logps)
         settled = settled | (restless & (coherence < 0.1))
         runs_away = runs_away | (restless & (coherence > 0.9))
-    return Ends(logps, settled, runs_away, sharp)
+    return Ends(logps, settled, runs_away, error)
 
 
-def _averaged(field: Callable, scores: Tensor, moving: Tensor) -> tuple[Tensor, Tensor]:
+def _averaged(field: Field, scores: Tensor, moving: Tensor) -> tuple[Tensor, Tensor]:
     """The mean policy of gradient steps that grow shorter, and how much of these steps went in one direction:
     little around a kink, all of it where there is no end."""
     scale = torch.ones(len(scores), 1, dtype=torch.float64)
@@ -237,11 +266,8 @@ def _range(scores: Tensor, there: Tensor) -> Tensor:
     return scores.masked_fill(~there, -math.inf).amax(-1) - scores.masked_fill(~there, math.inf).amin(-1)
 
 
-def _jacobian(field: Callable, scores: Tensor, step: float = 1e-4) -> Tensor:
+def _jacobian(field: Field, scores: Tensor, step: float = 1e-4) -> Tensor:
     """(X, Y, Y) by central differences, of what is detached as well."""
-    columns = []
-    for y in range(scores.shape[-1]):
-        aside = torch.zeros_like(scores)
-        aside[:, y] = step
-        columns.append((field(scores + aside)[1] - field(scores - aside)[1]) / (2 * step))
-    return torch.stack(columns, -1)
+    aside = step * torch.eye(scores.shape[-1], dtype=torch.float64).unsqueeze(1)  # (Y, 1, Y)
+    ahead, behind = field(torch.cat([scores + aside, scores - aside]))[1].chunk(2)
+    return ((ahead - behind) / (2 * step)).permute(1, 2, 0)

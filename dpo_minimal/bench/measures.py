@@ -28,9 +28,7 @@ WIDEST, LIMIT = (
     8.0,
     1e4,
 )  # of the margins that are drawn, nats of reward; of those that must stay finite, nats
-# Up to these nats two ends are the same. An exact one is known to 1e-8 of the scores, whose square KL is; at
-# kinks of the loss it is an average, and for one that reads its batch the shares of outcomes are rounded.
-EXACT, BLUNT = 1e-12, 1e-3
+EXACT = 1e-12  # up to these nats two ends are the same, or up to the square of what is not sure of log-ratios
 MAIN = ("all pairs", "pairs of the reference", "chain", "another reference")
 
 
@@ -189,7 +187,8 @@ def endings(subject: Subject, reads_batch: bool, *, quick: bool) -> Findings:
         return findings | {"ends_at_optimum": False}
     if findings["worlds_undecided"]:
         return findings
-    exact = EXACT if bool(found.sharp[main].all()) else BLUNT
+    unsure = found.error[main].max().item() / subject.options.get("beta", 1.0)
+    exact = max(EXACT, unsure**2)
     tables = scenes.ref_logps[main], scenes.rewards[main]
     kl, best, least = closest(found.logps[main], *tables, subject.options.get("beta"))
     base, tree, drawn, other, flipped = (
