@@ -26,7 +26,7 @@ from ..preferences import (
 from .subject import Subject
 
 FAR = 60.0  # a range of scores, in nats of reward, beyond which no world here has its end
-NOTHING = 1e-15  # a gradient below it is rounding, where the first one is 1
+NOTHING = 1e-15  # a gradient below it is rounding, where the first one or the curvature is 1
 SURE, ROUGH = 1e-8, 0.015  # error of scores: of an exact end; of an average, or where shares are rounded
 AWAY = 20.0  # beyond it what still moves has no end
 COPIES = 600  # rows that stand for a population where a loss reads its whole batch
@@ -186,8 +186,8 @@ def _settle(unscaled: Field, ref: Tensor, rounds: int = 300) -> Ends:
     training, at the end Newton's method. What then goes to and fro, at a kink of the loss, is averaged."""
     there = ref > -math.inf
     scores, time = torch.zeros_like(ref), torch.full((len(ref),), 0.3, dtype=torch.float64)
-    first = unscaled(scores)[1].norm(dim=-1, keepdim=True)
-    unit = torch.where(first > 0, first, 1)
+    first, curved = unscaled(scores)[1].norm(dim=-1), _jacobian(unscaled, scores).abs().amax((-2, -1))
+    unit = torch.where(first > NOTHING * curved, first, math.inf).unsqueeze(-1)  # inf: it never starts
 
     def field(scores: Tensor) -> tuple[Tensor, Tensor]:
         logps, gradient = unscaled(scores)  # a loss times a number must end where it did
@@ -197,12 +197,12 @@ def _settle(unscaled: Field, ref: Tensor, rounds: int = 300) -> Ends:
     for _ in range(rounds):
         slope = _jacobian(field, scores)
         newton = _solve(slope, torch.zeros(len(ref)).double(), gradient, there)
-        size, rest = slope.abs().amax((-2, -1)), gradient.norm(dim=-1)
-        lowest = _lowest_curvature(slope, there)
-        firm = lowest > 1e-9 * size  # else the differences cannot tell it from a direction without curvature
+        rest, lowest = gradient.norm(dim=-1), _lowest_curvature(slope, there)
+        # Else the differences cannot tell it from a direction without curvature.
+        firm = lowest > 1e-9 * slope.abs().amax((-2, -1))
         error = torch.where(firm, newton.abs().amax(-1), math.inf)
         reach = _range(scores, there)
-        error = torch.where((rest <= NOTHING * size) & (reach <= AWAY), 0, error)  # none pulls any more
+        error = torch.where((rest == 0) & (reach <= AWAY), 0, error)  # nothing pulls any more
         settled = error <= SURE
         moving = ~settled & (reach <= FAR) & (rest > NOTHING)
         if not moving.any():

@@ -230,7 +230,7 @@ def _alone(scenes: Scenes, x: int) -> tuple[Tensor, Tensor, Tensor, Rankings]:
 
 
 def _own_optimum(subject: Subject, scenes: Scenes, found: Ends, rows: list[int]) -> float | None:
-    """KL(pi || what the record says is its optimum), the worst prompt; None where the record does not know."""
+    """KL(pi || what the record says is its optimum), the worst prompt; None where it does not know."""
     record = subject.record
     if not callable(record.optimum):
         return None
