@@ -72,18 +72,13 @@ _ANNEXES = {  # the file of an annex: its public names
     ),
     "text.checkpoint": ("GPT",),  # which adds from_pretrained and save_pretrained to it
     "text.data": ("PreferencePair", "load_preferences"),
-    "zoo.averaged": ("averaged_dpo_loss",),
-    "zoo.batchwise": ("aot_loss", "aot_unpaired_loss", "bco_loss"),
-    "zoo.divergences": ("divergence_dpo_loss", "divergence_optimal_logps"),
-    "zoo.ipo": ("averaged_ipo_loss", "ipo_loss"),
-    "zoo.kto": ("LabelLoss", "kto_kl_estimate", "kto_loss"),
-    "zoo.margins": ("discopop_loss", "exo_loss", "hinge_loss"),
-    "zoo.noise": ("cdpo_loss", "robust_dpo_loss"),
-    "zoo.orpo": ("orpo_loss",),
-    "zoo.pointwise": ("apo_down_loss", "apo_zero_loss", "nca_loss", "sppo_loss"),
-    "zoo.rpo": ("dpop_loss", "rpo_loss", "with_nll"),
-    "zoo.simpo": ("simpo_loss",),
-    "zoo.unlikelihood": ("unlikelihood_loss", "unweighted_dpo_loss"),
+    "zoo": (
+        "LabelLoss", "aot_loss", "aot_unpaired_loss", "apo_down_loss", "apo_zero_loss", "averaged_dpo_loss",
+        "averaged_ipo_loss", "bco_loss", "cdpo_loss", "discopop_loss", "divergence_dpo_loss",
+        "divergence_optimal_logps", "dpop_loss", "exo_loss", "hinge_loss", "ipo_loss", "kto_kl_estimate",
+        "kto_loss", "nca_loss", "orpo_loss", "robust_dpo_loss", "rpo_loss", "simpo_loss", "sppo_loss",
+        "unlikelihood_loss", "unweighted_dpo_loss", "with_nll",
+    ),
 }  # fmt: skip
 _FILE_OF = {name: file for file, names in _ANNEXES.items() for name in names}
 _HERE = [name for name, value in globals().items() if getattr(value, "__module__", "").startswith(__name__)]

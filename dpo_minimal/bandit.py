@@ -96,16 +96,6 @@ class TabularPolicy(nn.Module):
         return self.theta.log_softmax(-1)
 
 
-def dpo_on_table(logps: Tensor, ref_logps: Tensor, rankings: Rankings, *, beta: float) -> PreferenceLoss:
-    """`dpo_loss` of every comparison at once, (E,) each (Eq. 7) [D4.3].
-
-    Args:
-        logps, ref_logps: (X, Y) policy and reference tables.
-        rankings: comparisons (K = 2) on them.
-    """
-    return loss_on_table(dpo_loss, logps, ref_logps, rankings, beta=beta)
-
-
 def loss_on_table(
     loss: Loss | Callable[..., PreferenceLoss],
     logps: Tensor,
@@ -123,8 +113,7 @@ def loss_on_table(
         logps, ref_logps: (X, Y) tables; the reference is not read by losses without one.
         lengths: (Y,) or (X, Y) tokens of each completion, for losses that average; None for one each.
     Raises:
-        InputError: as the loss does; a parameter that is no option given and none of `losses.READS`; rankings
-            of unequal weight for a loss that reads its batch, whose rows count alike.
+        InputError: as the loss does; an unknown parameter; unequal weights for a loss that reads its batch.
     """
 
     def token_counts() -> Tensor:
@@ -145,9 +134,7 @@ def loss_on_table(
 def mean_on_table(loss, logps: Tensor, ref_logps: Tensor, rankings: Rankings, **options):
     """The expected loss over all comparisons, population or data alike: sum of weight * loss [D4.4].
 
-    Args: as `loss_on_table`.
-    Returns:
-        (scalar loss, scalar mean gradient weight), the mean taken with the same weights, detached.
+    Args: as `loss_on_table`. Returns (scalar loss, scalar mean gradient weight, detached).
     """
     out = loss_on_table(loss, logps, ref_logps, rankings, **options)
     weight = rankings.weight.to(out.losses.dtype)
@@ -160,10 +147,7 @@ def dpo_objective(logps: Tensor, ref_logps: Tensor, rankings: Rankings, *, beta:
 
 
 def plackett_luce_objective(logps: Tensor, ref_logps: Tensor, rankings: Rankings, *, beta: float):
-    """`mean_on_table` of the Plackett-Luce DPO loss over rankings of any K (Eq. 20) [D8.3].
-
-    The gradient weight is that of the top-ranked answer.
-    """
+    """`mean_on_table` of the Plackett-Luce DPO loss (Eq. 20) [D8.3]; the weight is the best answer's."""
     return mean_on_table(plackett_luce_preference_loss, logps, ref_logps, rankings, beta=beta)
 
 

@@ -16,14 +16,14 @@ from strategies import normal, worlds
 from dpo_minimal.bandit import (
     TabularPolicy,
     dpo_objective,
-    dpo_on_table,
+    loss_on_table,
     plackett_luce_objective,
     random_bandit,
     safe_learning_rate,
 )
 from dpo_minimal.certificates import certify
 from dpo_minimal.experiments.bandit.convergence import Settings, plackett_luce, tabular
-from dpo_minimal.losses import bradley_terry_loss
+from dpo_minimal.losses import bradley_terry_loss, dpo_loss
 from dpo_minimal.preferences import (
     Rankings,
     Slate,
@@ -709,5 +709,5 @@ def test_ipo_curvature_does_not_depend_on_beta():
         g = (logps - ref)[0]
         # one step of rounding on a gap of 1 / (2 beta)
         assert (g[0] - g[1]).item() == pytest.approx(1 / (2 * beta), rel=1e-13)
-    losses = dpo_on_table(logps, ref, data, beta=3.0).losses  # the same table under the other loss
+    losses = loss_on_table(dpo_loss, logps, ref, data, beta=3.0).losses  # the same table under the other loss
     assert losses.item() == pytest.approx(math.log1p(math.exp(-0.5)), rel=1e-13)  # beta h = 1/2

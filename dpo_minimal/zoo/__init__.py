@@ -14,9 +14,11 @@ from ..losses import DPO, PLACKETT_LUCE, Loss
 
 LOSSES: dict[str, Loss] = {DPO.name: DPO}
 for _file in iter_modules(__path__):
-    for _value in vars(import_module(f".{_file.name}", __name__)).values():
+    for _name, _value in vars(import_module(f".{_file.name}", __name__)).items():
         if isinstance(_value, Loss):
             LOSSES[_value.name] = _value
+        elif not _name.startswith("_") and getattr(_value, "__module__", "").endswith(f".zoo.{_file.name}"):
+            globals()[_name] = _value  # so that zoo.simpo_loss needs no file's name
 LOSSES[PLACKETT_LUCE.name] = PLACKETT_LUCE
 
 _READ = {

@@ -15,7 +15,7 @@ import torch
 from matplotlib import pyplot as plt
 
 import dpo_minimal as dpo
-from dpo_minimal.bandit import dpo_on_table, loss_on_table, safe_learning_rate
+from dpo_minimal.bandit import loss_on_table, safe_learning_rate
 from notebooks import figures
 from notebooks.checks import check
 
@@ -207,7 +207,7 @@ theta = world.ref_logps.clone().requires_grad_()
 rate = 0.2 * safe_learning_rate(data.normalised(), beta=beta)
 history = []
 for _ in range(2000):
-    out = dpo_on_table(theta.log_softmax(-1), world.ref_logps, data, beta=beta)
+    out = loss_on_table(dpo.dpo_loss, theta.log_softmax(-1), world.ref_logps, data, beta=beta)
     (gradient,) = torch.autograd.grad(data.normalised().weight @ out.losses, theta)
     history.append(out.gradient_weights)
     theta.data -= rate * gradient
