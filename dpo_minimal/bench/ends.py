@@ -171,7 +171,7 @@ def _field(subject: Subject, scenes: Scenes, rankings: Rankings, *, reads_batch:
         ref, lengths, rows = copies(len(leaf) // X)
         logps = (ref + scale * leaf).log_softmax(-1)
         losses = subject.on_table(logps, ref, rows, lengths)
-        (gradient,) = torch.autograd.grad(rows.weight @ losses.double(), leaf)
+        (gradient,) = torch.autograd.grad(rows.weight @ losses, leaf)
         return logps.detach().view_as(scores), gradient.view_as(scores)
 
     def one_by_one(scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..bandit import loss_on_table
 from ..losses import READS, Loss
 from ..preferences import Rankings
-from ..validation import InputError
+from ..validation import InputError, check_positive
 
 TABLES = ("policy", "reference", "lengths")  # whose columns a function without our names may take, in order
 BETA = 0.5  # where it is not given: with a smaller one the policies of small tables are all but certain
@@ -31,7 +31,7 @@ class Subject:
     """
 
     def __init__(self, loss: Loss | Callable, reads: Sequence[str], options: dict[str, float] | None):
-        self.record = loss if isinstance(loss, Loss) else Loss.of(_with_our_names(loss, reads))
+        self.record = loss if isinstance(loss, Loss) else _record(loss, reads)
         self.name = self.record.name
         parameters = inspect.signature(self.record.function).parameters.values()
         own = [p for p in parameters if p.name not in READS and p.kind is not p.VAR_KEYWORD]
@@ -43,11 +43,13 @@ class Subject:
         if unused := set(self.options) - {p.name for p in own}:
             known = ", ".join(p.name for p in own) or "none"
             raise InputError(f"{self.name} has no option {min(unused)}; its options are: {known}.")
+        if "beta" in self.options:
+            check_positive("beta", self.options["beta"])
 
     def __call__(self, policy: Tensor, reference: Tensor, lengths: Tensor, kl_estimate: Any = 0.0) -> Tensor:
         """The losses (B,) of pairs (B, 2), the chosen one first; a divergence from the reference for losses
         that read one."""
-        return _losses(self.name, self.answer(policy, reference, lengths, kl_estimate))
+        return _losses(self.name, self.answer(policy, reference, lengths, kl_estimate), len(policy))
 
     def answer(self, policy: Tensor, reference: Tensor, lengths: Tensor, kl_estimate: Any = 0.0) -> Any:
         """What the function itself returns for them."""
@@ -57,9 +59,8 @@ class Subject:
     def on_table(self, logps: Tensor, ref_logps: Tensor, rankings: Rankings, lengths: Tensor) -> Tensor:
         """The losses (E,) of comparisons on tables (X, Y)."""
         record = replace(self.record, reads_batch=False)  # ends.py gives it batches of equally heavy rows
-        return _losses(
-            self.name, loss_on_table(record, logps, ref_logps, rankings, lengths=lengths, **self.options)
-        )
+        answer = loss_on_table(record, logps, ref_logps, rankings, lengths=lengths, **self.options)
+        return _losses(self.name, answer, len(rankings.weight)).double()
 
     def pulls(self, policy: Tensor, reference: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Losses, and the coefficients of -grad log pi(y_w) and +grad log pi(y_l), (B,) each, by autograd."""
@@ -116,34 +117,46 @@ def examine(subject: Subject) -> None:
         raise InputError(f"{name} has gradient zero in the policy's log-probabilities on ordinary pairs.")
 
 
-def _losses(name: str, answer: Any) -> Tensor:
+def _losses(name: str, answer: Any, rows: int) -> Tensor:
     """The per-row losses of what a function returned: them, or a tuple that begins with them."""
     if isinstance(answer, (tuple, list)) and len(answer):
         answer = answer[0]
-    if not isinstance(answer, Tensor):
-        raise InputError(f"{name} returns {type(answer).__name__}; return a tensor of losses (B,).")
-    if answer.dim() == 0:
+    if not isinstance(answer, Tensor) or not answer.is_floating_point():
+        kind = answer.dtype if isinstance(answer, Tensor) else type(answer).__name__
+        raise InputError(f"{name} returns {kind}; return a float tensor of losses (B,).")
+    if answer.shape != (rows,):
+        found = "one number" if answer.dim() == 0 else f"shape {tuple(answer.shape)}"
         raise InputError(
-            f"{name} returns one number for all pairs; return a loss for each, without the mean."
+            f"{name} returns {found} for {rows} pairs; return a loss for each, without the mean, (B,)."
         )
     return answer
 
 
-def _with_our_names(function: Callable, reads: Sequence[str]) -> Callable:
-    """The function itself where a parameter has a name of `losses.READS`; else one that passes the columns of
-    `reads` by position."""
+def _record(function: Callable, reads: Sequence[str]) -> Loss:
+    """The record of a function, or of another callable object, with parameters of our names."""
     if not callable(function):
         raise InputError(f"a loss must be a function or a record, got {function!r}.")
-    parameters = [*inspect.signature(function).parameters.values()]
+    name = getattr(getattr(function, "func", function), "__name__", type(function).__name__)
+    function = function.forward if isinstance(function, torch.nn.Module) else function
+    return Loss(name, name, _with_our_names(function, name, reads))
+
+
+def _with_our_names(function: Callable, name: str, reads: Sequence[str]) -> Callable:
+    """The function itself where a parameter has a name of `losses.READS`; else one that passes the columns of
+    `reads` by position."""
+    try:
+        parameters = [*inspect.signature(function).parameters.values()]
+    except ValueError:  # of a builtin
+        raise InputError(f"{name} does not tell its parameters; wrap it in a function of yours.") from None
     if any(p.name in READS for p in parameters):
         return function
     if "policy" not in reads or not set(reads) <= set(TABLES):
         raise InputError(f"reads must name policy, and may name reference and lengths, got {tuple(reads)}.")
     columns = [name for name, (table, place) in READS.items() if table in reads and place is not None]
     plain = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if len(plain) < len(columns):
+    if len(plain) < len(columns) and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
         raise InputError(
-            f"{function.__name__} has {len(plain)} parameters by position, but {' and '.join(reads)} make "
+            f"{name} has {len(plain)} parameters by position, but {' and '.join(reads)} make "
             f"{len(columns)}; name them {', '.join(columns)}, or say what it reads."
         )
 
@@ -151,9 +164,9 @@ def _with_our_names(function: Callable, reads: Sequence[str]) -> Callable:
         return function(*[given.pop(name) for name in columns], **given)  # a generator would pop too late
 
     only = inspect.Parameter.KEYWORD_ONLY
-    rest = [p.replace(kind=only) for p in parameters if p not in plain[: len(columns)]]
-    named.__signature__ = inspect.Signature(
-        [*(inspect.Parameter(name, only) for name in columns), *(p for p in rest if p.kind is only)]
-    )
-    named.__name__ = getattr(function, "__name__", "the loss")
+    rest = [p for p in parameters if p not in plain[: len(columns)]]
+    named.__signature__ = inspect.Signature([
+        *(inspect.Parameter(name, only) for name in columns),
+        *(p.replace(kind=only) for p in rest if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)),
+    ])  # fmt: skip
     return named
