@@ -124,7 +124,8 @@ def _findings(subject: Subject, quick: bool) -> Findings:
     beta = subject.options.get("beta", found["best_beta"] or BETA)
     if found["ends_at_optimum"]:
         found |= finite_data(subject, batch, beta, quick=quick)
-    return found | on_gpt(subject, batch, beta, quick=quick) | displacement(subject)
+    found |= on_gpt(subject, batch, beta, quick=quick) | displacement(subject)
+    return {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in found.items()}
 
 
 @cache
@@ -148,10 +149,10 @@ def verdict(found: Findings, options: dict[str, float]) -> str:
     if found["ends_at_optimum"]:
         at = "" if "beta" in options else f" of β = {found['best_beta']:.3g}"
         return f"ends at π*{at}{limits}."
-    best = f"π* of β = {found['best_beta']:.3g}"
+    best = f"π* of β = {found['best_beta']:.3g}" if found["best_beta"] else ""
     if found["ends_at_optimum_of_best_beta"]:
         return f"ends elsewhere: at {best} and not of its own β = {options['beta']:g}{limits}."
-    near = f", near {best}" if found["kl_at_best_beta"] <= 1e-3 and "beta" in options else ""
+    near = f", near {best}" if best and found["kl_at_best_beta"] <= 1e-3 and "beta" in options else ""
     return f"ends elsewhere: {found['kl_to_optimal']:.2g} nats from π*{near}, {_reason(found)}{limits}."
 
 
@@ -179,9 +180,7 @@ def _reason(found: Findings) -> str:
 def _number(key: str, form: str = ".3g") -> Callable[[Findings], str]:
     def show(found: Findings) -> str:
         value = found[key]
-        return (
-            "-" if value is None or (isinstance(value, float) and math.isnan(value)) else format(value, form)
-        )
+        return "-" if value is None else format(value, form)
 
     return show
 

@@ -72,7 +72,8 @@ def draw_card(path: Path, curves: dict[str, Any], verdict: str) -> None:
             axis.set_xlabel("margin (nats of reward)")
             axis.axvline(0, color=GREY, linewidth=0.8)
             axis.axhline(0, color=GREY, linewidth=0.8)
-            low, high = values.min().item(), values.max().item()
+            finite = values[values.isfinite()]
+            low, high = finite.min().item(), finite.max().item()
             room = 0.35 * max(high - low, abs(high), 1e-3)
             axis.set_ylim(min(low, 0) - room, high + room)
         axes[0].legend()

@@ -24,10 +24,8 @@ from .subject import Subject, example
 
 Findings = dict[str, Any]
 SAME = 1e-9  # relative: far above rounding in float64, far below what a dependence does
-WIDEST, LIMIT = (
-    8.0,
-    1e4,
-)  # of the margins that are drawn, nats of reward; of those that must stay finite, nats
+WIDEST, LIMIT = 8, 1e4  # of the margins that are drawn, nats of reward; of those that must stay finite, nats
+BETAS = 0.02, 50.0  # among which the nearest optimum is looked for
 EXACT = 1e-12  # up to these nats two ends are the same, or up to the square of what is not sure of log-ratios
 MAIN = ("all pairs", "pairs of the reference", "chain", "another reference")
 
@@ -51,7 +49,7 @@ def pairs_of_margins(subject: Subject, margins: Tensor) -> tuple[Tensor, Tensor,
 
 def curves(subject: Subject) -> Curves:
     """The loss and its pulls along margins."""
-    margins = torch.linspace(-WIDEST, WIDEST, 161, dtype=torch.float64)
+    margins = torch.arange(-10 * WIDEST, 10 * WIDEST + 1).double() / 10
     return Curves(margins, *subject.pulls(*pairs_of_margins(subject, margins)))
 
 
@@ -61,13 +59,13 @@ def shape(subject: Subject) -> Findings:
     _, reference, lengths = example()
     start = subject(reference, reference, lengths).detach()
     steps = along.losses.diff()
-    noise = 1e-12 * along.losses.abs().max()
+    noise = max(1e-12, 8 * torch.finfo(along.losses.dtype).eps) * along.losses.abs().max()
     bends = steps.diff()
     scale = torch.maximum(along.chosen.abs(), along.rejected.abs()).max()
-    middle = len(along.margins) // 2
+    middle, pull = len(along.margins) // 2, along.chosen + along.rejected
     _, w, l = subject.pulls(*example(64, 1 / subject.options.get("beta", 1.0)))
     return {
-        "value_at_reference": start[0].item() if _same(start, start[0].expand_as(start)) else None,
+        "value_at_reference": start[0].item() + 0.0 if _same(start, start[0].expand_as(start)) else None,
         "finite_at_large_margins": {
             str(dtype).removeprefix("torch."): _finite(subject, dtype)
             for dtype in (torch.float64, torch.float32, torch.bfloat16)
@@ -75,7 +73,7 @@ def shape(subject: Subject) -> Findings:
         "rises_from": _first(along.margins[1:], steps > noise),
         "concave_from": _first(along.margins[1:-1], bends < -noise),
         "equal_pulls": _same(w, l),
-        "pull_left_at_sure_pairs": (along.chosen[-1] / along.chosen[middle]).item(),
+        "pull_left_at_sure_pairs": (pull[-1] / pull[middle]).item() if pull[middle] != 0 else None,
         "growth_on_unanimous_pairs": _growth(subject),
         "negative_pull_from": _first(
             along.margins, torch.minimum(along.chosen, along.rejected) < -SAME * scale
@@ -90,7 +88,7 @@ def _finite(subject: Subject, dtype: torch.dtype) -> bool | None:
     policy = reference + LIMIT / 2 * torch.tensor([[1, -1], [-1, 1]], dtype=dtype)
     try:
         numbers = subject.pulls(policy, reference, torch.full_like(policy, 10.0))
-    except InputError:
+    except Exception:
         return None
     return all(bool(each.isfinite().all()) for each in numbers)
 
@@ -98,8 +96,8 @@ def _finite(subject: Subject, dtype: torch.dtype) -> bool | None:
 def _growth(subject: Subject) -> str:
     """How the margin of a pair that all agree on grows with the time t of training, from how its pull fades:
     like e^-u, like a power u^-k, not at all, or to nothing."""
-    _, near, _ = subject.pulls(*pairs_of_margins(subject, torch.tensor([12.0, 24.0], dtype=torch.float64)))
-    first, second = near.tolist()
+    _, *sides = subject.pulls(*pairs_of_margins(subject, torch.tensor([12.0, 24.0], dtype=torch.float64)))
+    first, second = sum(sides).tolist()
     if first <= 0 or second <= 0:
         return "stops"
     power = math.log2(first / second)
@@ -157,7 +155,7 @@ def closest(
     def worst(at: float) -> float:
         return kl_divergence(logps, optimal_logps(ref_logps, rewards, beta=at)).max().item()
 
-    grid = torch.linspace(math.log(0.02), math.log(50.0), 60).tolist()
+    grid = torch.linspace(*map(math.log, BETAS), 60).tolist()
     middle = min(grid, key=lambda at: worst(math.exp(at)))
     low, high = middle - 0.15, middle + 0.15
     for _ in range(45):  # golden section
@@ -191,6 +189,7 @@ def endings(subject: Subject, reads_batch: bool, *, quick: bool) -> Findings:
     exact = max(EXACT, unsure**2)
     tables = scenes.ref_logps[main], scenes.rewards[main]
     kl, best, least = closest(found.logps[main], *tables, subject.options.get("beta"))
+    inside = BETAS[0] < best < BETAS[1]  # else the end has no such beta, as the reference has none
     base, tree, drawn, other, flipped = (
         scenes.where(kind)
         for kind in ("all pairs", "chain", "pairs of the reference", "another reference", "reversed")
@@ -201,11 +200,11 @@ def endings(subject: Subject, reads_batch: bool, *, quick: bool) -> Findings:
     )
     after = kl_divergence(found.logps[flipped], optimal).max().item()
     return findings | {
-        "ends_at_optimum": kl <= exact,
+        "ends_at_optimum": kl <= exact and (inside or "beta" in subject.options),
         "kl_to_optimal": kl,
-        "best_beta": best,
+        "best_beta": best if inside else None,
         "kl_at_best_beta": least,
-        "ends_at_optimum_of_best_beta": least <= exact,
+        "ends_at_optimum_of_best_beta": inside and least <= exact,
         "kl_to_own_optimum": _own_optimum(subject, scenes, found, base),
         "reward_below_frontier": _below_frontier(found, scenes, base),
         "depends_on_pairs": moved > exact,
