@@ -73,7 +73,7 @@ _ANNEXES = {  # the file of an annex: its public names
     "text.checkpoint": ("GPT",),  # which adds from_pretrained and save_pretrained to it
     "text.data": ("PreferencePair", "load_preferences"),
     "zoo": (
-        "LabelLoss", "aot_loss", "aot_unpaired_loss", "apo_down_loss", "apo_zero_loss", "averaged_dpo_loss",
+        "LabelLoss", "aot_loss", "apo_down_loss", "apo_zero_loss", "averaged_dpo_loss",
         "averaged_ipo_loss", "bco_loss", "cdpo_loss", "discopop_loss", "divergence_dpo_loss",
         "divergence_optimal_logps", "dpop_loss", "exo_loss", "hinge_loss", "ipo_loss", "kto_kl_estimate",
         "kto_loss", "nca_loss", "orpo_loss", "robust_dpo_loss", "rpo_loss", "simpo_loss", "sppo_loss",

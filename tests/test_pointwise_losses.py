@@ -84,17 +84,14 @@ def of_batch(name: str, rows: list[list[float]], beta: float, delta: float | Non
         at = [(beta * w - delta, beta * l - delta) for w, l in ratios]
         values = [minus_log_sigmoid(w) + minus_log_sigmoid(-l) for w, l in at]
         return values, [beta * sigmoid(-w) for w, _ in at], [beta * sigmoid(l) for _, l in at]
-    mine, others = ([w for w, _ in ratios], [l for _, l in ratios])
-    if name == "aot":
-        mine, others = ([row[0] - row[1] for row in rows], [row[2] - row[3] for row in rows])
+    mine, others = ([row[0] - row[1] for row in rows], [row[2] - row[3] for row in rows])
     numbers = range(len(rows))
     by_mine, by_others = (sorted(numbers, key=column.__getitem__) for column in (mine, others))
-    values, chosen, rejected = ([0.0] * len(rows) for _ in range(3))
+    values, pulls = ([0.0] * len(rows) for _ in range(2))
     for one, other in zip(by_mine, by_others):
         u = beta * (mine[one] - others[other])
-        values[one], chosen[one] = minus_log_sigmoid(u), beta * sigmoid(-u)
-        rejected[one if name == "aot" else other] = beta * sigmoid(-u)
-    return values, chosen, rejected
+        values[one], pulls[one] = minus_log_sigmoid(u), beta * sigmoid(-u)
+    return values, pulls, pulls
 
 
 BATCHWISE = {name: loss.function for name, loss in LOSSES.items() if loss.reads_batch}
@@ -271,9 +268,6 @@ def check_batch_siblings(table: Tensor, beta: float, generator: torch.Generator)
     pairs = [dpo_loss(pw, pl, rw[order], rl[order], beta=beta).losses.sum() for order in exchanged]
     least = BATCHWISE["aot"](pw, pl, rw, rl, beta=beta).losses.sum()
     torch.testing.assert_close(least, torch.stack(pairs).min(), **CLOSE)
-    apart = [dpo_loss(pw, pl[order], rw, rl[order], beta=beta).losses.sum() for order in exchanged]
-    least = BATCHWISE["aot_unpaired"](pw, pl, rw, rl, beta=beta).losses.sum()
-    torch.testing.assert_close(least, torch.stack(apart).min(), **CLOSE)
     one_order = (rw - rl).argsort()
     matched = pw[one_order], pl[one_order]
     by_margin = (matched[0] - matched[1]).argsort()
@@ -424,17 +418,6 @@ def test_bco_of_two_completions_is_twice_dpos_margin():
     assert slopes_of("bco", dpos, ref, data, beta).abs().max() > 0.01
 
 
-def test_aot_unpaired_falls_and_aot_does_not():
-    """[D12.19] Of the same pairs, of which 3 in 4 have one outcome: margins of 40 or 80."""
-    ref = f64([[0.7, 0.3]]).log()
-    order = torch.tensor([[0, 1]] * 3 + [[1, 0]])
-    data = Rankings(torch.zeros(4).long(), order, torch.ones(4, dtype=torch.float64) / 4)
-    policies = [(ref + f64([[u, 0]])).log_softmax(-1) for u in (math.log(3), 40, 80)]
-    apart, pairs = ([mean_of(name, p, ref, data, 1.0) for p in policies] for name in ("aot_unpaired", "aot"))
-    assert apart[0] > apart[1] >= apart[2] and apart[2] == pytest.approx(math.log(2) / 2)
-    assert pairs[0] < pairs[1] < pairs[2]
-
-
 # --------------------------------------------------------------------------------- batches in training
 
 
@@ -466,14 +449,10 @@ MUTANTS = {
     ),
     "BCO's delta of the chosen alone": (batchwise.bco_loss, "(chosen + rejected) / 2", "chosen", "bco"),
     "BCO's delta trained": (batchwise.bco_loss, ".detach()", "", "bco"),
-    "AOT not sorted": (batchwise.aot_loss, "e.argsort(-1).gather(-1, _ranks(d))", "_ranks(e)", "aot"),
-    "AOT's ranks for positions": (batchwise.aot_loss, "_ranks(d)", "d.argsort(-1)", "aot"),
+    "AOT not sorted": (batchwise.aot_loss, "e.argsort(-1).gather(-1, ranks)", "ranks", "aot"),
+    "AOT's ranks for positions": (batchwise.aot_loss, "d.argsort(-1).argsort(-1)", "d.argsort(-1)", "aot"),
     "AOT's rewards of another row": (
         batchwise.aot_loss, "chosen_rewards=own.chosen_rewards", "chosen_rewards=met.chosen_rewards", "aot",
-    ),
-    "unpaired AOT's rejected pull left in its row": (
-        batchwise.aot_unpaired_loss, "torch.sigmoid(beta * (rejected - b_met))", "torch.sigmoid(-u)",
-        "aot_unpaired",
     ),
 }  # fmt: skip
 

@@ -68,7 +68,6 @@ ROWS = [
     Row(dict(loss_types=["bco_pair"]), "bco", {}, lengths="centred"),
     # Its rows come out in sorted order, ours in the batch's; mean and gradient cannot tell.
     Row(dict(loss_types=["aot"]), "aot", {}),
-    Row(dict(loss_types=["aot_unpaired"]), "aot_unpaired", {}),
 ]  # fmt: skip
 
 

@@ -227,8 +227,7 @@ LOSSES = {
     "ipo_loss": (MARGIN, BAD_MARGIN),
     "unweighted_dpo_loss": (MARGIN, BAD_MARGIN),
     **{
-        f"{name}_loss": (MARGIN, BAD_MARGIN)
-        for name in ("nca", "sppo", "apo_zero", "apo_down", "bco", "aot", "aot_unpaired")
+        f"{name}_loss": (MARGIN, BAD_MARGIN) for name in ("nca", "sppo", "apo_zero", "apo_down", "bco", "aot")
     },
     "cdpo_loss": (MARGIN | dict(label_smoothing=0.1), BAD_MARGIN | dict(label_smoothing=BAD_FLIP)),
     "robust_dpo_loss": (MARGIN | dict(flip_probability=0.1), BAD_MARGIN | dict(flip_probability=BAD_FLIP)),

@@ -135,7 +135,7 @@ def test_only_what_is_no_function_of_the_margin_pulls_unequally(name):
     """Without token counts, chosen and rejected pull alike but for those named here."""
     out = on_rows(LOSSES[name], ROWS["near"], settings_of(LOSSES[name])[1])
     alike = torch.equal(out.chosen_weights, out.rejected_weights)
-    each_by_itself = {"nca", "sppo", "apo_zero", "apo_down", "bco", "aot_unpaired"}
+    each_by_itself = {"nca", "sppo", "apo_zero", "apo_down", "bco"}
     of_scores = {"forward_kl", "jensen_shannon", "alpha_divergence", "chi2_kl"}  # not of log-ratios [D11.12]
     others = {"unlikelihood", "kto", "plackett_luce", "dpop"}
     assert alike == (name not in others | each_by_itself | of_scores)

@@ -1,4 +1,4 @@
-"""Losses for which the other rows of the batch matter: BCO, and AOT of pairs and without pairs.
+"""Losses for which the other rows of the batch matter: BCO and AOT.
 
 The rows of a batch are those of the last dimension, and count alike.
 """
@@ -53,30 +53,10 @@ def aot_loss(
     reference = reference_chosen_logps, reference_rejected_logps
     own = dpo_loss(*policy, *reference, beta=beta)
     d, e = (widen(chosen) - widen(rejected) for chosen, rejected in (policy, reference))
-    partner = e.argsort(-1).gather(-1, _ranks(d))
+    ranks = d.argsort(-1).argsort(-1)
+    partner = e.argsort(-1).gather(-1, ranks)
     met = dpo_loss(*policy, *(side.gather(-1, partner) for side in reference), beta=beta)
     return met._replace(chosen_rewards=own.chosen_rewards, rejected_rewards=own.rejected_rewards)
-
-
-@of_logratios
-def aot_unpaired_loss(chosen: Tensor, rejected: Tensor, *, beta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """AOT without pairs: -log s(beta (a - b)), where the k-th smallest log-ratio a of a chosen completion
-    meets the k-th smallest b of a rejected one [D12.19].
-
-    A row's loss is that of its chosen completion; its rejected one is pulled within the row that it meets.
-    There is no optimum unless all completions win half of the time.
-
-    Args, Returns, Raises, Source: as `aot_loss`.
-    """
-    a_met = rejected.gather(-1, rejected.argsort(-1).gather(-1, _ranks(chosen)))
-    b_met = chosen.gather(-1, chosen.argsort(-1).gather(-1, _ranks(rejected)))
-    u = beta * (chosen - a_met)
-    return -F.logsigmoid(u), beta * torch.sigmoid(-u), beta * torch.sigmoid(beta * (rejected - b_met))
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """The place of each in ascending order."""
-    return values.argsort(-1).argsort(-1)
 
 
 BCO = Loss(
@@ -87,9 +67,5 @@ AOT = Loss(
     "aot", "AOT", aot_loss, "compares margins in sorted order", (BETA,), start=DPO.start, proof="D12.19",
     source="Melnyk et al. (2024)", reads_batch=True, charted=False,
 )  # fmt: skip
-AOT_UNPAIRED = Loss(
-    "aot_unpaired", "unpaired AOT", aot_unpaired_loss, "compares log-ratios in sorted order", (BETA,),
-    start=DPO.start, optimum="none", proof="D12.19", source=AOT.source, reads_batch=True, charted=False,
-)  # fmt: skip
-for _loss in (BCO, AOT, AOT_UNPAIRED):  # a bare function is known to read its batch as well
+for _loss in (BCO, AOT):  # a bare function is known to read its batch as well
     _loss.function.reads_batch = True
