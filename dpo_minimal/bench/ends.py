@@ -170,9 +170,10 @@ def _field(subject: Subject, scenes: Scenes, rankings: Rankings, *, reads_batch:
         leaf = scores.flatten(0, -2).clone().requires_grad_()  # copies of a prompt are as good as others
         ref, lengths, rows = copies(len(leaf) // X)
         logps = (ref + scale * leaf).log_softmax(-1)
-        losses = subject.on_table(logps, ref, rows, lengths)
-        (gradient,) = torch.autograd.grad(rows.weight @ losses, leaf)
-        return logps.detach().view_as(scores), gradient.view_as(scores)
+        losses = rows.weight * subject.on_table(logps, ref, rows, lengths)
+        (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+        broken = 0 * losses.detach().new_zeros(len(leaf)).index_add(0, rows.prompt, losses.detach())
+        return logps.detach().view_as(scores), (gradient + broken.unsqueeze(-1)).view_as(scores)
 
     def one_by_one(scores: Tensor) -> tuple[Tensor, Tensor]:
         logps, gradients = zip(*map(field, scores.unflatten(0, (-1, X)) if scores.dim() == 2 else scores))
