@@ -416,10 +416,9 @@ MUTANTS = {
         discopop_loss, "rest = torch.sigmoid(u / tau), ", "rest = torch.sigmoid(-u / tau), ", "discopop",
     ),
     "DiscoPOP's tau as a factor": (discopop_loss, "u / tau", "u * tau", "discopop"),
-    "averaged DPO's sums": (averaged_dpo_loss, "ratio / length", "ratio", "averaged_dpo"),
-    "averaged DPO's lengths exchanged": (
-        averaged_dpo_loss, "chosen_lengths, rejected_lengths)", "rejected_lengths, chosen_lengths)",
-        "averaged_dpo",
+    "averaged DPO's margin without beta": (averaged_dpo_loss, "beta * h", "h", "averaged_dpo"),
+    "averaged DPO's pull of the other side": (
+        averaged_dpo_loss, "torch.sigmoid(-u)", "torch.sigmoid(u)", "averaged_dpo",
     ),
     "the likelihood not averaged": (with_nll, "nll_weight / token", "nll_weight + 0 * token", "rpo"),
     "the likelihood without its pull": (with_nll, "out.chosen_weights + share", "out.chosen_weights", "rpo"),

@@ -19,7 +19,6 @@ import torch
 from planting import CAUGHT, plant
 
 from dpo_minimal import (
-    averaged_ipo_loss,
     bandit,
     cdpo_loss,
     certificates,
@@ -40,7 +39,7 @@ from dpo_minimal import (
 )
 from dpo_minimal.experiments.bandit import fit
 from dpo_minimal.laws import finite_data, sampling_laws
-from dpo_minimal.zoo import inputs
+from dpo_minimal.zoo import inputs, orpo
 from dpo_minimal.zoo.ipo import ipo_estimate
 
 
@@ -331,26 +330,38 @@ MUTANTS = [
     ),
     Mutant(
         "averaged IPO summed",
-        averaged_ipo_loss,
-        "chosen_logratio / chosen_lengths, rejected_logratio / rejected_lengths",
-        "chosen_logratio, rejected_logratio",
-        R.test_value_and_gradient_of_a_fixed_table,
-        ("averaged_ipo",),
+        inputs._of_pairs,
+        "ratio / count for",
+        "ratio for",
+        R.test_averages_of_a_fixed_table,
     ),
     Mutant(
         "averaged IPO, lengths swapped",
-        averaged_ipo_loss,
-        "chosen_logratio / chosen_lengths, rejected_logratio / rejected_lengths",
-        "chosen_logratio / rejected_lengths, rejected_logratio / chosen_lengths",
-        R.test_optima_of_a_fixed_world,
+        inputs._of_pairs,
+        "zip(ratios, counts)",
+        "zip(ratios, counts[::-1])",
+        R.test_averages_of_a_fixed_table,
     ),
     Mutant(
         "averaged IPO weight not divided",
-        averaged_ipo_loss,
-        "chosen_weights=pull / chosen_lengths",
-        "chosen_weights=pull",
-        R.test_value_and_gradient_of_a_fixed_table,
-        ("averaged_ipo",),
+        inputs._of_pairs,
+        "chosen_weights=weights[0] / counts[0]",
+        "chosen_weights=weights[0]",
+        R.test_averages_of_a_fixed_table,
+    ),
+    Mutant(
+        "averaged IPO, rejected weight by the chosen's length",
+        inputs._of_pairs,
+        "weights[-1] / counts[1]",
+        "weights[-1] / counts[0]",
+        R.test_averages_of_a_fixed_table,
+    ),
+    Mutant(
+        "averaged IPO, a margin of sums",
+        inputs._of_pairs,
+        "chosen - rejected if averaged else h",
+        "h",
+        R.test_averages_of_a_fixed_table,
     ),
     Mutant(
         "SimPO's margin with the opposite sign",
@@ -408,16 +419,16 @@ MUTANTS = [
     ),
     Mutant(
         "ORPO, probabilities for odds",
-        orpo_loss,
-        "chosen - chosen_rest, rejected - rejected_rest",
-        "chosen, rejected",
+        orpo._log_odds,
+        "average - rest",
+        "average",
         R.test_optima_of_a_fixed_world,
     ),
     Mutant(
         "ORPO, weights swapped",
         orpo_loss,
-        "torch.where(chosen > almost_sure, 0, chosen_rest)",
-        "rejected_rest",
+        "log_d - chosen_rest",
+        "log_d - rejected_rest",
         R.test_value_and_gradient_of_a_fixed_table,
         ("orpo",),
     ),
@@ -437,9 +448,9 @@ MUTANTS = [
     ),
     Mutant(
         "ORPO, infinite odds",
-        orpo_loss,
-        "chosen.clamp(max=almost_sure)",
-        "chosen",
+        orpo._log_odds,
+        "average.clamp(max=almost_sure)",
+        "average",
         R.test_orpo_of_certain_completions_is_finite,
         (torch.float32,),
     ),

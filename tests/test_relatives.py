@@ -4,6 +4,7 @@ Values and pulls are written out once more here, with the scalar functions of `m
 dpo_minimal/zoo/README.md; a policy is shown to be one by the gradient in its logits, which must vanish.
 """
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable
@@ -33,6 +34,7 @@ from dpo_minimal import (
 )
 from dpo_minimal.closed_form import kl_divergence, optimal_logps
 from dpo_minimal.preferences import Rankings, preference_matrix
+from dpo_minimal.zoo import inputs
 from dpo_minimal.zoo.ipo import ipo_estimate
 
 # Some twenty float64 operations on numbers up to 1e3, most of them far below. A wrong formula is off by more
@@ -244,6 +246,16 @@ def test_value_and_gradient_of_a_fixed_table(name):
     """The same where nothing is drawn: for the planted mistakes."""
     check_value(name, FIXED, SOME)
     check_gradient(name, FIXED, SOME)
+
+
+def test_averages_of_a_fixed_table():
+    """Averaged IPO, decorated anew: for the planted mistakes in its decorator."""
+    anew = inputs.of_averages(inspect.unwrap(averaged_ipo_loss))
+    value, slopes = by_hand(RELATIVES["averaged_ipo"], FIXED, SOME)
+    out = call(RELATIVES["averaged_ipo"]._replace(loss=anew), FIXED, SOME)
+    torch.testing.assert_close(out.losses, value, **CLOSE)
+    torch.testing.assert_close(out.chosen_weights, -slopes[:, 0], **CLOSE)
+    torch.testing.assert_close(out.rejected_weights, slopes[:, 1], **CLOSE)
 
 
 @few

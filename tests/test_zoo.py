@@ -481,11 +481,8 @@ MUTANTS = {
         noise.robust_dpo_loss, "(torch.sigmoid(-u) + linear)", "(torch.sigmoid(-u) - linear)", "robust",
     ),
     "IPO's without the two": (ipo_loss, "1 / beta - 2 * h", "1 / beta - h", "ipo"),
-    "averaged IPO's chosen length for both": (
-        ipo.averaged_ipo_loss, "pull / rejected_lengths", "pull / chosen_lengths", "averaged_ipo",
-    ),
-    "averaged IPO's rejected length for both": (
-        ipo.averaged_ipo_loss, "pull / chosen_lengths", "pull / rejected_lengths", "averaged_ipo",
+    "averaged IPO's without the two": (
+        ipo.averaged_ipo_loss, "1 / beta - 2 * h", "1 / beta - h", "averaged_ipo",
     ),
     "SimPO's chosen length for both": (
         simpo.simpo_loss, "pull / rejected_lengths", "pull / chosen_lengths", "simpo",
@@ -498,7 +495,7 @@ MUTANTS = {
         orpo.orpo_loss, "lam * rejected_pull", "(1 + lam * rejected_pull)", "orpo",
     ),
     "ORPO's rejected pull with the chosen's odds": (
-        orpo.orpo_loss, "torch.where(rejected > almost_sure, 0, rejected_rest)", "chosen_rest", "orpo",
+        orpo.orpo_loss, "log_d - rejected_rest", "log_d - chosen_rest", "orpo",
     ),
     "Unlikelihood pulls alike": (
         unlikelihood.unlikelihood_loss, "torch.full_like(rejected, alpha)", "torch.ones_like(rejected)",
@@ -511,8 +508,8 @@ MUTANTS = {
     "unweighted DPO's without beta": (
         unlikelihood.unweighted_dpo_loss, "torch.full_like(h, beta)", "torch.ones_like(h)", "unweighted_dpo",
     ),
-    "averaged DPO's chosen length for both": (
-        averaged.averaged_dpo_loss, "pull / lengths[1]", "pull / lengths[0]", "averaged_dpo",
+    "averaged DPO's of the sum": (
+        averaged.averaged_dpo_loss, "beta * torch.sigmoid(-u)", "torch.sigmoid(-u)", "averaged_dpo",
     ),
     "the hinge's beyond its corner": (margins.hinge_loss, "(wanting > 0)", "(wanting > -9)", "hinge"),
     "EXO's without its bell": (margins.exo_loss, "beta * q * rest", "beta", "exo"),
@@ -550,8 +547,8 @@ OPTIMUM_MUTANTS = {
     "averaged IPO's without lengths": (
         ipo.with_lengths, "lengths * (g + c)", "(g + c)", "averaged_ipo",
     ),
-    "averaged IPO's Newton step forgotten": (
-        ipo.with_lengths, "c = c - step", "pass", "averaged_ipo",
+    "averaged IPO's normaliser not found": (
+        ipo.with_lengths, "_, c = bisection", "c, _ = 0 * g.sum(-1, keepdim=True), bisection", "averaged_ipo",
     ),
     "averaged DPO's without beta": (
         averaged.averaged_dpo_optimum, "/ beta, lengths", ", lengths", "averaged_dpo",

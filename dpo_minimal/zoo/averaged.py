@@ -9,39 +9,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..certificates import maximum_likelihood
-from ..losses import BETA, DPO, Loss, PreferenceLoss, _logratios, _preference_loss
+from ..losses import BETA, DPO, Loss
 from ..preferences import Rankings
-from .inputs import token_counts
+from .inputs import of_averages
 from .ipo import with_lengths
 
 
-def averaged_dpo_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    reference_chosen_logps: Tensor,
-    reference_rejected_logps: Tensor,
-    chosen_lengths: Tensor,
-    rejected_lengths: Tensor,
-    *,
-    beta: float,
-) -> PreferenceLoss:
-    """DPO on averages over tokens: -log sigmoid(u) with u = beta (g_w / |y_w| - g_l / |y_l|) [D12.12].
+@of_averages
+def averaged_dpo_loss(h: Tensor, *, beta: float) -> tuple[Tensor, Tensor]:
+    """DPO on log-ratios averaged over tokens: -log sigmoid(u), u = beta (g_w / |y_w| - g_l / |y_l|) [D12.12].
 
-    g are log-ratios, rewards beta times their averages, and the pulls beta sigmoid(-u) over the length. With
-    equal lengths L it is `dpo_loss` at beta / L; its optimum moves the longer completions further.
+    Rewards are beta times the averages, and the pulls beta sigmoid(-u) over the length. With equal lengths L
+    it is `dpo_loss` at beta / L; its optimum moves the longer completions further.
 
     Args, Returns, Raises: as `averaged_ipo_loss`.
     """
-    _, *ratios = _logratios(
-        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, beta
-    )
-    lengths = token_counts(policy_chosen_logps, chosen_lengths, rejected_lengths)
-    chosen, rejected = (beta * ratio / length for ratio, length in zip(ratios, lengths))
-    pull = beta * torch.sigmoid(rejected - chosen)
-    return _preference_loss(
-        policy_chosen_logps.dtype, losses=-F.logsigmoid(chosen - rejected), chosen_rewards=chosen,
-        rejected_rewards=rejected, chosen_weights=pull / lengths[0], rejected_weights=pull / lengths[1],
-    )  # fmt: skip
+    u = beta * h
+    return -F.logsigmoid(u), beta * torch.sigmoid(-u)
 
 
 def averaged_dpo_optimum(rankings: Rankings, ref_logps: Tensor, *, beta: float, lengths: Tensor) -> Tensor:

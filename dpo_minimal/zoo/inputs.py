@@ -22,43 +22,49 @@ def of_margin(formula: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Pr
     return _of_pairs(formula, slice(0, 1))
 
 
-def of_logratios(formula: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[..., PreferenceLoss]:
+def of_averages(formula: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., PreferenceLoss]:
+    """`of_margin` of log-ratios that are averaged over tokens: h = g_w / |y_w| - g_l / |y_l|.
+
+    The loss also takes chosen_lengths and rejected_lengths, (B,) counts of scored tokens, end-of-text
+    included. Rewards are beta times the averages, and the pulls weight / |y_w| and weight / |y_l|.
+    """
+    return _of_pairs(formula, slice(0, 1), averaged=True)
+
+
+def of_logratios(formula: Callable[..., tuple[Tensor, ...]]) -> Callable[..., PreferenceLoss]:
     """The same from (chosen, rejected, *, beta, ...) -> (loss, weight, weight), each completion by itself.
 
-    chosen and rejected are its log pi/pi_ref, (B,); the weights are the pulls of chosen and rejected.
+    chosen and rejected are its log pi/pi_ref, (B,); the weights are the pulls of chosen and rejected. Both
+    rewards may follow, where they are not DPO's.
     """
     return _of_pairs(formula, slice(1, 3))
 
 
-def _of_pairs(formula: Callable[..., tuple[Tensor, ...]], read: slice) -> Callable[..., PreferenceLoss]:
+def _of_pairs(
+    formula: Callable[..., tuple[Tensor, ...]], read: slice, averaged: bool = False
+) -> Callable[..., PreferenceLoss]:
     """`read` is what the formula takes of (h, chosen log-ratio, rejected log-ratio)."""
+    columns, options = (list(inspect.signature(each).parameters.values()) for each in (dpo_loss, formula))
+    lengths = [columns[0].replace(name=f"{side}_lengths") for side in ("chosen", "rejected") if averaged]
+    options = [option for option in options if option.kind is option.KEYWORD_ONLY]
+    signature = inspect.Signature([*columns[:4], *lengths, *options], return_annotation="PreferenceLoss")
 
     @functools.wraps(formula)
-    def loss(
-        policy_chosen_logps: Tensor,
-        policy_rejected_logps: Tensor,
-        reference_chosen_logps: Tensor,
-        reference_rejected_logps: Tensor,
-        *,
-        beta: float,
-        **options: float,
-    ) -> PreferenceLoss:
-        found = _logratios(
-            policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, beta
-        )
-        losses, *weights = formula(*found[read], beta=beta, **options)
+    def loss(*args: Tensor, **named: Tensor | float) -> PreferenceLoss:
+        given = signature.bind(*args, **named)
+        logps, beta = given.args[:4], given.kwargs["beta"]
+        h, *ratios = _logratios(*logps, beta)
+        counts = token_counts(logps[0], *given.args[4:]) if averaged else (1, 1)
+        chosen, rejected = (ratio / count for ratio, count in zip(ratios, counts))
+        h = chosen - rejected if averaged else h  # which has lost fewer digits
+        losses, *found = formula(*(h, chosen, rejected)[read], **given.kwargs)
+        weights, rewards = found[:2], found[2:] or (beta * chosen, beta * rejected)
         return _preference_loss(
-            policy_chosen_logps.dtype,
-            losses=losses,
-            chosen_rewards=beta * found[1],
-            rejected_rewards=beta * found[2],
-            chosen_weights=weights[0],
-            rejected_weights=weights[-1],
-        )
+            logps[0].dtype, losses=losses, chosen_rewards=rewards[0], rejected_rewards=rewards[1],
+            chosen_weights=weights[0] / counts[0], rejected_weights=weights[-1] / counts[1],
+        )  # fmt: skip
 
-    logps, options = (list(inspect.signature(each).parameters.values()) for each in (dpo_loss, formula))
-    given = [option for option in options if option.kind is option.KEYWORD_ONLY]
-    loss.__signature__ = inspect.Signature([*logps[:4], *given], return_annotation="PreferenceLoss")
+    loss.__signature__ = signature
     return loss
 
 
@@ -72,10 +78,18 @@ def token_counts(logps: Tensor, chosen: Tensor, rejected: Tensor) -> tuple[Tenso
     """Token counts, checked, in the dtype of the widened log-probabilities."""
     for name, lengths in (("chosen_lengths", chosen), ("rejected_lengths", rejected)):
         if not isinstance(lengths, Tensor) or lengths.shape != logps.shape:
-            raise InputError(
-                f"{name} must be a tensor of shape {tuple(logps.shape)}, one count a completion."
-            )
+            shape = tuple(logps.shape)
+            raise InputError(f"{name} must be a tensor of shape {shape}, one count a completion.")
         if not ((lengths >= 1) & (lengths < torch.inf)).all():  # NaN fails as well
             raise InputError(f"{name} must be finite and at least 1; an empty completion has no average.")
     dtype = widen(logps).dtype
     return chosen.to(dtype), rejected.to(dtype)
+
+
+def bisection(above: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """The place between low and high where `above` becomes true, entry by entry, enclosed up to rounding."""
+    for _ in range(64):
+        middle = (low + high) / 2
+        there = above(middle)
+        low, high = torch.where(there, low, middle), torch.where(there, middle, high)
+    return low, high

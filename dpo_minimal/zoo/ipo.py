@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ..bandit import mean_on_table
 from ..certificates import Names, laplacian_inverse, require_estimate
-from ..losses import BETA, Loss, PreferenceLoss, _logratios, _preference_loss
+from ..losses import BETA, Loss
 from ..preferences import Rankings, by_size, win_counts
 from ..validation import check_positive
-from .inputs import of_margin, token_counts
+from .inputs import bisection, of_averages, of_margin
 
 
 @of_margin
@@ -31,41 +31,19 @@ def ipo_loss(h: Tensor, *, beta: float) -> tuple[Tensor, Tensor]:
     return (h - 1 / (2 * beta)) ** 2, 1 / beta - 2 * h
 
 
-def averaged_ipo_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    reference_chosen_logps: Tensor,
-    reference_rejected_logps: Tensor,
-    chosen_lengths: Tensor,
-    rejected_lengths: Tensor,
-    *,
-    beta: float,
-) -> PreferenceLoss:
-    """IPO on log-ratios averaged over tokens: (g_w / |y_w| - g_l / |y_l| - 1/(2 beta))^2 [D12.1].
+@of_averages
+def averaged_ipo_loss(h: Tensor, *, beta: float) -> tuple[Tensor, Tensor]:
+    """IPO on log-ratios averaged over tokens: (h - 1/(2 beta))^2, h = g_w / |y_w| - g_l / |y_l| [D12.1].
 
     TRL's convention, under a name of its own because its optimum is another one: each log-ratio is what
     `ipo_loss` would give it, times its length, plus a multiple of its length. With equal lengths L it is
-    `ipo_loss` at beta / L, over L^2. Rewards are beta times the averages. With h the difference of averages
-    the pulls are (1/beta - 2h) / |y_w| and (1/beta - 2h) / |y_l|.
+    `ipo_loss` at beta / L, over L^2. Rewards are beta times the averages. The pulls are (1/beta - 2h) / |y_w|
+    and (1/beta - 2h) / |y_l|.
 
-    Args: as `ipo_loss`; chosen_lengths, rejected_lengths (B,) counts of scored tokens, end-of-text included.
+    Args: as `dpo_loss`; chosen_lengths, rejected_lengths (B,) counts of scored tokens, end-of-text included.
     Returns, Raises: as `dpo_loss`; InputError also where a length is below 1.
     """
-    _, chosen_logratio, rejected_logratio = _logratios(
-        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, beta
-    )
-    chosen_lengths, rejected_lengths = token_counts(policy_chosen_logps, chosen_lengths, rejected_lengths)
-    chosen_average, rejected_average = chosen_logratio / chosen_lengths, rejected_logratio / rejected_lengths
-    gap = chosen_average - rejected_average
-    pull = 1 / beta - 2 * gap
-    return _preference_loss(
-        policy_chosen_logps.dtype,
-        losses=(gap - 1 / (2 * beta)) ** 2,
-        chosen_rewards=beta * chosen_average,
-        rejected_rewards=beta * rejected_average,
-        chosen_weights=pull / chosen_lengths,
-        rejected_weights=pull / rejected_lengths,
-    )
+    return (h - 1 / (2 * beta)) ** 2, 1 / beta - 2 * h
 
 
 def ipo_estimate(rankings: Rankings, exists: Tensor, names: Names | None = None, *, beta: float) -> Tensor:
@@ -108,13 +86,8 @@ def with_lengths(ref_logps: Tensor, g: Tensor, lengths: Tensor) -> Tensor:
 
     Args: ref_logps, g and lengths (X, Y). Returns (X, Y) log-probabilities.
     """
-    c = -g.masked_fill(ref_logps == -math.inf, math.inf).amin(-1, keepdim=True)  # none is rarer than before
-    for _ in range(100):  # Newton's method on a convex, increasing function, from above
-        logps = ref_logps + lengths * (g + c)
-        step = logps.logsumexp(-1, keepdim=True) / (logps.softmax(-1) * lengths).sum(-1, keepdim=True)
-        c = c - step
-        if (step.abs() <= 1e-15).all():
-            break
+    low, high = -g.amax(-1, keepdim=True), -g.amin(-1, keepdim=True)  # nothing is likelier; nothing is rarer
+    _, c = bisection(lambda c: (ref_logps + lengths * (g + c)).logsumexp(-1, keepdim=True) > 0, low, high)
     return (ref_logps + lengths * (g + c)).log_softmax(-1)
 
 

@@ -40,23 +40,23 @@ def orpo_loss(
     for name, average in (("policy_chosen_logps", chosen), ("policy_rejected_logps", rejected)):
         if (average > 1e-3).any():  # far above the rounding of a sure completion
             raise InputError(f"{name} must be log-probabilities, which are never above 0.")
-    almost_sure = -torch.finfo(chosen.dtype).eps  # the odds of certainty are infinite
-    chosen_rest = log1mexp(chosen.clamp(max=almost_sure))  # log(1 - p)
-    rejected_rest = log1mexp(rejected.clamp(max=almost_sure))
-    chosen_odds, rejected_odds = chosen - chosen_rest, rejected - rejected_rest
+    (chosen_odds, chosen_rest), (rejected_odds, rejected_rest) = map(_log_odds, (chosen, rejected))
     log_odds_ratio = chosen_odds - rejected_odds
-    # d / (1 - p), finite near p = 1; beyond `almost_sure` the clamp lets no gradient through.
     log_d = F.logsigmoid(-log_odds_ratio)
-    chosen_pull = torch.exp(log_d - torch.where(chosen > almost_sure, 0, chosen_rest))
-    rejected_pull = torch.exp(log_d - torch.where(rejected > almost_sure, 0, rejected_rest))
+    chosen_pull, rejected_pull = torch.exp(log_d - chosen_rest), torch.exp(log_d - rejected_rest)
     return _preference_loss(
-        policy_chosen_logps.dtype,
-        losses=-chosen - lam * F.logsigmoid(log_odds_ratio),
-        chosen_rewards=chosen_odds,
-        rejected_rewards=rejected_odds,
+        policy_chosen_logps.dtype, losses=-chosen - lam * F.logsigmoid(log_odds_ratio),
+        chosen_rewards=chosen_odds, rejected_rewards=rejected_odds,
         chosen_weights=(1 + lam * chosen_pull) / chosen_lengths,
         rejected_weights=lam * rejected_pull / rejected_lengths,
-    )
+    )  # fmt: skip
+
+
+def _log_odds(average: Tensor) -> tuple[Tensor, Tensor]:
+    """The log-odds of an average token, a - log(1 - e^a), and the log(1 - e^a) of its pull."""
+    almost_sure = -torch.finfo(average.dtype).eps  # the odds of certainty are infinite
+    rest = log1mexp(average.clamp(max=almost_sure))
+    return average - rest, torch.where(average > almost_sure, 0, rest)  # the clamp lets no gradient through
 
 
 ORPO = Loss(

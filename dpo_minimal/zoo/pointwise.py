@@ -12,7 +12,7 @@ from torch import Tensor
 from ..losses import BETA, Loss
 from ..preferences import Rankings, win_counts
 from ..validation import InputError, check_positive
-from .inputs import of_logratios
+from .inputs import bisection, of_logratios
 
 
 @of_logratios
@@ -137,12 +137,7 @@ def _least(slope: Callable[[Tensor], Tensor], best: Tensor, ref_logps: Tensor) -
         raise InputError("the optimum is not known where targets sum to less than one; compare other pairs.")
 
     def logratios(k: Tensor) -> Tensor:
-        low, high = best - 1e3, best
-        for _ in range(64):
-            middle = (low + high) / 2
-            above = slope(middle) + k * ref * middle.exp() > 0
-            low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-        return high
+        return bisection(lambda a: slope(a) + k * ref * a.exp() > 0, best - 1e3, best)[1]
 
     high = (-slope(torch.zeros_like(best)) / ref).nan_to_num(0).amax(-1, keepdim=True).clamp(min=0)
     low, grid = torch.zeros_like(high), torch.linspace(0, 1, 65).to(high).view(-1, 1, 1)

@@ -44,13 +44,10 @@ def simpo_loss(
     wanting = chosen_reward - rejected_reward - gamma
     pull = beta * torch.sigmoid(-wanting)
     return _preference_loss(
-        policy_chosen_logps.dtype,
-        losses=-F.logsigmoid(wanting),
-        chosen_rewards=chosen_reward,
-        rejected_rewards=rejected_reward,
-        chosen_weights=pull / chosen_lengths,
+        policy_chosen_logps.dtype, losses=-F.logsigmoid(wanting), chosen_rewards=chosen_reward,
+        rejected_rewards=rejected_reward, chosen_weights=pull / chosen_lengths,
         rejected_weights=pull / rejected_lengths,
-    )
+    )  # fmt: skip
 
 
 # The defaults are those of its own paper for Llama-3-Base.

@@ -33,13 +33,10 @@ def unlikelihood_loss(
     check_share("alpha", alpha)
     chosen, rejected = policy_logps(policy_chosen_logps, policy_rejected_logps)
     return _preference_loss(
-        policy_chosen_logps.dtype,
-        losses=-chosen + alpha * rejected,
-        chosen_rewards=chosen,
-        rejected_rewards=rejected,
-        chosen_weights=torch.ones_like(chosen),
+        policy_chosen_logps.dtype, losses=-chosen + alpha * rejected, chosen_rewards=chosen,
+        rejected_rewards=rejected, chosen_weights=torch.ones_like(chosen),
         rejected_weights=torch.full_like(rejected, alpha),
-    )
+    )  # fmt: skip
 
 
 def unlikelihood_logps(rankings: Rankings, exists: Tensor, *, alpha: float) -> Tensor:
