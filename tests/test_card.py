@@ -46,9 +46,9 @@ def logistic(u):
 
 
 @functools.cache
-def judged(loss, sizes=(3,), **options):
+def judged(loss, sizes=(3,), reads=("policy", "reference")):
     """(findings without data and networks, verdict) on few small worlds."""
-    subject = Subject(loss, ("policy", "reference"), options)
+    subject = Subject(loss, reads, {})
     examine(subject)
     found = measures.shape(subject) | measures.invariances(subject)
     with pytest.MonkeyPatch.context() as patch:
@@ -412,8 +412,8 @@ PLANTED = {
         end_on_unanimous_pairs=True, end_where_one_never_loses=True, depends_on_pairs=True)),
     "for wrong labels": (of_margin(lambda u: logistic(u) - u / 8), ELSEWHERE, dict(
         kl_after_flips=pytest.approx(0, abs=1e-12))),  # 1/8 = eps / (1 - 2 eps) of a tenth
-    "a corner": (of_margin(lambda u: F.relu(2 - u)), ELSEWHERE, dict(end_on_unanimous_pairs=True)),
-    "a corner, small": (of_margin(lambda u: 1e-6 * F.relu(2 - u)), ELSEWHERE, dict(worlds_undecided=0)),
+    "a corner, small": (of_margin(lambda u: 1e-6 * F.relu(2 - u)), ELSEWHERE, dict(
+        worlds_undecided=0, end_on_unanimous_pairs=True, concave_from=None)),
     "a corner, large": (of_margin(lambda u: 1e6 * F.relu(2 - u)), ELSEWHERE, dict(worlds_undecided=0)),
     "unequal": (unequal, ELSEWHERE, dict(equal_pulls=False, depends_on_pairs=True)),
     "labels swapped": (of_margin(lambda u: logistic(-u)), ELSEWHERE, dict(best_beta=None)),
@@ -441,9 +441,8 @@ def test_a_verdict_is_what_the_loss_was_made_for(name):
 
 
 def test_a_loss_of_lengths_and_one_of_its_batch_end_elsewhere():
-    subject = Subject(averaged, ("policy", "reference", "lengths"), {})
-    found = measures.invariances(subject) | measures.endings(subject, False, quick=True)
-    assert "depends on lengths" in verdict(found, subject.options)
+    found, sentence = judged(averaged, reads=("policy", "reference", "lengths"))
+    assert found["reads_lengths"] and "depends on lengths" in sentence
     found, sentence = judged(centred)
     assert found["batch_dependent"] and ELSEWHERE in sentence
     harmless = of_margin(lambda u: logistic(u) + u.mean().detach())  # reads its batch, and DPO nevertheless
@@ -465,6 +464,26 @@ def test_training_that_leads_to_nan_is_no_end():
     """-log sigmoid where a margin is below 3/4, and NaN beyond, where pairs of rewards 0 and 2 lead."""
     found, sentence = judged(of_margin(lambda u: logistic(u) + 0 * (0.75 - u).log()))
     assert found["ends_at_optimum"] is None and found["worlds_undecided"] > 0 and "not be decided" in sentence
+
+
+def test_fields_that_descend_no_function_end_where_small_steps_do():
+    """Losses of which a part is detached, and one that is not convex, by plain gradient descent."""
+    scenes = ends_module.population(1)
+    for loss in (half_detached, unequal, of_margin(lambda u: (3 * u).sin() - u / 10)):
+        subject = Subject(loss, ("policy", "reference"), {})
+        found = ends_module.ends(subject, scenes, reads_batch=False)
+        rows = scenes.rankings.normalised_by_prompt()
+        logits = scenes.ref_logps.clone().requires_grad_()
+        tables = scenes.ref_logps, rows, scenes.lengths
+        gone = torch.zeros(len(logits), dtype=torch.bool)
+        for _ in range(1500):
+            logps = logits.log_softmax(-1)
+            (gradient,) = torch.autograd.grad(rows.weight @ subject.on_table(logps, *tables), logits)
+            logits = (logits - 4 * gradient).detach().requires_grad_()
+            gone = gone | (logps.amin(-1) < -20)
+        rests = gradient.norm(dim=-1) < 1e-6
+        assert torch.equal(found.settled, rests & ~gone) and torch.equal(found.runs_away, gone | ~rests)
+        assert divergence(found.logps, logps)[rests & ~gone].abs().sum() < 1e-6
 
 
 # ------------------------------------------------------------------------------- data and networks
@@ -858,7 +877,6 @@ def test_no_number_of_a_card_is_infinite_and_its_figure_is_drawn(tmp_path, monke
     """Of a half-detached loss, of one that is infinite at margin 0, and of one that is NaN below -5."""
     monkeypatch.setattr(ends_module, "SIZES", (3,))
     monkeypatch.setattr(card_module, "on_gpt", lambda *_, **__: dict.fromkeys(KEYS_OF_GPT))
-    monkeypatch.setattr(card_module, "_beside", lambda name, *_: (whole(name), None))
     for loss in (
         half_detached,
         of_margin(lambda u: 0.1 * (u - 1) ** 2 - u.abs().log()),
