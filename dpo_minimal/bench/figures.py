@@ -7,11 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # figures go to files; no screen is needed
-import matplotlib.pyplot as plt
-
 from ..text.runs import write_atomically
 
 # Okabe and Ito's palette
@@ -33,12 +28,23 @@ STYLE = {  # made for a projector: large type, few lines
 }
 
 
+def _pyplot():
+    """matplotlib, which is slow to import: not before a figure is drawn."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # figures go to files; no screen is needed
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
 @contextmanager
 def panels(path: Path, *shape: int, style: dict[str, Any] | None = None, **options) -> Iterator[tuple]:
     """Figure and axes (rows, columns; one axis without them) to draw on; the block's end writes the file.
 
     Args: style: what differs from the common one; options of `plt.subplots`.
     """
+    plt = _pyplot()
     with plt.rc_context(STYLE | (style or {})):
         figure, axes = plt.subplots(*shape, layout="constrained", **options)
         yield figure, axes
@@ -48,7 +54,7 @@ def panels(path: Path, *shape: int, style: dict[str, Any] | None = None, **optio
 def save_figure(figure, path: Path) -> None:
     """Write a figure, whole or not at all, and close it."""
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
-    plt.close(figure)
+    _pyplot().close(figure)
 
 
 def with_intervals(axis, places: Sequence[float], values: Sequence[tuple], **style) -> None:

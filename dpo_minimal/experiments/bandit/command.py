@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from ...text.runs import new_run_folder, refuse_used_folder, versions, write_arr
 from ...validation import InputError, check_positive, check_range, check_seed
 from ..options import COMMON, RUN, Option, add_options, at_least, resolve
 from ..study import table
-from . import convergence, ranking
+from . import convergence, figure, ranking
 from .convergence import Settings
 from .fit import Outcome, expected_reward, max_distance
 from .tables import load_table
@@ -67,11 +68,7 @@ OPTIONS = {
         ),
     },
 }  # fmt: skip
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's options."""
-    add_options(parser, OPTIONS)
+add_arguments = partial(add_options, groups=OPTIONS)
 
 
 def _resolved(args: argparse.Namespace) -> argparse.Namespace:
@@ -230,8 +227,6 @@ def _verdict(outcomes: list[Outcome]) -> str:
 
 
 def _write(folder: Path, outcomes: list[Outcome]) -> None:
-    from .figure import bandit_figure  # matplotlib is slow to import: not before it is needed
-
     arrays = {}
     for outcome in outcomes:
         fields = {key: getattr(outcome, key) for key in ("ref_logps", "rewards", "logps")}
@@ -243,4 +238,4 @@ def _write(folder: Path, outcomes: list[Outcome]) -> None:
         folder / "metrics.jsonl",
         ({"experiment": outcome.name, **record} for outcome in outcomes for record in outcome.records),
     )
-    bandit_figure(outcomes, folder / "bandit.png")
+    figure.bandit_figure(outcomes, folder / "bandit.png")

@@ -18,6 +18,7 @@ from ...laws.finite_data import add_prior, ipo_standard_errors, standard_errors
 from ...preferences import Rankings
 from ...text import runs
 from ...zoo.ipo import ipo_estimate, ipo_objective
+from . import figure
 from .fit import Task, fit_table, max_distance
 from .tables import load_comparisons
 
@@ -69,9 +70,9 @@ def run(args: argparse.Namespace) -> Path:
 
     _write_csv(folder / "ranking.csv", world, data, args.prior, errors, outcome.logps)
     runs.write_records(folder / "metrics.jsonl", outcome.records)
-    from .figure import ranking_figure
-
-    ranking_figure(world, errors, folder / "ranking.png", of=" of the posterior" * (args.prior is not None))
+    figure.ranking_figure(
+        world, errors, folder / "ranking.png", of=" of the posterior" * (args.prior is not None)
+    )
     print(f"Wrote {folder}/ranking.csv, ranking.png, metrics.jsonl and config.json.")
     return folder
 

@@ -43,7 +43,7 @@ from ...text.runs import new_run_folder, versions, write_arrays, write_json, wri
 from ...validation import check_flip_probability
 from ..options import COMMON, RUN, Option, add_options, must, resolve
 from ..study import Job, Study, carry_out, table
-from . import methods, pair_methods, pairs
+from . import figure, methods, pair_methods, pairs
 from .methods import Run
 from .worlds import World, gpt_world, table_world
 
@@ -98,11 +98,7 @@ OPTIONS = {
         ),
     },
 }  # fmt: skip
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's options."""
-    add_options(parser, OPTIONS)
+add_arguments = partial(add_options, groups=OPTIONS)
 
 
 def run(args: argparse.Namespace) -> Path:
@@ -168,8 +164,6 @@ def ways_to_one_optimum(world: World, args: argparse.Namespace) -> list[str]:
 
 def frontier_study(worlds: list[World], args: argparse.Namespace) -> Study:
     """Every method beside the best possible: a part a world."""
-    from .figure import frontier_figure  # matplotlib is slow to import: not before it is needed
-
     drawn = "exact preferences" if args.population else f"{args.num_pairs:,} sampled pairs"
     if args.flip_probability:
         drawn += f", {args.flip_probability:.3g} of the labels flipped"
@@ -177,7 +171,7 @@ def frontier_study(worlds: list[World], args: argparse.Namespace) -> Study:
         plan={world.name: plan(world, args) for world in worlds},
         table=results_table,
         files=lambda found: {
-            "frontier.png": partial(frontier_figure, found, drawn),
+            "frontier.png": partial(figure.frontier_figure, found, drawn),
             "result.npz": partial(write_arrays, arrays=_arrays(found)),
             "metrics.jsonl": partial(write_records, records=_rows(found)),
         },
@@ -186,15 +180,13 @@ def frontier_study(worlds: list[World], args: argparse.Namespace) -> Study:
 
 def pairs_study(worlds: list[World], args: argparse.Namespace) -> Study:
     """The gap to pi* as the number of pairs grows: a part a world."""
-    from .figure import pairs_figure
-
     laws = {world.name: pairs.law_of(world, beta=args.beta) for world in worlds}
     arrays = {f"{name}_law": law for name, law in laws.items()}
     return Study(
         plan={world.name: pairs.plan(world, args) for world in worlds},
         table=lambda points: pairs.summary(points, laws[points[0].world], args.beta),
         files=lambda found: {
-            "pairs.png": partial(pairs_figure, found, laws, args.beta),
+            "pairs.png": partial(figure.pairs_figure, found, laws, args.beta),
             "metrics.jsonl": partial(write_records, records=[p._asdict() for ps in found for p in ps]),
             "result.npz": partial(write_arrays, arrays=arrays),
         },

@@ -41,6 +41,7 @@ from ..options import RUN, Option, add_options, resolve
 from ..study import Files, Study, carry_out, kept, table, write_csv, write_text
 from ..text.report import prompt_line, text_lines
 from ..text.setup import open_folder, resumable
+from . import figure
 from .methods import REWARD_EPOCHS, SHOWN, all_runs, budget_of, jobs_of, learn_reward, path_of
 from .results import CHARACTER, WITHIN, Group, Results, Row, path_rows, results_of
 from .world import NOISES, Plan, World, load_world, make_world
@@ -92,11 +93,7 @@ OPTIONS = {
 WORKERS = Option(
     "processes that train at the same time; the results do not depend on it (default: the cores, 2 at most)"
 )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's options."""
-    add_options(parser, OPTIONS | {"processes": {"workers": WORKERS}})
+add_arguments = partial(add_options, groups=OPTIONS | {"processes": {"workers": WORKERS}})
 
 
 def run(args: argparse.Namespace) -> Path:
@@ -126,8 +123,6 @@ def run(args: argparse.Namespace) -> Path:
 
 def _study(folder: Path, plan: Plan, options: argparse.Namespace) -> Study:
     """Every training of the plan, from the world in the folder to tables, figures and files."""
-    from .figure import frontier_figure, win_rate_figure  # matplotlib is slow to import
-
     folder = folder.resolve()  # one name for what a process keeps of it
     runs = all_runs(seeds=options.seeds, quick=options.quick)
     reward = kept(path_of(folder, "reward-model"), learn_reward, folder, plan, options.seed)
@@ -137,8 +132,8 @@ def _study(folder: Path, plan: Plan, options: argparse.Namespace) -> Study:
     def files(results: Results) -> Files:
         samples = "\n".join([*sample_lines(world, SHOWN, results.groups), ""])
         return {
-            "sentiment.png": partial(frontier_figure, results, what),
-            "win_rates.png": partial(win_rate_figure, results),
+            "sentiment.png": partial(figure.frontier_figure, results, what),
+            "win_rates.png": partial(figure.win_rate_figure, results),
             "table.csv": partial(write_csv, rows=results.rows),
             "win_rates.csv": partial(write_csv, rows=results.win_rates),
             "result.json": partial(write_json, content=results.rows),

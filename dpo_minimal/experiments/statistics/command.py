@@ -30,6 +30,7 @@ import torch
 from ...laws.sampling_laws import kl_law
 from ...text.runs import new_run_folder, refuse_used_folder, versions, write_arrays, write_json, write_records
 from ...validation import InputError, check_range, check_seed
+from . import figure
 from .replicates import Law, Settings, Size, Truth, make_truth, simulate
 
 PAIRS = (100, 400, 1600, 6400, 25600)  # 2 to 500 times rho^2 in the default world
@@ -217,8 +218,6 @@ def _record(size: Size) -> dict:
 
 
 def _write(folder: Path, truth: Truth, sizes: list[Size]) -> None:
-    from .figure import statistics_figure  # matplotlib is slow to import: not before it is needed
-
     eigenvalues = kl_law(truth.optimal, truth.world.ref_logps, truth.population, beta=truth.beta)[1]
     arrays = {
         "pairs": np.array([size.pairs for size in sizes]), "beta": np.float64(truth.beta),
@@ -230,4 +229,4 @@ def _write(folder: Path, truth: Truth, sizes: list[Size]) -> None:
         arrays[key] = np.stack([size.sample[key].numpy() for size in sizes])  # (sizes, data sets)
     write_arrays(folder / "result.npz", arrays)
     write_records(folder / "metrics.jsonl", (_record(size) for size in sizes))
-    statistics_figure(sizes, truth.degrees, folder / "statistics.png")
+    figure.statistics_figure(sizes, truth.degrees, folder / "statistics.png")

@@ -56,7 +56,7 @@ from ...train import Record
 from ...validation import InputError
 from ...zoo import LOSSES
 from ..options import COMMON, DATA, RUN, TRAINING, Option, add_options, altered, at_least, declared, resolve
-from . import setup, sft
+from . import figure, setup, sft
 from .judged import as_pairs, judged_samples
 from .report import sample_lines, summary
 from .setup import CONFIG_FILE, MODEL, Policy, Rows, load_policy
@@ -223,9 +223,9 @@ def _train(
     if len(drawn) == 1:  # a run that was finished already, in which nothing was evaluated
         drawn.append(draw(policy))
     before, after = drawn[0], drawn[-1]
-    from .figure import preference_figure  # matplotlib is slow to import: not before it is needed
-
-    preference_figure(records, _start(record, rows.train, loss), before, after, folder / "training.png")
+    figure.preference_figure(
+        records, _start(record, rows.train, loss), before, after, folder / "training.png"
+    )
     if before is not None:
         # Losses without a reference, whose beta is none or another thing, are measured like the others.
         beta = loss["beta"] if "reference" in record.reads and "beta" in loss else REVIEWS_BETA

@@ -31,7 +31,7 @@ from ...text.tokenizer import TOKENIZERS, make_tokenizer
 from ...text.training_run import Data
 from ...validation import InputError
 from ..options import COMMON, DATA, RUN, TRAINING, Option, add_options, altered, at_least, resolve
-from . import setup
+from . import figure, setup
 from .report import sample_lines
 from .setup import Policy, Rows, load_policy
 
@@ -102,9 +102,7 @@ def _train(options: argparse.Namespace, folder: Path, policy: Policy, rows: Rows
         folder, options, policy, sft_objective(model, dtype=options.dtype), Data(rows.train, rows.held_out),
         name="SFT",
     )  # fmt: skip
-    from .figure import sft_figure  # matplotlib is slow to import: not before it is needed
-
-    sft_figure(records, folder / "training.png")
+    figure.sft_figure(records, folder / "training.png")
     length = setup.sample_length(None, model.config.block_size)
     samples = setup.draw_samples(options, policy, model, rows, SHOWN, length)
     print("\n".join(["", "What it writes:", *sample_lines(SHOWN, {"": samples}), ""]))
