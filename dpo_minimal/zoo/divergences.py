@@ -23,8 +23,9 @@ from torch import Tensor
 
 from ..certificates import maximum_likelihood
 from ..closed_form import _tilt
-from ..losses import BETA, DPO, Loss, Option, PreferenceLoss, _logratios, _preference_loss
+from ..losses import BETA, DPO, Loss, Option
 from ..validation import InputError, check_share
+from .inputs import bisection, of_logratios
 
 
 class Divergence(NamedTuple):
@@ -137,24 +138,17 @@ def _log_ratios(rule: Divergence, ref: Tensor, scaled: Tensor) -> Tensor:
     of the best completion is not below 0, as all others are below it, and no probability exceeds one."""
     top, best = scaled.masked_fill(ref == -math.inf, -math.inf).max(-1, keepdim=True)
     down = torch.where(ref > -math.inf, top - scaled, 0)
-    low, high = torch.zeros_like(top), -ref.gather(-1, best)
-    for _ in range(64):
-        middle = (low + high) / 2
-        over = (ref + rule.below(middle, down)).logsumexp(-1, keepdim=True) > 0
-        low, high = torch.where(over, low, middle), torch.where(over, middle, high)
-    return rule.below(high, down)
+
+    def over(x: Tensor) -> Tensor:
+        return (ref + rule.below(x, down)).logsumexp(-1, keepdim=True) > 0
+
+    return rule.below(bisection(over, torch.zeros_like(top), -ref.gather(-1, best))[1], down)
 
 
+@of_logratios
 def divergence_dpo_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    reference_chosen_logps: Tensor,
-    reference_rejected_logps: Tensor,
-    *,
-    beta: float,
-    divergence: str,
-    alpha: float | None = None,
-) -> PreferenceLoss:
+    chosen: Tensor, rejected: Tensor, *, beta: float, divergence: str, alpha: float | None = None
+) -> tuple[Tensor, ...]:
     """DPO under another divergence: -log sigmoid(m), m = beta (f'(u_w) - f'(u_l)), u = pi / pi_ref [D11.12].
 
     Rewards are beta f'(u). The pulls are two: beta sigmoid(-m) u f''(u), of the chosen u and the rejected.
@@ -165,23 +159,13 @@ def divergence_dpo_loss(
     Returns, Raises: as `dpo_loss`; InputError also as `divergence_optimal_logps`.
     Source: Wang et al. (2023); for chi2_kl Huang et al. (2024), who clip the margin, which is not done here.
     """
-    rule = divergence_of(divergence, alpha)
-    _, chosen, rejected = _logratios(
-        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, beta
-    )
-    # Held where it leaves the span: the clamp lets no gradient through, and the pull below says the same.
-    chosen_held, rejected_held = chosen.clamp(*rule.span), rejected.clamp(*rule.span)
-    chosen_reward, rejected_reward = beta * rule.score(chosen_held), beta * rule.score(rejected_held)
-    margin = chosen_reward - rejected_reward
-    pull = beta * torch.sigmoid(-margin)
-    return _preference_loss(
-        policy_chosen_logps.dtype,
-        losses=-F.logsigmoid(margin),
-        chosen_rewards=chosen_reward,
-        rejected_rewards=rejected_reward,
-        chosen_weights=pull * rule.slope(chosen_held) * (chosen == chosen_held),
-        rejected_weights=pull * rule.slope(rejected_held) * (rejected == rejected_held),
-    )
+    rule, logratios = divergence_of(divergence, alpha), (chosen, rejected)
+    held = [x.clamp(*rule.span) for x in logratios]
+    chosen_reward, rejected_reward = (beta * rule.score(x) for x in held)
+    pull = beta * torch.sigmoid(rejected_reward - chosen_reward)
+    # where x is held the clamp lets no gradient through
+    pulls = [pull * rule.slope(x) * (x == free) for x, free in zip(held, logratios)]
+    return -F.logsigmoid(chosen_reward - rejected_reward), *pulls, chosen_reward, rejected_reward
 
 
 def _record(name: str, title: str, summary: str, divergence: str, *more: Option, source="Wang et al. (2023)"):

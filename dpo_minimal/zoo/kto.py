@@ -114,34 +114,21 @@ def kto_pair_loss(
     reference = torch.stack([reference_chosen_logps, reference_rejected_logps], -1)
     if isinstance(kl_estimate, Tensor) and kl_estimate.dim():
         kl_estimate = kl_estimate.unsqueeze(-1).expand(policy.shape)
-    out = _of_pairs(
-        policy, reference, kl_estimate, beta=beta, desirable_weight=desirable_weight,
-        undesirable_weight=undesirable_weight,
-    )  # fmt: skip
+    weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
+    out = _of_pairs(policy, reference, kl_estimate, beta=beta, **weights)
     chosen, rejected = (out.gradient_weights / 2).unbind(-1)
     return PreferenceLoss(out.losses.mean(-1), *out.rewards.unbind(-1), chosen, -rejected)
 
 
-def kto_on_table(
-    logps: Tensor,
-    ref_logps: Tensor,
-    rankings: Rankings,
-    *,
-    beta: float,
-    desirable_weight: float,
-    undesirable_weight: float,
-) -> LabelLoss:
+def kto_on_table(logps: Tensor, ref_logps: Tensor, rankings: Rankings, **options: float) -> LabelLoss:
     """`kto_loss` of every comparison, the chosen completion desirable and the rejected one not, (E, 2) each
     [D12.4].
 
-    A table knows the divergence that z0 stands for: it is exact here, each prompt's own.
+    Options: as `kto_loss`. A table knows the divergence that z0 stands for: it is exact, each prompt's own.
     """
     policy, reference = rankings.gather(logps), rankings.gather(ref_logps)
     z0 = kl_divergence(logps.detach(), ref_logps)[rankings.prompt].unsqueeze(-1).expand(policy.shape)
-    return _of_pairs(
-        policy, reference, z0, beta=beta, desirable_weight=desirable_weight,
-        undesirable_weight=undesirable_weight,
-    )  # fmt: skip
+    return _of_pairs(policy, reference, z0, **options)
 
 
 def _of_pairs(policy: Tensor, reference: Tensor, kl_estimate: Tensor | float, **options: float) -> LabelLoss:
