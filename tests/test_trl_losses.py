@@ -71,6 +71,13 @@ ROWS = [
 ]  # fmt: skip
 
 
+def test_trls_names_lead_to_these_rows():
+    """Those that are typed as --loss-type; its `ipo` is another loss here, as the help says."""
+    for row in ROWS:
+        name = "+".join(row.theirs["loss_types"])
+        assert zoo.TRL.get(name, name) == row.ours or "+" in name or name == "ipo"
+
+
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory) -> DPOTrainer:
     """A real one. What is compared never trains it."""

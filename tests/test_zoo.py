@@ -27,6 +27,7 @@ from dpo_minimal import (
     random_bandit,
     zoo,
 )
+from dpo_minimal.__main__ import main
 from dpo_minimal.bandit import loss_on_table
 from dpo_minimal.experiments.frontier import pair_methods
 from dpo_minimal.experiments.text import dpo as command
@@ -43,6 +44,7 @@ from dpo_minimal.losses import (
 from dpo_minimal.text.objectives import loss_options
 from dpo_minimal.zoo import (
     LOSSES,
+    TRL,
     averaged,
     ipo,
     kto,
@@ -468,6 +470,16 @@ def test_every_record_is_found_and_named():
         assert loss.name == name and loss.title and loss.summary and loss.source and loss.proof
         assert all(option.range in RANGES and option.help for option in loss.options)
     assert len({loss.title for loss in LOSSES.values()}) == len(LOSSES)
+
+
+def test_a_name_of_trl_is_answered_with_ours(capsys):
+    """In one sentence, wherever it is typed; the help tells of the name that means another loss there."""
+    assert set(TRL.values()) <= {*LOSSES} and not {*TRL} & {*LOSSES}
+    for typed in (["dpo", "--loss-type", "sigmoid_norm"], ["card", "sigmoid_norm"]):
+        assert main(typed) == 2
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert said.endswith("sigmoid_norm: no such loss; TRL's sigmoid_norm is averaged_dpo here.")
+    assert "TRL's ipo is averaged_ipo" in LOSSES["ipo"].summary
 
 
 # ------------------------------------------------------------------------------------------ planted mistakes

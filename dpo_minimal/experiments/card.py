@@ -27,7 +27,7 @@ from ..bench.loading import load_function
 from ..losses import Loss
 from ..text.runs import new_run_folder, refuse_used_folder, versions, write_atomically, write_json
 from ..validation import InputError
-from ..zoo import LOSSES
+from ..zoo import LOSSES, no_such_loss
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +81,7 @@ def _named(name: str) -> Loss:
     if ":" in name:
         return load_function(name)
     if name not in LOSSES:
-        raise InputError(f"{name}: no such loss; write FILE.py:FUNCTION, or one of {', '.join(LOSSES)}.")
+        raise no_such_loss(name, remedy="write FILE.py:FUNCTION, or")
     return LOSSES[name]
 
 

@@ -27,7 +27,7 @@ from ..model import GPT
 from ..policy import SharedPromptBatch, shared_prompt_batch, shared_prompt_logps
 from ..train import Objective, Window
 from ..validation import InputError
-from ..zoo import LOSSES
+from ..zoo import LOSSES, no_such_loss
 from ..zoo.kto import LabelLoss, kto_kl_estimate
 from .batches import Example, in_passes
 from .checkpoint import state_fingerprint
@@ -74,7 +74,7 @@ def loss_options(loss_type: str, given: dict[str, float | None]) -> dict[str, fl
     Raises InputError: no such loss, an option it does not use, one it needs that is missing or out of range.
     """
     if loss_type not in LOSSES:
-        raise InputError(f"--loss-type {loss_type}: no such loss; choose one of {', '.join(LOSSES)}.")
+        raise no_such_loss(loss_type, "--loss-type ")
     used = {option.name: option for option in LOSSES[loss_type].options}
     found = {name: value for name, value in given.items() if value is not None}
     for name in (*found, *used):

@@ -11,6 +11,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from ..losses import DPO, PLACKETT_LUCE, Loss
+from ..validation import InputError
 
 LOSSES: dict[str, Loss] = {DPO.name: DPO}
 for _file in iter_modules(__path__):
@@ -20,6 +21,17 @@ for _file in iter_modules(__path__):
         elif not _name.startswith("_") and getattr(_value, "__module__", "").endswith(f".zoo.{_file.name}"):
             globals()[_name] = _value  # so that zoo.simpo_loss needs no file's name
 LOSSES[PLACKETT_LUCE.name] = PLACKETT_LUCE
+TRL = {  # what TRL's loss_type calls otherwise
+    "sigmoid": "dpo", "sigmoid_norm": "averaged_dpo", "exo_pair": "exo", "nca_pair": "nca",
+    "sppo_hard": "sppo", "bco_pair": "bco", "aot_pair": "aot",
+}  # fmt: skip
+
+
+def no_such_loss(name: str, place: str = "", remedy: str = "choose") -> InputError:
+    """For a name that is none of `LOSSES`; one of TRL's is answered with ours."""
+    known = f"TRL's {name} is {TRL[name]} here" if name in TRL else f"{remedy} one of {', '.join(LOSSES)}"
+    return InputError(f"{place}{name}: no such loss; {known}.")
+
 
 _READ = {
     "policy": "π",

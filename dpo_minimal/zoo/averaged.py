@@ -38,7 +38,7 @@ def averaged_dpo_optimum(rankings: Rankings, ref_logps: Tensor, *, beta: float, 
 
 
 AVERAGED_DPO = Loss(
-    "averaged_dpo", "averaged DPO", averaged_dpo_loss, "dpo for the mean over tokens", (BETA,),
+    "averaged_dpo", "averaged DPO", averaged_dpo_loss, "dpo of averages over tokens", (BETA,),
     start=DPO.start, optimum=averaged_dpo_optimum, proof="D12.12", source="TRL's `sigmoid_norm`",
     charted=False,
 )  # fmt: skip

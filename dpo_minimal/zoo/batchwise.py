@@ -64,7 +64,7 @@ BCO = Loss(
     start=lambda K, beta: 2 * math.log(2), proof="D12.18", source="Jung et al. (2024)", charted=False,
 )  # fmt: skip
 AOT = Loss(
-    "aot", "AOT", aot_loss, "compares margins in sorted order", (BETA,), start=DPO.start, proof="D12.19",
+    "aot", "AOT", aot_loss, "dpo of margins in sorted order", (BETA,), start=DPO.start, proof="D12.19",
     source="Melnyk et al. (2024)", reads_batch=True, charted=False,
 )  # fmt: skip
 for _loss in (BCO, AOT):  # a bare function is known to read its batch as well

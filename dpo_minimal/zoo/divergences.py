@@ -179,10 +179,12 @@ def _record(name: str, title: str, summary: str, divergence: str, *more: Option,
     )  # fmt: skip
 
 
-FORWARD_KL = _record("forward_kl", "forward-KL DPO", "for the forward KL", "forward_kl")
-JENSEN_SHANNON = _record("jensen_shannon", "Jensen-Shannon DPO", "for that divergence", "jensen_shannon")
+FORWARD_KL = _record("forward_kl", "forward-KL DPO", "dpo under the forward KL", "forward_kl")
+JENSEN_SHANNON = _record(
+    "jensen_shannon", "Jensen-Shannon DPO", "dpo under that divergence", "jensen_shannon"
+)
 ALPHA = _record(
-    "alpha_divergence", "α-DPO", "between dpo and forward_kl", "alpha",
+    "alpha_divergence", "α-DPO", "dpo under a divergence between the two KL", "alpha",
     Option("alpha", "[0, 1]", 0.5, "0 is dpo, 1 is forward_kl", "α"),
 )  # fmt: skip
-CHI2_KL = _record("chi2_kl", "χPO", "for chi-squared plus the KL", "chi2_kl", source="Huang et al. (2024)")
+CHI2_KL = _record("chi2_kl", "χPO", "dpo under chi-squared plus KL", "chi2_kl", source="Huang et al. (2024)")

@@ -97,10 +97,11 @@ def ipo_objective(logps: Tensor, ref_logps: Tensor, rankings: Rankings, *, beta:
 
 
 IPO = Loss(
-    "ipo", "IPO", ipo_loss, "whose log-ratio margin has the finite target 1 / (2 beta)", (BETA,),
+    "ipo", "IPO", ipo_loss,
+    "a square around the log-ratio margin 1 / (2 beta); TRL's ipo is averaged_ipo", (BETA,),
     start=lambda K, beta: 1 / (4 * beta**2), optimum=ipo_optimum, proof="D12.1", source="Azar et al. (2023)",
 )  # fmt: skip
 AVERAGED_IPO = Loss(
-    "averaged_ipo", "averaged IPO", averaged_ipo_loss, "ipo for the mean over tokens", (BETA,),
+    "averaged_ipo", "averaged IPO", averaged_ipo_loss, "ipo of averages over tokens", (BETA,),
     start=IPO.start, optimum=averaged_ipo_optimum, proof="D12.1", source="TRL's `ipo`",
 )  # fmt: skip

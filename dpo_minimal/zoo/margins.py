@@ -54,7 +54,7 @@ def hinge_optimum(rankings: Rankings, ref_logps: Tensor, *, beta: float) -> Tens
 
 
 HINGE = Loss(
-    "hinge", "hinge", hinge_loss, "SLiC's, whose pull ends where the margin reaches 1", (BETA,),
+    "hinge", "hinge", hinge_loss, "a pull that ends where the margin reaches 1", (BETA,),
     start=lambda K, beta: 1.0, optimum=hinge_optimum, proof="D12.9",
     source="Zhao et al. (2023); Liu et al. (2023)", charted=False,
 )  # fmt: skip
@@ -82,7 +82,7 @@ def exo_loss(h: Tensor, *, beta: float, label_smoothing: float) -> tuple[Tensor,
 
 
 EXO = Loss(
-    "exo", "EXO", exo_loss, "cDPO's divergence the other way round",
+    "exo", "EXO", exo_loss, "cdpo's divergence the other way round",
     (BETA, Option("label_smoothing", "(0, 1/2)", 1e-3, "share of labels that may be wrong", "ε")),
     start=lambda K, beta, label_smoothing: -math.log(4 * label_smoothing * (1 - label_smoothing)) / 2,
     proof="D12.10", source="Ji et al. (2024)", charted=False,
@@ -112,7 +112,7 @@ def discopop_loss(h: Tensor, *, beta: float, tau: float) -> tuple[Tensor, Tensor
 
 
 DISCOPOP = Loss(
-    "discopop", "DiscoPOP", discopop_loss, "which a search found",
+    "discopop", "DiscoPOP", discopop_loss, "a blend of two losses, found by a search",
     (BETA, Option("tau", "(0, 1]", 0.05, "width of the step from one loss to the other", "τ")),
     start=lambda K, **_: (math.log(2) + 1) / 2, proof="D12.11", source="Lu et al. (2024)", charted=False,
 )  # fmt: skip

@@ -41,7 +41,7 @@ def cdpo_optimum(rankings: Rankings, ref_logps: Tensor, *, beta: float, label_sm
 
 
 CDPO = Loss(
-    "cdpo", "cDPO", cdpo_loss, "for labels that may be wrong",
+    "cdpo", "cDPO", cdpo_loss, "dpo for labels that may be wrong",
     (BETA, Option("label_smoothing", "[0, 1/2)", 0.1, "share of labels that may be wrong", "ε")),
     start=DPO.start, optimum=cdpo_optimum, proof="D12.2", source="Mitchell (2023)",
 )  # fmt: skip
@@ -79,8 +79,8 @@ def robust_dpo_optimum(
 
 
 ROBUST = Loss(
-    "robust", "robust DPO", robust_dpo_loss, "for labels of which a known share is wrong",
-    (BETA, Option("flip_probability", "[0, 1/2)", 0.1, "share of labels that are wrong", "ε")),
+    "robust", "robust DPO", robust_dpo_loss, "dpo for labels of which a known share is wrong",
+    (BETA, Option("flip_probability", "[0, 1/2)", 0.1, "share of wrong labels, TRL's label_smoothing", "ε")),
     start=DPO.start, optimum=robust_dpo_optimum, proof="D12.3", source="Chowdhury et al. (2024)",
 )  # fmt: skip
 

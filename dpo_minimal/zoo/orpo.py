@@ -60,6 +60,6 @@ def _log_odds(average: Tensor) -> tuple[Tensor, Tensor]:
 
 
 ORPO = Loss(
-    "orpo", "ORPO", orpo_loss, "fine-tuning on the chosen with a contrast of odds, without a reference",
+    "orpo", "ORPO", orpo_loss, "fine-tuning on the chosen and a contrast of odds, without a reference",
     (Option("lam", ">= 0", 0.1, "weight of the odds", "λ"),), proof="D12.5", source="Hong et al. (2024)",
 )  # fmt: skip

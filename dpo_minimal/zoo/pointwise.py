@@ -149,20 +149,19 @@ def _least(slope: Callable[[Tensor], Tensor], best: Tensor, ref_logps: Tensor) -
 
 
 NCA = Loss(
-    "nca", "NCA", nca_loss, "tells chosen completions from all", (BETA,), optimum=nca_optimum, charted=False,
-    start=lambda K, beta: 2 * math.log(2), proof="D12.15", source="Chen et al. (2024)",
+    "nca", "NCA", nca_loss, "a classifier of the chosen among all", (BETA,), optimum=nca_optimum,
+    start=lambda K, beta: 2 * math.log(2), proof="D12.15", source="Chen et al. (2024)", charted=False,
 )  # fmt: skip
 SPPO = Loss(
-    "sppo", "SPPO", sppo_loss, "whose log-ratios have targets of 1 / (2 beta) either way", (BETA,),
+    "sppo", "SPPO", sppo_loss, "squares around log-ratios of +-1 / (2 beta)", (BETA,),
     start=lambda K, beta: 1 / (2 * beta**2), optimum=sppo_optimum, proof="D12.16", charted=False,
     source="Wu et al. (2024)",
 )  # fmt: skip
 APO_ZERO = Loss(
-    "apo_zero", "APO-zero", apo_zero_loss, "lifts the chosen, lowers the rejected, both boundedly", (BETA,),
-    start=lambda K, beta: 1.0, optimum="none", proof="D12.17", charted=False,
-    source="D'Oosterlinck et al. (2024)",
+    "apo_zero", "APO-zero", apo_zero_loss, "a bounded pull up and a bounded pull down", (BETA,), charted=False,
+    start=lambda K, beta: 1, optimum="none", proof="D12.17", source="D'Oosterlinck et al. (2024)",
 )  # fmt: skip
 APO_DOWN = Loss(
-    "apo_down", "APO-down", apo_down_loss, "lowers both, the rejected more", (BETA,),
+    "apo_down", "APO-down", apo_down_loss, "a pull down of both, of the rejected more", (BETA,),
     start=lambda K, beta: 1.0, proof="D12.17", charted=False, source="D'Oosterlinck et al. (2024)",
 )  # fmt: skip

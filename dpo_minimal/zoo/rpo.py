@@ -107,7 +107,7 @@ def dpop_loss(chosen: Tensor, rejected: Tensor, *, beta: float, lam: float) -> t
 
 
 DPOP = Loss(
-    "dpop", "DPO-Positive", dpop_loss, "whose margin counts a fall of the chosen completion",
+    "dpop", "DPO-Positive", dpop_loss, "dpo whose margin counts a fall of the chosen",
     (BETA, Option("lam", ">= 0", 50.0, "weight of the chosen's fall", "λ")), start=DPO.start, proof="D12.14",
     source="Pal et al. (2024)", charted=False,
 )  # fmt: skip

@@ -52,7 +52,7 @@ def simpo_loss(
 
 # The defaults are those of its own paper for Llama-3-Base.
 SIMPO = Loss(
-    "simpo", "SimPO", simpo_loss, "for the mean over tokens, without a reference",
+    "simpo", "SimPO", simpo_loss, "averages over tokens and a wanted margin, without a reference",
     (
         Option("beta", "> 0", 2.0, "factor of the rewards, as there is no reference", "β"),
         Option("gamma", ">= 0", 1.0, "the margin that is wanted", "γ"),

@@ -70,7 +70,7 @@ def unlikelihood_logps(rankings: Rankings, exists: Tensor, *, alpha: float) -> T
 
 
 UNLIKELIHOOD = Loss(
-    "unlikelihood", "Unlikelihood", unlikelihood_loss, "without a reference, a baseline of the paper",
+    "unlikelihood", "Unlikelihood", unlikelihood_loss, "a baseline of the paper, without a reference",
     (Option("alpha", "[0, 1]", 0.5, "weight of the rejected completion", "α"),),
     optimum=lambda rankings, ref_logps, alpha: unlikelihood_logps(
         rankings, ref_logps > -math.inf, alpha=alpha
@@ -93,7 +93,7 @@ def unweighted_dpo_loss(h: Tensor, *, beta: float) -> tuple[Tensor, Tensor]:
 
 
 UNWEIGHTED_DPO = Loss(
-    "unweighted_dpo", "DPO without weight", unweighted_dpo_loss, "a warning",
+    "unweighted_dpo", "DPO without weight", unweighted_dpo_loss, "dpo whose pull never fades, as a warning",
     (BETA._replace(symbol=""),),  # it only scales the loss, and an optimizer like Adam does not see that
     start=lambda K, beta: 0.0, optimum="none", proof="D12.7", source="Rafailov et al. (2023), Table 3",
 )  # fmt: skip

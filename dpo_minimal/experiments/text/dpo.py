@@ -54,7 +54,7 @@ from ...text.runs import write_records
 from ...text.training_run import Data
 from ...train import Record
 from ...validation import InputError
-from ...zoo import LOSSES
+from ...zoo import LOSSES, TRL
 from ..options import COMMON, DATA, RUN, TRAINING, Option, add_options, altered, at_least, declared, resolve
 from . import figure, setup, sft
 from .judged import as_pairs, judged_samples
@@ -92,7 +92,7 @@ GROUPS = {
 def groups() -> dict[str, dict[str, Option]]:
     """All options: `GROUPS`, and those of the losses that there are now."""
     names = "; ".join(f"{loss.name}, {loss.summary}" for loss in LOSSES.values())
-    loss_type = Option(names, str, "dpo", metavar="NAME", choices=LOSSES)
+    loss_type = Option(names, str, "dpo", metavar="NAME", choices={**LOSSES, **TRL})  # these it refuses later
     training = GROUPS["training"] | {"loss_type": loss_type}
     return GROUPS | {"training": training, "options of the loss": _loss_options()}
 
