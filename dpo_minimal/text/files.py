@@ -253,25 +253,32 @@ _NAMES = {
 }  # fmt: skip
 
 
-def _rows_of_table(path: str | Path, data: bytes, separator: str) -> Iterator[Located]:
-    """Lines of cells under a line of names; cells that hold separators or line ends stand in quotes."""
+def read_cells(path: str | Path, data: bytes, separator: str) -> Iterator[tuple[str, list[str]]]:
+    """The lines of a table with their places, empty ones left out; cells that hold separators or line ends
+    stand in quotes. Raises InputError for what is not UTF-8 or not CSV."""
     _decoded(str(path), data)  # says where it is not UTF-8
     csv.field_size_limit(2**24)
     text = io.TextIOWrapper(io.BytesIO(data), "utf-8", newline="")  # StringIO: four bytes a letter
     reader = csv.reader(text, delimiter=separator, strict=True)
-    names: list[str] = []
     try:
         for cells in reader:
-            if not names:
-                names = [cell.strip() for cell in cells]
-                if len(set(names)) < len(names):
-                    raise InputError(f"{path}: names a column twice in {listed(names)}; keep one.")
-            elif any(cells):
-                place = f"{path}, line {reader.line_num}"
-                yield place, partial(_row_of_cells, place, names, cells)
+            if any(cells):
+                yield f"{path}, line {reader.line_num}", cells
     except csv.Error as error:
         problem = f"{error}; quote a cell that holds quotes, and double them".replace("\t", "a tab")
         raise InputError(f"{path}, line {reader.line_num}: is not valid CSV ({problem}).") from None
+
+
+def _rows_of_table(path: str | Path, data: bytes, separator: str) -> Iterator[Located]:
+    """Lines of cells under a line of names."""
+    names: list[str] = []
+    for place, cells in read_cells(path, data, separator):
+        if names:
+            yield place, partial(_row_of_cells, place, names, cells)
+            continue
+        names = [cell.strip() for cell in cells]
+        if len(set(names)) < len(names):
+            raise InputError(f"{path}: names a column twice in {listed(names)}; keep one.")
 
 
 def _row_of_cells(place: str, names: list[str], cells: list[str]) -> dict[str, str]:

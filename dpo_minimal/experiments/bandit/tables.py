@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import re
 from collections import Counter
@@ -17,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ...bandit import Bandit
 from ...preferences import Rankings, tally
-from ...text.files import read_bytes, read_rows
+from ...text.files import read_bytes, read_cells, read_rows
 from ...validation import InputError
 
 GAMES, ARENA = ("winner", "loser"), ("model_a", "model_b", "winner")  # columns of comparisons
@@ -188,20 +186,14 @@ def _rows(path: str | Path, layouts: list[tuple[str, ...]], *optional: str) -> l
 
 def _read(path: str | Path) -> tuple[str, list[str], list[tuple[str, list[Any]]]]:
     """The separator, the names of the columns in lower case, and the rows with their places."""
-    try:
-        text = (data := read_bytes(path)).decode()
-        if text.lstrip()[:1] in ("[", "{"):
-            return ",", *_read_json(path)
-        separator = max(SEPARATORS, key=text.partition("\n")[0].count)
-        lines = io.TextIOWrapper(io.BytesIO(data), "utf-8", newline="")
-        reader = csv.reader(lines, delimiter=separator, strict=True)
-        header = [cell.strip().lower() for cell in next(reader, [])]
-        lines = [(f"{path}, line {reader.line_num}", [cell.strip() for cell in cells]) for cells in reader]
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: is not UTF-8 text; save it as CSV in UTF-8.") from None
-    except csv.Error as error:
-        raise InputError(f"{path}: is not valid CSV ({error}).") from None
-    return separator, header, [(place, cells) for place, cells in lines if any(cells)]
+    data = read_bytes(path)
+    if data.lstrip()[:1] in (b"[", b"{"):
+        return ",", *_read_json(path)
+    separator = max(SEPARATORS, key=data.partition(b"\n")[0].decode(errors="replace").count)
+    _, header = next(lines := read_cells(path, data, separator), ("", []))
+    stripped = ((place, [cell.strip() for cell in cells]) for place, cells in lines)
+    rows = [(place, cells) for place, cells in stripped if any(cells)]
+    return separator, [name.strip().lower() for name in header], rows
 
 
 def _read_json(path: str | Path) -> tuple[list[str], list[tuple[str, list[Any]]]]:
