@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 from ..text.allocator import keep_freed_memory
-from ..text.runs import write_arrays, write_atomically
+from ..text.runs import write_arrays, write_text
 from ..validation import InputError
 
 Job = Callable[[], Any]
@@ -127,16 +127,11 @@ def table(
     return [indent + " ".join(map(cell, row, widths, forms)) for row in (titles, *rows)]
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file, in one move."""
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+def write_csv(path: Path, rows: Sequence[dict[str, Any]], *, line_end: str = "\n") -> None:
     """Write rows under the names of all their columns; what a row does not have is left empty."""
     text = io.StringIO()
     columns = dict.fromkeys(name for row in rows for name in row)
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator=line_end)
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())

@@ -88,9 +88,14 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file, indented, ending with a newline."""
-    write_atomically(path, lambda p: p.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -116,8 +121,7 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 def write_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """Write one `record_line` each."""
-    lines = map(record_line, records)
-    write_atomically(path, lambda p: p.write_text("".join(lines), encoding="utf-8"))
+    write_text(path, "".join(map(record_line, records)))
 
 
 def record_line(record: dict[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from ...laws.finite_data import add_prior, ipo_standard_errors, standard_errors
 from ...preferences import Rankings
 from ...text import runs
 from ...zoo.ipo import ipo_estimate, ipo_objective
+from ..study import write_csv
 from . import figure
 from .fit import Task, fit_table, max_distance
 from .tables import load_comparisons
@@ -100,14 +100,9 @@ def _write_csv(
     columns |= {"reference": world.ref_logps.exp(), "policy": logps.exp()}
     if prior is not None:
         columns["prior_share"] = 2 * prior / (2 * prior + wins + losses)
-    numbers = torch.stack([*columns.values()], -1)
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["prompt", "completion", *columns])
-            for x, (prompt, names) in enumerate(zip(world.prompts, world.completions)):
-                for y in world.rewards[x, : len(names)].argsort(descending=True).tolist():
-                    writer.writerow([prompt, names[y], *(f"{n:.10g}" for n in numbers[x, y].tolist())])
-
-    runs.write_atomically(path, write)
+    rows = []
+    for x, (prompt, names) in enumerate(zip(world.prompts, world.completions)):
+        for y in world.rewards[x, : len(names)].argsort(descending=True).tolist():
+            numbers = {name: f"{values[x, y]:.10g}" for name, values in columns.items()}
+            rows.append({"prompt": prompt, "completion": names[y], **numbers})
+    write_csv(path, rows, line_end="\r\n")  # RFC 4180's, which spreadsheets write

@@ -35,10 +35,10 @@ import torch
 
 from ...text.allocator import keep_freed_memory
 from ...text.judge import read_reviews
-from ...text.runs import write_json, write_records
+from ...text.runs import write_json, write_records, write_text
 from ...validation import check_count, check_seed
 from ..options import RUN, Option, add_options, resolve
-from ..study import Files, Study, carry_out, kept, table, write_csv, write_text
+from ..study import Files, Study, carry_out, kept, table, write_csv
 from ..text.report import prompt_line, text_lines
 from ..text.setup import open_folder, resumable
 from . import figure
