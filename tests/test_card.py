@@ -605,6 +605,11 @@ def in_place(winner, loser, winner_before, loser_before):
     return without_beta(winner, loser, winner_before, loser_before)
 
 
+def in_place_of_the_policy(winner, loser, winner_before, loser_before):
+    loser -= winner  # of which torch says that it cannot
+    return loser
+
+
 def tempered(winner, loser, winner_before, loser_before, temperature):
     return without_beta(winner, loser, winner_before, loser_before) / temperature
 
@@ -643,6 +648,7 @@ REFUSED = {
     "detached": (of_losses(torch.detach), {}, "carries no gradient"),
     "constant": (of_losses(lambda x: 0 * x), {}, "has gradient zero"),
     "in place": (in_place, {}, "changes its own inputs"),
+    "in place, of the policy": (in_place_of_the_policy, {}, "changes its own inputs"),
     "dropout": (of_losses(F.dropout), {}, "a random loss has no card"),
     "another parameter": (tempered, {}, "has a parameter temperature, which is no option that was given"),
     "an unknown option": (without_beta, dict(options={"bta": 1.0}), "has no option bta; its options are"),

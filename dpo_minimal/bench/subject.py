@@ -96,6 +96,8 @@ def examine(subject: Subject) -> None:
     except InputError:
         raise
     except Exception as error:
+        if "inplace" in str(error) or "in-place" in str(error):  # torch's word for it
+            raise InputError(f"{name} changes its own inputs; let it work on copies.") from error
         columns = ", ".join(name for name, read in subject.record.parameters.items() if read)
         raise InputError(
             f"{name} raises {type(error).__name__} ({error}) on {ROWS} ordinary pairs; it is called with "
