@@ -587,8 +587,8 @@ MUTANTS = {
     ),
     "mixture reversed": (
         noise._mixed,
-        "[right * rankings.weight, wrong * rankings.weight]",
-        "[wrong * rankings.weight, right * rankings.weight]",
+        "[right * weight, wrong * weight]",
+        "[wrong * weight, right * weight]",
         lambda: test_training_ends_at_the_formula("cDPO"),
     ),
     "groups not centred": (

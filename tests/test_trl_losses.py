@@ -187,7 +187,7 @@ def test_the_whole_way_from_tokens(trainer, monkeypatch):
         logits = model(ids, attention_mask=inputs["attention_mask"]).logits[:, :-1]
         tokens = logits.double().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
         sums += [*(tokens * scored).sum(-1).view(2, -1)]
-    out = zoo.averaged.averaged_dpo_loss(*sums, *scored.sum(-1).view(2, -1), beta=0.7)
+    out = zoo.averaged_dpo_loss(*sums, *scored.sum(-1).view(2, -1), beta=0.7)
     assert set(scored.sum(-1).tolist()) == {2, 3, 4, 5}  # end-of-text counts
     torch.testing.assert_close(loss.double(), out.losses.mean(), rtol=1e-5, atol=0)  # theirs in float32
     assert abs(loss.item() - math.log(2)) > 1e-4

@@ -45,7 +45,6 @@ from dpo_minimal.text.objectives import loss_options
 from dpo_minimal.zoo import (
     LOSSES,
     TRL,
-    averaged,
     ipo,
     kto,
     margins,
@@ -521,7 +520,7 @@ MUTANTS = {
         unlikelihood.unweighted_dpo_loss, "torch.full_like(h, beta)", "torch.ones_like(h)", "unweighted_dpo",
     ),
     "averaged DPO's of the sum": (
-        averaged.averaged_dpo_loss, "beta * torch.sigmoid(-u)", "torch.sigmoid(-u)", "averaged_dpo",
+        ipo.averaged_dpo_loss, "beta * torch.sigmoid(-u)", "torch.sigmoid(-u)", "averaged_dpo",
     ),
     "the hinge's beyond its corner": (margins.hinge_loss, "(wanting > 0)", "(wanting > -9)", "hinge"),
     "EXO's without its bell": (margins.exo_loss, "beta * q * rest", "beta", "exo"),
@@ -563,7 +562,7 @@ OPTIMUM_MUTANTS = {
         ipo.with_lengths, "_, c = bisection", "c, _ = 0 * g.sum(-1, keepdim=True), bisection", "averaged_ipo",
     ),
     "averaged DPO's without beta": (
-        averaged.averaged_dpo_optimum, "/ beta, lengths", ", lengths", "averaged_dpo",
+        ipo.averaged_dpo_optimum, "/ beta, lengths", ", lengths", "averaged_dpo",
     ),
     "the hinge's without beta": (margins.hinge_optimum, "beta=beta)", "beta=1.0)", "hinge"),
     "the hinge's first step is its last": (margins.hinge_optimum, "-1e-12", "-1e12", "hinge"),

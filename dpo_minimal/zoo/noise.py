@@ -91,11 +91,10 @@ def _mixed(rankings: Rankings, right: float, wrong: float) -> Rankings:
     Raises InputError where a weight would be negative: then it is no likelihood that could be maximised,
     and often the loss falls without limit.
     """
-    order = torch.cat([rankings.order, rankings.order.flip(-1)])
+    prompt, order, weight = rankings
+    weight = torch.cat([right * weight, wrong * weight])
     try:
-        mixed = tally(
-            rankings.prompt.repeat(2), order, torch.cat([right * rankings.weight, wrong * rankings.weight])
-        )
+        mixed = tally(prompt.repeat(2), torch.cat([order, order.flip(-1)]), weight)
     except InputError:  # a negative weight
         text = "robust DPO may have no optimum: a pair was flipped less often than its ε says."
         raise InputError(text) from None

@@ -158,7 +158,7 @@ SPPO = Loss(
     source="Wu et al. (2024)",
 )  # fmt: skip
 APO_ZERO = Loss(
-    "apo_zero", "APO-zero", apo_zero_loss, "a bounded pull up and a bounded pull down", (BETA,), charted=False,
+    "apo_zero", "APO-zero", apo_zero_loss, "a bounded pull up, a bounded pull down", (BETA,), charted=False,
     start=lambda K, beta: 1, optimum="none", proof="D12.17", source="D'Oosterlinck et al. (2024)",
 )  # fmt: skip
 APO_DOWN = Loss(
