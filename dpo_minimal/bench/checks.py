@@ -40,8 +40,13 @@ class Verdict(NamedTuple):
         return self.message
 
 
-def judge(exercise: Exercise, function: Callable[..., Any]) -> Verdict:
-    """Whether `function` solves the exercise, and if not, the smallest input that shows it."""
+def judge(
+    exercise: Exercise, function: Callable[..., Any], guess: Callable[..., str | None] = lambda *_: None
+) -> Verdict:
+    """Whether `function` solves the exercise, and if not, the smallest input that shows it.
+
+    What gives no known mistake's answers is named by `guess`, from exercise and function, if it can.
+    """
     name = f"{exercise.number} {exercise.function}".strip()
     if not callable(function):
         return Verdict("wrong", f"{name}: give the check the function itself, without calling it.")
@@ -59,7 +64,7 @@ def judge(exercise: Exercise, function: Callable[..., Any]) -> Verdict:
     with _silence():
         if complaint is None or complain(exercise, function, counterexample) != complaint:
             return Verdict("wrong", name + _UNDECIDED)
-        mistake = recognise(exercise, function)
+        mistake = recognise(exercise, function) or guess(exercise, function)
     lines = [f"{name}: not right yet.", *_rows("smallest input", _show_given(counterexample)), *complaint]
     if mistake is not None:
         lines += _rows("looks like", [mistake])

@@ -1,14 +1,14 @@
-"""What the conformance checks know of each function: inputs, brute force, and the mistakes people make.
+"""What the conformance checks know of each function: inputs, the right answer, and the mistakes people make.
 
-Brute force divides probabilities and strengths such as (pi / pi_ref)^beta, where what is checked subtracts
-logarithms. Inputs have the names of the library's own parameters; log-probabilities are in nats. Each mistake
-is one line: what people write | its name.
+Inputs have the names of the library's own parameters; log-probabilities are in nats. Most mistakes are the
+right function of wrong inputs, so that one table of wrong inputs serves all functions.
 """
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,14 +16,13 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ..closed_form import implicit_reward, optimal_logps
+from ..closed_form import implicit_reward
 from ..losses import Loss, bradley_terry_loss, dpo_loss
 from ..preferences import plackett_luce_logprob
 from ..zoo import LOSSES
-from ..zoo.ipo import ipo_loss
 from ..zoo.kto import kto_loss
-from ..zoo.noise import cdpo_loss
-from .exercises import Exercise, Given, completion_logps, log_distribution, table, tenths, vector
+from .checks import _outcome, agrees
+from .exercises import Exercise, Given, completion_logps, log_distribution, samples, table, tenths, vector
 
 Function = Callable[..., Tensor]
 PAIR = ("policy_chosen_logps", "policy_rejected_logps", "reference_chosen_logps", "reference_rejected_logps")
@@ -33,24 +32,94 @@ BETAS = st.sampled_from([1.0, 2.0, 0.5, 0.1, 3.0])
 class Known(NamedTuple):
     """A function that can be checked."""
 
-    exercise: Exercise
-    ours: Function  # the library's, of which autograd gives the gradient
-    slopes: tuple[str, ...] = ()  # the inputs that the gradient must reach; () where values are all
-    derived: dict[str, Function] = {}  # noqa: RUF012  # other names for inputs, from all of them
+    inputs: st.SearchStrategy[Given]
+    right: Function  # from the inputs by name to what must come out
+    mistakes: dict[str, Function]  # by its name, what people write, of the inputs in their order
+    slopes: tuple[str, ...] = ()  # the inputs that a gradient must reach; () where values are all
+    derived: dict[str, Function] = {}  # noqa: RUF012  # other names for inputs, from all of them by name
+    strain: Given | None = None  # where a right formula overflows if it leaves the logarithms
+
+    def all_names(self, given: Given) -> Given:
+        """The inputs, and what is derived from them."""
+        return given | {name: make(**given) for name, make in self.derived.items()}
 
 
-def _lines(text: str) -> list[list[str]]:
-    """Of a table of mistakes: the expression and the name."""
-    return [[part.strip() for part in line.rsplit(" | ", 1)] for line in text.strip().splitlines()]
+KNOWN: dict[str, Known] = {}  # by the name of the check
+
+# A mistake: how the names of some inputs begin, and the multiple of these inputs that is taken, by beta.
+WRONG_INPUTS: dict[str, tuple[str, Callable[[float], float]]] = {
+    "no reference: log-ratios are meant, not log-probabilities": ("ref", lambda b: 0),
+    "the reference is added, or its two sides are swapped": ("ref", lambda b: -1),
+    "the reference is subtracted twice": ("ref", lambda b: 2),
+    "beta is missing on the reference": ("ref", lambda b: 1 / b),
+    "beta is missing on the policy": ("policy|logps", lambda b: 1 / b),
+    "the policy's two sides are swapped": ("policy", lambda b: -1),
+    "chosen and rejected are swapped: the sign of the margin": (".*(chosen|rejected)", lambda b: -1),
+    "the sum of the two sides: their difference is the margin": (".*rejected", lambda b: -1),
+    "beta is missing": ("beta", lambda b: 1 / b),
+    "beta is applied twice": ("beta", lambda b: b),
+    "beta is upside down: 1/beta stands in its place": ("beta", lambda b: 1 / b**2),
+    "the sign of the rewards": ("(ranked_)?rewards", lambda b: -1),
+    "z0 is missing": ("kl_estimate", lambda b: 0),
+    "beta is missing on z0": ("kl_estimate", lambda b: 1 / b),
+}
 
 
-def _known(
-    name, inputs, brute, source, ours, parameters, mistakes: str, slopes=(), derived=None, strain=None
-):
-    """The record, with the expressions of the mistakes as functions of the parameters."""
-    names = {"ell": F.logsigmoid, "S": torch.sigmoid, "torch": torch, "summed": _summed, **MASKS}
-    known = {said: eval(f"lambda {parameters}: {code}", names) for code, said in _lines(mistakes)}
-    return Known(Exercise("", name, inputs, brute, source, known, strain=strain), ours, slopes, derived or {})
+def mistakes_of(check: str) -> dict[str, Function]:
+    """All mistakes, of the inputs in their order: its own, right answers to wrong inputs, other losses."""
+    known = KNOWN[check]
+    names = list(samples(known.inputs)[0])
+
+    def of_wrong(start: str, multiple: Callable[[float], float], *values) -> Tensor:
+        given = dict(zip(names, values))
+        wrong = {n: multiple(given.get("beta", 1.0)) * given[n] for n in names if re.match(start, n)}
+        return known.right(**given | wrong)
+
+    def other(loss: Loss, *values) -> Tensor:
+        given = dict(zip(names, values))
+        given["flip_probability"] = given.get("label_smoothing", 0.1)
+        options = {option.name: given.get(option.name, option.default) for option in loss.options}
+        return loss.function(*values[:4], **options | {"beta": given["beta"]}).losses
+
+    found = dict(known.mistakes)
+    found["the sum over the batch"] = lambda *values: known.right(**dict(zip(names, values))).sum()
+    for said, (start, multiple) in WRONG_INPUTS.items():
+        if any(re.match(start, n) for n in names) and ("beta" in names or multiple(1.0) != 1):
+            found[said] = partial(of_wrong, start, multiple)
+    for loss in LOSSES.values() if {*PAIR} <= {*names} else ():
+        if [n for n, read in loss.parameters.items() if read] == [*PAIR] and check != f"{loss.name}_loss":
+            found[f"this is another loss, {loss.title}"] = partial(other, loss)
+    return found
+
+
+def symptom(exercise: Exercise, function: Callable) -> str | None:
+    """What can be said of answers that no known mistake gives."""
+    drawn = samples(exercise.inputs)
+    answers = [_outcome(function, given) for given in drawn]
+    expected = [exercise.expected(**given) for given in drawn]
+    if not all(isinstance(a, Tensor) and a.shape == b.shape for a, b in zip(answers, expected)):
+        return None
+    if answers[0].dtype in (torch.float16, torch.bfloat16):
+        return f"its answers are {answers[0].dtype}, which has too few digits: compute in float32"
+    got, right = (torch.cat([a.detach().double().flatten() for a in x]) for x in (answers, expected))
+    factor = ((got @ right) / (right @ right)).item()
+    if abs(factor) > 1e-6 and abs(factor - 1) > 1e-6 and torch.allclose(got, factor * right, 1e-6, 1e-9):
+        named = {1.442695: " = 1/ln 2: bits, where nats are meant", -1.0: ": the sign is reversed"}
+        return f"equal up to the constant factor {factor:.5g}{named.get(round(factor, 6), '')}"
+    if not {*PAIR} <= {*drawn[0]}:
+        return None
+
+    def moves(*both: str) -> bool:
+        """Whether adding a constant to both inputs, which leaves the margin as it is, changes any answer."""
+        moved = ({n: v + 0.3 if n in both else v for n, v in given.items()} for given in drawn)
+        return not all(agrees(_outcome(function, given), a, 1e-9) for given, a in zip(moved, answers))
+
+    w, l, v, m = PAIR
+    sides = {"the chosen's": (w, v), "the rejected's": (l, m), "each by itself": (w, l)}
+    found = [side for side, both in sides.items() if moves(*both)]
+    if not found or len(found) == 3:
+        return None
+    return f"no function of the log-ratios' difference; one side is transformed: {found[0]}"
 
 
 @st.composite
@@ -61,15 +130,56 @@ def _rows(draw, columns: str, column=lambda B: completion_logps(B, -2.7), **more
     return given | {name: draw(other(B) if callable(other) else other) for name, other in more.items()}
 
 
-# ---------------------------------------------------------------------- log-probabilities of sequences
+# --------------------------------------------------------------------------------------- losses of pairs
 
-MASKS: dict[str, Function] = {  # what people take for the mask k (B, T) of completions
-    "late": lambda k: F.pad(k[:, :-1], (1, 0)),
-    "early": lambda k: F.pad(k[:, 1:], (0, 1)),
-    "begun": lambda k: k.cumsum(-1) > 0,  # from the first token that counts to the end of the row
-    "to_end": lambda k: k.flip(-1).cumsum(-1).flip(-1) > 0,  # from the start to the last token that counts
-    "half": lambda k, which: k.split(len(k) // 2)[which].repeat(2, 1),
-}
+
+def _of_pairs(right: Function, formulas: dict[str, Function], slopes=PAIR[:2], **more) -> Known:
+    """`formulas` are wrong ones of the margin, of beta, and of what is more."""
+    mistakes = {
+        said: lambda w, l, v, m, b, *more, wrong=wrong: wrong(b * (w - v - l + m), b, *more)
+        for said, wrong in formulas.items()
+    }
+    far = {name: torch.tensor([-900.0 if name == PAIR[0] else -100.0]).double() for name in PAIR}
+    far |= {"beta": 1.0} | dict.fromkeys(more, 0.1)
+    return Known(_rows(" ".join(PAIR), beta=BETAS, **more), right, mistakes, slopes, strain=far)
+
+
+KNOWN["dpo_loss"] = _of_pairs(
+    lambda **given: dpo_loss(**given).losses,
+    {
+        "beta is outside: it scales the loss and not the margin": lambda u, b: -b * F.logsigmoid(u / b),
+        "the logarithm is missing: -sigmoid(margin)": lambda u, b: -u.sigmoid(),
+        "the logarithm is missing: 1 - sigmoid(margin)": lambda u, b: (-u).sigmoid(),
+        "this is the margin; the loss is -log sigmoid of it": lambda u, b: u,
+    },
+)
+KNOWN["dpo_gradient_weight"] = _of_pairs(
+    lambda **given: dpo_loss(**given).gradient_weights,
+    {
+        "the beta in front is missing": lambda u, b: (-u).sigmoid(),
+        "the beta inside is missing": lambda u, b: b * (-u / b).sigmoid(),
+        "the slope of the sigmoid: the loss has its logarithm": lambda u, b: b * u.sigmoid() * (-u).sigmoid(),
+        "beta for every pair: the gradient without its weight": lambda u, b: torch.full_like(u, b),
+    },
+    slopes=(),
+)
+KNOWN["ipo_loss"] = _of_pairs(
+    lambda **given: LOSSES["ipo"].function(**given).losses,
+    {
+        "the target is 1/(2 beta), not 1/beta": lambda u, b: ((u - 1) / b) ** 2,
+        "off by beta squared: (margin - 1/2)^2": lambda u, b: (u - 0.5) ** 2,
+    },
+)
+KNOWN["cdpo_loss"] = _of_pairs(
+    lambda **given: LOSSES["cdpo"].function(**given).losses,
+    {
+        "the reversed label is subtracted": lambda u, b, e: e * F.logsigmoid(-u) - (1 - e) * F.logsigmoid(u),
+        "probabilities are mixed, not losses": lambda u, b, e: -(e + (1 - 2 * e) * u.sigmoid()).log(),
+    },
+    label_smoothing=st.sampled_from([0.1, 0.2, 0.3, 0.4, 0.05]),
+)
+
+# ---------------------------------------------------------------------- log-probabilities of sequences
 
 
 @st.composite
@@ -83,261 +193,115 @@ def _padded_rows(draw) -> Given:
     return {"logits": logits, "ids": torch.tensor(ids).view(B, T), "mask": (place >= first) & (place < end)}
 
 
-def _brute_sequence(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """A product over the tokens of each row, in Python's numbers."""
-    chances = [1.0] * len(ids)
-    for row, place in mask.nonzero().tolist():
-        strengths = [math.exp(number) for number in logits[row, place - 1].tolist()]
-        chances[row] *= strengths[ids[row, place]] / sum(strengths)
-    return torch.tensor([math.log(chance) for chance in chances], dtype=torch.float64)
+def _picked(numbers: Tensor, ids: Tensor, mask: Tensor, shift: int = 1) -> Tensor:
+    """(B,): the sum of the numbers `shift` places before each token that counts, at that token."""
+    each = numbers[:, : ids.shape[1] - shift].gather(-1, ids[:, shift:, None]).squeeze(-1)
+    return (F.pad(each, (shift, 0)) * mask).sum(-1)
 
 
-def _summed(
-    logits: Tensor, ids: Tensor, mask: Tensor, shift: int = 1, squash="log_softmax", dim=-1
-) -> Tensor:
-    """(B,): the sum of what stands `shift` places before each token that counts; 0 where nothing does."""
-    numbers = (getattr(logits, squash)(dim) if squash else logits)[:, : ids.shape[1] - shift]
-    return (F.pad(numbers.gather(-1, ids[:, shift:, None]).squeeze(-1), (shift, 0)) * mask).sum(-1)
+def _summed(logits: Tensor, ids: Tensor, mask: Tensor, shift: int = 1) -> Tensor:
+    return _picked(logits.log_softmax(-1), ids, mask, shift)
 
 
-SEQUENCE = _known(
-    "sequence_logps", _padded_rows(), _brute_sequence, "a product of chances, token by token", _summed,
-    "x, ids, k",
-    """
-    summed(x, ids, to_end(k))          | prompt tokens are counted
-    summed(x, ids, begun(k))           | padding is counted
-    summed(x, ids, torch.ones_like(k)) | the whole row is counted, prompt and padding
-    summed(x, ids, begun(k) & ~k)      | a mask that keeps only padding
-    summed(x, ids, ~k)                 | the mask is inverted: it keeps prompt and padding
-    summed(x, ids, k & early(k))       | the last token is not counted, though end-of-text is a choice as well
-    summed(x, ids, k & late(k))        | the first completion token is not counted
-    summed(x, ids, late(k))            | an extra shift of the mask
-    summed(x, ids, early(k))           | the mask is not shifted with the tokens
-    summed(x, ids, half(k, 0))         | the rejected rows are masked by the chosen's mask
-    summed(x, ids, half(k, 1))         | the chosen rows are masked by the rejected's mask
-    summed(x, ids, k) / k.sum(-1)      | the mean of tokens: log π(y|x) is their sum
-    summed(x, ids, k) / k.shape[1]     | divided by the length of the row: log π(y|x) is a sum
-    summed(x, ids, k, 0)               | no shift: logits at a place predict the token after it
-    summed(x, ids, k, 2)               | an extra shift of the tokens: logits of two places before
-    summed(x, ids, late(k), 2)         | an extra shift of tokens and mask
-    summed(x, ids, k, 1, None)         | raw logits: log_softmax is missing
-    summed(x, ids, k, 1, "softmax")    | probabilities are summed: their logarithms are meant
-    summed(x, ids, k, dim=1)           | log_softmax over the places: the vocabulary is the last axis
-    summed(x, ids, k).exp()            | the probability; its logarithm is asked for
-    """,
-    ("logits",),
-    {
+def _begun(mask: Tensor) -> Tensor:
+    """From the first token that counts to the end of the row."""
+    return mask.cumsum(-1) > 0
+
+
+def _moved(mask: Tensor, by: int) -> Tensor:
+    """By one place, to the right or to the left; what is beyond the end is lost."""
+    return F.pad(mask, (by, -by))
+
+
+WRONG_MASKS: dict[str, Function] = {  # what is taken for the mask (B, T) of the completions
+    "prompt tokens are counted": lambda k: _begun(k.flip(-1)).flip(-1),
+    "padding is counted": _begun,
+    "the whole row is counted, prompt and padding": torch.ones_like,
+    "a mask that keeps only padding": lambda k: _begun(k) & ~k,
+    "the mask is inverted: it keeps prompt and padding": lambda k: ~k,
+    "the last token is not counted, though end-of-text is a choice as well": lambda k: k & _moved(k, -1),
+    "the first completion token is not counted": lambda k: k & _moved(k, 1),
+    "an extra shift of the mask": lambda k: _moved(k, 1),
+    "the mask is not shifted with the tokens": lambda k: _moved(k, -1),
+    "the rejected rows are masked by the chosen's mask": lambda k: k[: len(k) // 2].repeat(2, 1),
+}
+KNOWN["sequence_logps"] = Known(
+    _padded_rows(),
+    _summed,
+    {said: lambda x, ids, k, wrong=wrong: _summed(x, ids, wrong(k)) for said, wrong in WRONG_MASKS.items()}
+    | {
+        "the mean of tokens: log π(y|x) is their sum": lambda x, ids, k: _summed(x, ids, k) / k.sum(-1),
+        "the mean of the row: log π(y|x) is a sum": lambda x, ids, k: _summed(x, ids, k) / k.shape[1],
+        "no shift: logits at a place predict the token after it": lambda x, ids, k: _summed(x, ids, k, 0),
+        "an extra shift of the tokens: logits of two places before": lambda x, ids, k: _summed(x, ids, k, 2),
+        "raw logits: log_softmax is missing": _picked,
+        "log_softmax over the places, not the tokens": lambda x, ids, k: _picked(x.log_softmax(1), ids, k),
+    },
+    slopes=("logits",),
+    derived={
         "labels": lambda logits, ids, mask: ids.masked_fill(~mask, -100),
         "prompt_lengths": lambda logits, ids, mask: mask.long().argmax(-1),
         "lengths": lambda logits, ids, mask: mask.long().argmax(-1) + mask.sum(-1),
     },
-)  # fmt: skip
-
-# --------------------------------------------------------------------------------------- losses of pairs
-
-# w, l: the policy's log-probabilities of chosen and rejected; v, m: the reference's; b: beta
-MARGINS = """
-    b * (w - v - l + m)     | right
-    b * (w - l)             | no reference: the margin compares log-ratios, not log-probabilities
-    b * (w - l + v - m)     | the reference is added, or its two sides are swapped
-    b * (w - l - 2*(v - m)) | the reference is subtracted twice
-    -b * (w - v - l + m)    | the sign of the margin: chosen and rejected are swapped
-    b * (l - w - v + m)     | the policy's two sides are swapped
-    b * (w - v + l - m)     | the sum of the two log-ratios, where their difference is the margin
-    b * (w - l) - (v - m)   | beta is missing on the reference
-    (w - l) - b * (v - m)   | beta is missing on the policy
-    w - v - l + m           | beta is missing
-    (w - v - l + m) / b     | the margin is divided by beta
-    b * b * (w - v - l + m) | beta is applied twice
-    b * (w - v) - (l - m)   | one side is transformed: beta multiplies the chosen log-ratio only
-    (w - v) - b * (l - m)   | one side is transformed: beta multiplies the rejected log-ratio only
-    b * (w - v - l)         | one side is transformed: the reference is missing on the rejected
-    b * (w - l + m)         | one side is transformed: the reference is missing on the chosen
-    b * (w - v)             | the rejected completion is missing
-    b * ((w - v).exp() - (l - m).exp()) | ratios of probabilities, where log-ratios are meant
-    b * (w / v - l / m)     | log-probabilities are divided, where their difference is the log-ratio
-"""
-
-
-def _of_pairs(name, brute, source, ours, right: str, mistakes: str, slopes=PAIR[:2], strain=None, **more):
-    """A function of pairs: brute force from both strengths, beta and epsilon. Mistakes are `right` of a wrong
-    margin, and wrong formulas of the right one, in u, the margin, h = u / b, b, and e, epsilon."""
-    (margin, _), *wrong = _lines(MARGINS)
-    all_of_them = [(right, *line) for line in wrong] + [
-        (code, margin, said) for code, said in _lines(mistakes)
-    ]
-    lines = "\n".join("(lambda u: (lambda h: {})(u / b))({}) | {}".format(*parts) for parts in all_of_them)
-
-    def expected(beta: float, label_smoothing: float = 0.0, **logps: Tensor) -> Tensor:
-        w, l, v, m = (logps[name].exp() for name in PAIR)
-        return brute((w / v) ** beta, (l / m) ** beta, beta, label_smoothing)
-
-    inputs, parameters = _rows(" ".join(PAIR), beta=BETAS, **more), "w, l, v, m, b, e=0"
-    known = _known(name, inputs, expected, source, ours, parameters, lines, slopes, strain=strain)
-    if slopes:
-        known.exercise.mistakes.update(_relatives(name.removesuffix("_loss")))
-    return known
-
-
-def _relatives(name: str) -> dict[str, Function]:
-    """The package's other losses of pairs, their options as by default, except beta and epsilon."""
-
-    def called(record: Loss, values: tuple) -> Tensor:
-        *logps, beta, epsilon = values if len(values) == 6 else (*values, None)
-        options = {option.name: option.default for option in record.options} | {"beta": beta}
-        noise = {n: epsilon for n in ("label_smoothing", "flip_probability") if n in options and epsilon}
-        return record.function(**dict(zip(PAIR, logps)), **options | noise).losses
-
-    others = [record for record in LOSSES.values() if record.name != name]
-    alike = [record for record in others if {n for n, read in record.parameters.items() if read} == {*PAIR}]
-    return {f"this is another loss, {r.title}": lambda *values, r=r: called(r, values) for r in alike}
-
-
-FAR = {name: torch.tensor([-900.0 if name == PAIR[0] else -100.0], dtype=torch.float64) for name in PAIR}
-DPO = _of_pairs(
-    "dpo_loss", lambda c, r, b, _: ((c + r) / c).log(),
-    "-log of the chosen's share of the strengths (π/π_ref)^β",
-    lambda **given: dpo_loss(**given).losses, "-ell(u)",
-    """
-    -b * ell(h)     | beta is outside: it scales the loss and not the margin
-    -S(u)           | the logarithm is missing: -sigmoid(margin)
-    S(-u)           | the logarithm is missing: 1 - sigmoid(margin)
-    u               | this is the margin; the loss is -log sigmoid of it
-    -ell(u) * S(-u) | each loss is multiplied by its own weight sigmoid(-margin)
-    """,
-    strain=FAR | {"beta": 1.0},
-)  # fmt: skip
-WEIGHT = _of_pairs(
-    "dpo_gradient_weight", lambda c, r, b, _: b * r / (c + r), "β times the rejected's share of strength",
-    lambda **given: dpo_loss(**given).gradient_weights, "b * S(-u)",
-    """
-    S(-u)            | the beta in front is missing
-    S(-h)            | beta is missing in both places
-    b * S(u) * S(-u) | the slope of the sigmoid: the loss has its logarithm
-    0 * u + b        | beta for every pair: the gradient without its weight
-    """, (),
-)  # fmt: skip
-IPO = _of_pairs(
-    "ipo_loss", lambda c, r, b, _: (((c / r).log() - 0.5) / b) ** 2, "DPO's (margin - 1/2) / β, squared",
-    lambda **given: ipo_loss(**given).losses, "(h - 0.5/b)**2",
-    """
-    (h - 1/b)**2      | the target is 1/(2 beta), not 1/beta
-    (h - 0.5)**2      | the target is 1/(2 beta), not 1/2
-    (u - 0.5)**2      | off by beta squared: (margin - 1/2)^2
-    (h - 0.5/b).abs() | the square is missing
-    """,
-)  # fmt: skip
-CDPO = _of_pairs(
-    "cdpo_loss", lambda c, r, b, e: (1 - e) * ((c + r) / c).log() + e * ((c + r) / r).log(),
-    "the mean of DPO's loss over the label kept and reversed", lambda **given: cdpo_loss(**given).losses,
-    "-(1-e) * ell(u) - e * ell(-u)",
-    """
-    -(1-e) * ell(u)                           | the reversed label is missing
-    -(1-e) * ell(u) + e * ell(-u)             | the reversed label is subtracted
-    -((1-e) * S(u) + e * S(-u)).log()         | the probabilities are mixed; mix the losses
-    """,
-    label_smoothing=st.sampled_from([0.1, 0.2, 0.3, 0.4, 0.05]),
-)  # fmt: skip
+)
 
 # --------------------------------------------------- rewards, labels, rankings, and policies on a table
 
-REWARD = _known(
-    "implicit_reward", _rows("logps ref_logps", beta=BETAS),
-    lambda logps, ref_logps, beta: (logps.exp() / ref_logps.exp()).log() * beta,
-    "β times the logarithm of π/π_ref", implicit_reward, "p, q, b",
-    """
-    b * p             | no reference
-    (p - q) / b       | the log-ratio is divided by beta
-    b * p - q         | beta is missing on the reference
-    b * (p - q).exp() | the ratio of probabilities: its logarithm is missing
-    """,
-)  # fmt: skip
-BRADLEY_TERRY = _known(
-    "reward_model_loss", _rows("chosen_rewards rejected_rewards", vector),
-    lambda chosen_rewards, rejected_rewards: (1 + rejected_rewards.exp() / chosen_rewards.exp()).log(),
-    "-log of the chosen's share of e^r", bradley_terry_loss, "w, l",
-    """
-    -ell(l - w)        | the sign of the margin: chosen and rejected are swapped
-    S(l - w)           | the logarithm is missing: 1 - sigmoid(margin)
-    -ell(w + l)        | the sum of the rewards, where their difference is the margin
-    (1 - w + l).relu() | this is the hinge loss max(0, 1 - margin)
-    """,
-    ("chosen_rewards", "rejected_rewards"),
-)  # fmt: skip
+KNOWN["implicit_reward"] = Known(
+    _rows("logps ref_logps", beta=BETAS),
+    implicit_reward,
+    {"the ratio of probabilities: its logarithm is missing": lambda p, q, b: b * (p - q).exp()},
+)
+KNOWN["reward_model_loss"] = Known(
+    _rows("chosen_rewards rejected_rewards", vector),
+    bradley_terry_loss,
+    {
+        "the logarithm is missing: 1 - sigmoid(margin)": lambda w, l: (l - w).sigmoid(),
+    },
+    slopes=("chosen_rewards", "rejected_rewards"),
+)
 
 
-def _brute_kto(policy_logps, reference_logps, is_desirable, kl_estimate, beta, **weights) -> Tensor:
-    strength, other = (policy_logps.exp() / reference_logps.exp()) ** beta, math.exp(kl_estimate) ** beta
-    lost = weights["desirable_weight"] * other, weights["undesirable_weight"] * strength
-    return torch.where(is_desirable, *lost) / (strength + other)
+def _kto(p, q, good, z, b, d, u) -> Tensor:
+    return kto_loss(p, q, good, z, beta=b, desirable_weight=d, undesirable_weight=u).losses
 
 
-KTO = _known(
-    "kto_loss",
+KNOWN["kto_loss"] = Known(
     _rows(
         "policy_logps reference_logps",
         is_desirable=lambda B: st.lists(st.booleans(), min_size=B, max_size=B).map(torch.tensor),
-        kl_estimate=tenths(0, 2), beta=BETAS,
-        desirable_weight=st.sampled_from([1.0, 0.5, 2.0]), undesirable_weight=st.sampled_from([1.0, 1.5]),
+        kl_estimate=tenths(0, 2),
+        beta=BETAS,
+        desirable_weight=st.sampled_from([1.0, 0.5, 2.0]),
+        undesirable_weight=st.sampled_from([1.0, 1.5]),
     ),
-    _brute_kto, "the share of the strength (π/π_ref)^β against that of e^z₀, label by label",
     lambda **given: kto_loss(**given).losses,
-    "p, q, good, z, b, d, u, f=lambda good, t, d, u: (d*good + u*~good) * (t - 2*t*good).sigmoid()",
-    """
-    f(good, b * (p - z), d, u)            | no reference
-    f(good, b * (p - q), d, u)            | z0 is missing
-    f(good, b * (p - q) - z, d, u)        | beta is missing on z0
-    f(~good, b * (p - q - z), u, d)       | the labels are swapped
-    f(good, b * (p - q - z), u, d)        | the weights are swapped
-    f(good | True, b * (p - q - z), d, u) | undesirable rows are treated as desirable
-    -(d*good + u*~good) * ell(b * (p - q - z) * (2*good - 1)) | -log sigmoid, where KTO has 1 - sigmoid
-    """,
-    ("policy_logps",),
-)  # fmt: skip
-
-
-def _brute_ranking(ranked_rewards: Tensor) -> Tensor:
-    strengths = ranked_rewards.exp()
-    return sum((strengths[:, k] / strengths[:, k:].sum(-1)).log() for k in range(strengths.shape[1]))
-
-
-RANKING = _known(
-    "plackett_luce",
+    {
+        "the labels are swapped": lambda p, q, good, *more: _kto(p, q, ~good, *more),
+        "the weights are swapped": lambda p, q, good, z, b, d, u: _kto(p, q, good, z, b, u, d),
+    },
+    slopes=("policy_logps",),
+)
+KNOWN["plackett_luce"] = Known(
     _rows("ranked_rewards", lambda B: st.integers(2, 4).flatmap(lambda K: table(B, K, -3, 3))),
-    _brute_ranking, "place after place, its share of the strengths still there", plackett_luce_logprob,
-    "r, left=lambda r: r.flip(-1).logcumsumexp(-1).flip(-1)",
-    """
-    (r - r.logsumexp(-1, keepdim=True)).sum(-1) | all answers stand in every denominator
-    (r - r.logcumsumexp(-1)).sum(-1)            | the ranking is read from its end: best first is meant
-    (r[:, :-1] - left(r)[:, 1:]).sum(-1)        | the denominators leave out the answer that is placed
-    (-r - left(-r)).sum(-1)                     | the sign of the rewards
-    r[:, 0] - r.logsumexp(-1)                   | only the first place is counted
-    ell(r[:, :-1] - r[:, 1:]).sum(-1)           | Bradley-Terry over neighbours
-    ell(r[:, :, None] - r[:, None, :]).triu(1).sum((-2, -1)) | Bradley-Terry over all pairs
-    (r - left(r)).sum(-1).exp()                 | the probability; its logarithm is asked for
-    """,
-)  # fmt: skip
-
-
-def _brute_optimum(ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
-    tilted = ref_logps.exp() * (rewards / beta).exp()
-    return (tilted / tilted.sum(-1, keepdim=True)).log()
-
-
-OPTIMUM = _known(
-    "optimal_policy",
+    plackett_luce_logprob,
+    {
+        "all answers stand in every denominator": lambda r: r.log_softmax(-1).sum(-1),
+        "the ranking is read from its end: best first is meant": lambda r: plackett_luce_logprob(r.flip(-1)),
+        "only the first place is counted": lambda r: r.log_softmax(-1)[:, 0],
+        "Bradley-Terry over neighbours": lambda r: F.logsigmoid(r[:, :-1] - r[:, 1:]).sum(-1),
+        "the probability; its logarithm is asked for": lambda r: plackett_luce_logprob(r).exp(),
+    },
+)
+KNOWN["optimal_policy"] = Known(
     _rows("ref_logps", lambda B: log_distribution(B, 3), rewards=lambda B: table(B, 3, -2, 2), beta=BETAS),
-    _brute_optimum, "the logarithms of the shares of π_ref · e^(r/β)", optimal_logps, "q, r, b",
-    """
-    (q + b * r).log_softmax(-1)                 | beta multiplies the reward
-    (r / b).log_softmax(-1)                     | no reference
-    ((q + r) / b).log_softmax(-1)               | beta divides the reference as well
-    (q - r / b).log_softmax(-1)                 | the sign of the reward
-    q + r / b                                   | log Z is missing: the probabilities do not sum to one
-    (q + r / b).softmax(-1)                     | probabilities; their logarithms are asked for
-    (q + r / b) - (q + r / b).logsumexp((0, 1)) | one Z for the whole table
-    """,
-)  # fmt: skip
+    lambda ref_logps, rewards, beta: (ref_logps + rewards / beta).log_softmax(-1),
+    {
+        "log Z is missing: the probabilities do not sum to one": lambda q, r, b: q + r / b,
+        "the probabilities; their logarithms are asked for": lambda q, r, b: (q + r / b).softmax(-1),
+        "one Z for the whole table": lambda q, r, b: (q + r / b) - (q + r / b).logsumexp((0, 1)),
+    },
+)
 
 
 @st.composite
@@ -348,21 +312,12 @@ def _exact_samples(draw) -> Given:
     return {"logps": logps.repeat_interleave(counts), "ref_logps": ref_logps.repeat_interleave(counts)}
 
 
-KL = _known(
-    "kl_estimate", _exact_samples(), lambda logps, ref_logps: (logps.exp() / ref_logps.exp()).log().mean(),
-    "KL(π‖π_ref), from samples as frequent as they are probable",
-    lambda logps, ref_logps: (logps - ref_logps).mean(), "p, q",
-    """
-    (q - p).mean()              | the ratio is upside down: log π_ref - log π
-    ((p - q)**2 / 2).mean()     | k2, half the squared log-ratio, is biased
-    (p - q).abs().mean()        | the absolute log-ratio is biased
-    ((p - q).exp() - 1 - (p - q)).mean() | k3 with the ratio upside down estimates another quantity
-    (p - q).clamp(min=0).mean() | each sample is clamped at zero, which is biased
-    (p - q).sum()               | the sum over the samples
-    (p.exp() * (p - q)).sum()   | weighted with π again: samples come with that frequency already
-    """,
-)  # fmt: skip
-
-KNOWN = {known.exercise.function: known for known in (
-    DPO, WEIGHT, SEQUENCE, OPTIMUM, RANKING, REWARD, BRADLEY_TERRY, KL, IPO, CDPO, KTO
-)}  # fmt: skip
+KNOWN["kl_estimate"] = Known(
+    _exact_samples(),
+    lambda logps, ref_logps: logps - ref_logps,
+    {
+        "k2, half the squared log-ratio, is biased": lambda p, q: (p - q) ** 2 / 2,
+        "k3 with the ratio upside down is another quantity": lambda p, q: (p - q).expm1() - (p - q),
+        "weighted with π again: samples come with that frequency": lambda p, q: (p.exp() * (p - q)).sum(),
+    },
+)

@@ -1,19 +1,17 @@
 """`python -m dpo_minimal check`: is your code what you think it is?
 
-Name a function and what it should be. It is called with small random inputs and compared with brute force;
-of a loss, also the gradient. A wrong one is shown with the smallest input that tells, what is expected, what
-your function gives, and the name of the mistake where it is a known one.
+Name a function and what it should be. It is called with small random inputs; of a loss, the gradient is
+compared as well. A wrong one is shown with the smallest input that tells, what is expected, what your
+function gives, and the name of the mistake where it is a known one.
 
   dpo-minimal check --dpo-loss losses.py:dpo_loss
   dpo-minimal check --sequence-logps "trainer.py:batch_logps(logits, labels, average_log_prob=False)"
   dpo-minimal check --dpo-loss my.losses:dpo --reward-model-loss my.losses:ranking
 
 FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION. If all its parameters have names of inputs, it gets these inputs,
-else the inputs in the order of the help below, where "of pairs" means policy_chosen_logps,
-policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, beta. Another order is written as a
-call, in which constants may stand, after the function's name. The first of several values is taken for the
-answer, and one number for the mean over the batch; the message says what was assumed. Methods need two lines
-of Python around them: `from dpo_minimal import check_dpo_loss` does the same in a test.
+else the inputs in the order of the help below. Another order is written as a call, after the function's name.
+The first of several values is taken for the answer, and one number for the mean over the batch; the message
+says what was assumed. For methods, `from dpo_minimal import check_dpo_loss` does the same in a test.
 
 Exit code 0: all are right; 1: one is not; 2: they could not be checked.
 """
@@ -24,26 +22,11 @@ import argparse
 import re
 from functools import partial
 
-from ..bench.conformance import CHECKS
+from ..bench.conformance import CHECKS, WHAT
 from ..bench.loading import load_function
 from ..validation import InputError, check_positive
 from .options import Option, add_options, flag_of, resolve
 
-WHAT = {
-    "dpo_loss": "DPO's loss, of pairs",
-    "dpo_gradient_weight": "its weight beta sigmoid(-margin), of pairs",
-    "sequence_logps": "log-probabilities of completions, of logits, ids, mask; or of labels (ids with -100 "
-    "outside the completion), prompt_lengths, lengths",
-    "optimal_policy": "log pi*, of ref_logps, rewards, beta",
-    "plackett_luce": "log-probabilities of rankings, of ranked_rewards",
-    "implicit_reward": "of logps, ref_logps, beta",
-    "reward_model_loss": "Bradley-Terry's loss, of chosen_rewards, rejected_rewards",
-    "kl_estimate": "KL(pi || pi_ref) from samples of pi, of logps, ref_logps",
-    "ipo_loss": "IPO's loss, of pairs",
-    "cdpo_loss": "conservative DPO's loss, of pairs and label_smoothing",
-    "kto_loss": "KTO's loss, of policy_logps, reference_logps, is_desirable, kl_estimate, beta, "
-    "desirable_weight, undesirable_weight",
-}
 GROUPS = {
     "what your functions should be": {
         name: Option(what, list, metavar="FUNCTION") for name, what in WHAT.items()
