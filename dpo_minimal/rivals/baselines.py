@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..closed_form import _check_world, _kl, kl_divergence, soft_value
+from ..closed_form import _check_world, _kl, kl_divergence
 from ..preferences import Rankings
 from ..train import Record
 from ..validation import InputError, check_count, check_finite, check_log_distribution, check_positive
@@ -172,14 +172,14 @@ def ppo(
     samples: int,
     epochs: int = 4,
     clip: float = 0.2,
-    baseline: str = "learned",
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[Record]:
     """PPO on a policy whose call returns its table; a completion is a single action [D7.7].
 
-    Advantages are penalised rewards minus a baseline, not divided by their deviation: that is zero at the
-    optimum. With one epoch nothing is clipped: that is REINFORCE with a baseline.
+    Advantages are penalised rewards minus each prompt's running mean of them, i.e. a value function of the
+    prompt. They are not divided by their deviation: that is zero at the optimum. With one epoch nothing is
+    clipped: that is REINFORCE with a baseline.
 
     Args:
         policy: () -> (X, Y) log-probabilities; the optimizer has its parameters.
@@ -187,16 +187,12 @@ def ppo(
         controller: of the KL coefficient, updated with the exact divergence, a mean over prompts.
         iterations: rounds of sampling; samples: completions of each prompt and round; epochs: gradient steps
             on each round's samples; scheduler: stepped once an iteration.
-        baseline: "learned": each prompt's running mean of penalised rewards, i.e. a value function of the
-            prompt; "soft": beta log Z of the given rewards, which needs the whole table.
     Yields: after each iteration's gradient steps a record of the policy before them: step, reward (of
         `rewards`, exact), kl/policy_reference (exact), kl/coefficient.
     Raises: InputError: an option out of range.
     """
     for name, count in (("iterations", iterations), ("samples", samples), ("epochs", epochs)):
         check_count(name, count)
-    if baseline not in ("learned", "soft"):
-        raise InputError(f"baseline must be learned or soft, got {baseline!r}.")
     for step in range(1, iterations + 1):
         beta = controller.coefficient
         with torch.no_grad():
@@ -204,9 +200,7 @@ def ppo(
             drawn = torch.multinomial(old.double().exp(), samples, replacement=True, generator=generator)
             old_logps, *others = (table.gather(-1, drawn) for table in (old, ref_logps, rewards))
             penalised = penalised_rewards(old_logps, *others, beta=beta)
-            if baseline == "soft":
-                value = soft_value(ref_logps, rewards, beta=beta)
-            elif step == 1:
+            if step == 1:
                 value = penalised.mean(-1)
             advantages = penalised - value.unsqueeze(-1)
             # After its use, because a value that has seen its own sample is biased.
