@@ -184,22 +184,23 @@ def test_the_earlier_of_equals_is_kept(monkeypatch):
 
 def test_windows_are_laid_out_one_after_the_other_in_an_order_of_the_seed(monkeypatch):
     """All of three epochs beforehand took 500 MiB instead of 7. Another seed, another order."""
-    original, made = reward_model.make_window, []
+    original, trained, made = reward_model.make_window, reward_model.train, []
 
     def counting(rows, step, *args, **options):
         made.append(step)
         return original(rows, step, *args, **options)
 
-    def watching(records):
-        for record in records:
+    def watching(*args, **options):
+        for record in trained(*args, **options):
             assert len(made) == 1 + record["step"]  # the held-out pairs are one more
             yield record
 
     monkeypatch.setattr(reward_model, "make_window", counting)
+    monkeypatch.setattr(reward_model, "train", watching)
     orders = []
     for seed in (0, 0, 1):
         made.clear()
-        fitted(64, seed=seed, epochs=2, progress=watching)
+        fitted(64, seed=seed, epochs=2)
         orders.append(list(made))
     assert len(made) == 5 and orders[0] == orders[1] != orders[2] and orders[0][1:3] != orders[0][3:]
 

@@ -11,7 +11,7 @@ Shapes: B prompts of a batch, K completions of each, N tokens or completions, C 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +96,6 @@ def fit_reward_model(
     seed: int,
     look_every: int,
     max_grad_norm: float | None = 1.0,
-    progress: Callable[[Iterable[Record]], Iterable[Record]] = iter,
 ) -> tuple[RewardModel, list[Record]]:
     """Fit a reward model to pairs, and keep the weights that judged held-out pairs best [D2.2].
 
@@ -105,7 +104,6 @@ def fit_reward_model(
         train_rows, held_out: pairs, chosen first.
         learning_rate: AdamW's, without weight decay; batch_size: pairs a step.
         look_every: steps between two evaluations on the held-out pairs; the last step is followed by one too.
-        progress: wraps the stream of records, e.g. in a progress bar.
     Returns (model, records): the weights with the highest held-out accuracy, the earlier where two are equal;
         a record a step as from `train`, some with eval_loss, eval_rewards/accuracies, ... of the weights
         after the step.
@@ -126,7 +124,7 @@ def fit_reward_model(
     last = epochs * -(-len(train_rows) // batch_size)
     optimizer = make_optimizer(model.parameters(), "adamw", learning_rate)
     best, best_weights, records = -1.0, {}, []
-    for record in progress(train(objective, optimizer, steps, max_grad_norm=max_grad_norm)):
+    for record in train(objective, optimizer, steps, max_grad_norm=max_grad_norm):
         if record["step"] % look_every == 0 or record["step"] == last:
             found = average(objective, held_out_window)
             record |= {f"eval_{name}": value for name, value in found.items()}
