@@ -611,14 +611,14 @@ MUTANTS = {
     ),
     "never stopped": (
         pairs.fit_rewards,
-        "found <= lowest",
-        "found == found",
+        "losses.flip(0).argmin(0)",
+        "torch.zeros(len(wins), dtype=torch.long)",
         test_the_reward_model_is_the_estimate_and_stops_in_time,
     ),
     "the rate does not fall": (
         pairs.fit_rewards,
-        "schedule.step()",
-        "pass",
+        "scheduler=schedule",
+        "scheduler=None",
         test_the_reward_model_is_dpo_in_other_words,
     ),
     "a rate of its own": (
@@ -627,22 +627,16 @@ MUTANTS = {
         "2 * pair_methods.TABLE_RATE",
         test_the_reward_model_is_dpo_in_other_words,
     ),
-    "looks at every step": (
+    "looks after other steps": (
         pairs.fit_rewards,
-        "if step in measured",
-        "if step",
-        test_the_reward_model_is_dpo_in_other_words,
-    ),
-    "looks a step early": (
-        pairs.fit_rewards,
-        "if step in measured",
-        "if step + 1 in measured",
+        "stream, steps)",
+        "stream, 2 * steps)",
         test_the_reward_model_is_dpo_in_other_words,
     ),
     "the first of equals": (
         pairs.fit_rewards,
-        "found <= lowest",
-        "found < lowest",
+        "len(path) - 1 - losses.flip(0).argmin(0)",
+        "losses.argmin(0)",
         test_the_reward_model_is_the_estimate_and_stops_in_time,
     ),
     "the prior forgotten": (

@@ -15,6 +15,7 @@ draws, meets neither.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -30,6 +31,7 @@ from ...certificates import connected
 from ...closed_form import kl_divergence, optimal_logps
 from ...laws.sampling_laws import kl_law
 from ...preferences import Rankings, expected_pairs, reference_pairs, sample_pairs, win_counts
+from ...train import train
 from ..study import Job, table
 from . import methods, pair_methods
 from .worlds import World, gpt_world
@@ -92,23 +94,19 @@ def fit_rewards(wins: Tensor, held_out: Tensor, *, steps: int = STEPS, prior: fl
     """
     scores = nn.Parameter(wins.new_zeros(wins.shape[:-1]))
     games = wins.sum((-3, -2, -1)).clamp(min=1)
-    optimizer, schedule = methods.adam([scores], pair_methods.TABLE_RATE, steps)
-    best, lowest = scores.detach().clone(), _losses(scores.detach(), held_out)
-    measured = methods.measured_steps(steps)
-    for step in range(1, steps + 1):
-        optimizer.zero_grad()
+
+    def objective(wins: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         total = _losses(scores, wins)
         if prior is not None:
             total = total + scores.square().sum((-2, -1)) / (2 * prior**2)
-        (total / games).sum().backward()
-        optimizer.step()
-        schedule.step()
-        if step in measured:
-            with torch.no_grad():
-                found = _losses(scores, held_out)
-                better = found <= lowest  # equal where nothing is held out: the last
-                best[better], lowest = scores[better], torch.minimum(found, lowest)
-    return best
+        return (total / games).sum(), {}
+
+    optimizer, schedule = methods.adam([scores], pair_methods.TABLE_RATE, steps)
+    stream = train(objective, optimizer, itertools.repeat(wins, steps), scheduler=schedule)
+    path, _, _ = methods.follow(lambda: scores.detach().clone(), stream, steps)
+    losses = torch.stack([_losses(each, held_out) for each in path])  # (L, R)
+    best = len(path) - 1 - losses.flip(0).argmin(0)  # of equals, as where nothing is held out, the last
+    return path[best, torch.arange(len(best))]
 
 
 def _losses(scores: Tensor, wins: Tensor) -> Tensor:
