@@ -15,11 +15,10 @@ import torch.nn.functional as F
 
 import dpo_minimal
 from dpo_minimal.__main__ import main
-from dpo_minimal.bench import checks
+from dpo_minimal.bench import checks, mistakes
 from dpo_minimal.bench.conformance import CHECKS
 from dpo_minimal.bench.exercises import samples
 from dpo_minimal.bench.loading import load_function
-from dpo_minimal.bench.mistakes import KNOWN, mistakes_of
 from dpo_minimal.validation import InputError
 
 README = (Path(dpo_minimal.__file__).parent / "bench" / "README.md").read_text(encoding="utf-8")
@@ -328,15 +327,14 @@ BRUTE = {
 @pytest.mark.parametrize("check", CHECKS)
 def test_right_is_brute_force(check):
     """What answers are compared with: probabilities and strengths divided, where it subtracts logarithms."""
-    for given in samples(KNOWN[check].inputs):
-        right, brute = KNOWN[check].right(**given), BRUTE[check](*given.values())
+    for given in samples(mistakes.INPUTS[check]):
+        right, brute = mistakes.RIGHT[check](**given), BRUTE[check](*given.values())
         assert right == pytest.approx(brute, rel=1e-9, abs=1e-9)  # log(1 - sigmoid) at margins up to 12
 
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_the_library_passes_its_own_checks(check, quickly):
-    known = KNOWN[check]
-    assert CHECKS[check](known.right).passed
+    assert CHECKS[check](mistakes.RIGHT[check]).passed
     assert getattr(dpo_minimal, f"check_{check}") is CHECKS[check]
 
 
@@ -410,9 +408,9 @@ WRONG = {  # check, function, how it is called, and what its name must contain
     "official, reference_free": (
         "dpo_loss", lambda *given, beta: official_loss(*given, beta, reference_free=True), "no reference",
     ),
-    "beta on the chosen only": ("dpo_loss", pair_loss(lambda g, k, b: b * g - k), "one side is transformed"),
+    "beta on the chosen only": ("dpo_loss", pair_loss(lambda g, k, b: b * g - k), "one side is transformed: beta"),
     "rejected clamped": (
-        "dpo_loss", pair_loss(lambda g, k, b: b * (g - k.clamp(max=0))), "one side is transformed",
+        "dpo_loss", pair_loss(lambda g, k, b: b * (g - k.clamp(max=0))), "one side is transformed: one log",
     ),
     "chosen scaled": (
         "dpo_loss", lambda a, b, c, d, beta: -F.logsigmoid(beta * (1.5 * a - c - b + d)),
@@ -478,6 +476,8 @@ WRONG = {  # check, function, how it is called, and what its name must contain
     "no end-of-text": ("sequence_logps", without_eos, "the last token is not counted"),
     "raw logits": ("sequence_logps", scored(of=lambda x: x), "raw logits"),
     "wrong axis": ("sequence_logps", scored(of=lambda x: x.log_softmax(1)), "over the places"),
+    "beta upside down": ("optimal_policy", lambda q, r, b: (q + b * r).log_softmax(-1), "upside down"),
+    "the loss for its weight": ("dpo_gradient_weight", lambda *g, beta: -F.logsigmoid(beta * h_of(*g)), "DPO"),
     "beta missing in front": (
         "dpo_gradient_weight", lambda *g, beta: torch.sigmoid(-beta * h_of(*g)), "the beta in front",
     ),
@@ -532,7 +532,7 @@ UNNAMED = {  # no known mistake: refused with the input that tells
 
 
 @pytest.mark.parametrize("name", UNNAMED)
-def test_other_wrong_code_is_refused_with_its_smallest_input(name):
+def test_other_wrong_code_is_refused_with_its_smallest_input(name, quickly):
     check, function = UNNAMED[name]
     verdict = CHECKS[check](function)
     assert verdict.status == "wrong" and verdict.mistake is None, verdict.message
@@ -542,10 +542,9 @@ def test_other_wrong_code_is_refused_with_its_smallest_input(name):
 @pytest.mark.parametrize("check", CHECKS)
 def test_every_mistake_is_told_from_right_and_from_the_others(check):
     """A name that fits two mistakes would be a guess."""
-    known = KNOWN[check]
-    drawn = samples(known.inputs)
-    answers = {"right": [known.right(**given) for given in drawn]}
-    for name, mistake in mistakes_of(check).items():
+    drawn = samples(mistakes.INPUTS[check])
+    answers = {"right": [mistakes.RIGHT[check](**given) for given in drawn]}
+    for name, mistake in mistakes.mistakes_of(check).items():
         answers[name] = [mistake(*checks.copy(given).values()) for given in drawn]
         for other in list(answers)[:-1]:
             same = (checks.agrees(a, b, 1e-9) for a, b in zip(answers[name], answers[other]))

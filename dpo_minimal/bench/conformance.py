@@ -26,7 +26,6 @@ from ..validation import InputError
 if TYPE_CHECKING:
     from .checks import Verdict
     from .exercises import Exercise
-    from .mistakes import Known
 
 Given = dict[str, Any]  # the inputs of one call, by name, in the order that is assumed
 ANSWERS = ("losses", "loss", "logps")  # what an entry or attribute with the answer may be called
@@ -53,9 +52,7 @@ def _checker(name: str) -> Callable[..., Verdict]:
     """The public check of one function."""
 
     def check(f: Callable, arguments: str | None = None, scale=1.0, gradient=True, **fixed: Any) -> Verdict:
-        """.
-
-        Args:
+        """Args:
             f: called with these inputs, log-probabilities as (B,) in nats: by name if all its parameters have
                 such names, else in this order. It returns one number a row, or the mean of a loss: alone,
                 first in a tuple, or as `losses`, `loss` or `logps` of a dict or object.
@@ -69,7 +66,7 @@ def _checker(name: str) -> Callable[..., Verdict]:
         return _check(name, f, arguments, scale, gradient, fixed)
 
     check.__name__ = check.__qualname__ = f"check_{name}"
-    check.__doc__ = f"Whether f is {WHAT[name]}{check.__doc__}"
+    check.__doc__ = f"Whether f is {WHAT[name]}.\n\n        {check.__doc__}"
     return check
 
 
@@ -85,13 +82,13 @@ def _check(name: str, f: Any, arguments: str | None, scale: float, gradient: boo
         if not (error.name or "").startswith("hypothesis"):
             raise
         raise InputError('the checks need Hypothesis: pip install "dpo-minimal[test]".') from None
-    known = mistakes.KNOWN[name]
-    names = list(samples(known.inputs)[0])
+    inputs = mistakes.INPUTS[name]
+    names = list(samples(inputs)[0])
     if unknown := sorted({*fixed} - {*names}):
         raise InputError(f"{unknown[0]} is no input of {name}; its inputs are {', '.join(names)}.")
-    inputs = known.inputs.map(lambda given: given | fixed) if fixed else known.inputs
+    inputs = inputs.map(lambda given: given | fixed) if fixed else inputs
     probe = max(samples(inputs), key=lambda given: len(given[names[0]]))  # of several rows
-    call, assumed = _caller(f, name, known, probe, arguments, fixed)
+    call, assumed = _caller(f, name, probe, mistakes.all_names, arguments, fixed)
 
     def found(*values: Any) -> tuple[Any, str]:
         return _taken(call(dict(zip(names, values))), len(values[0]))
@@ -109,11 +106,12 @@ def _check(name: str, f: Any, arguments: str | None, scale: float, gradient: boo
     assumed += [f"the answer is {taken}"] * bool(taken) + [f"it has the factor {scale:.5g}"] * (scale != 1)
 
     wrong = {said: _then(averaged, mistake) for said, mistake in mistakes.mistakes_of(name).items()}
-    right = _then(averaged, known.right)
-    exercise = Exercise("", name, inputs, right, "this package's answers", wrong, strain=known.strain)
+    right = _then(averaged, mistakes.RIGHT[name])
+    strain = probe | mistakes.FAR if {*mistakes.FAR} <= {*names} else None
+    exercise = Exercise("", name, inputs, right, "this package's answers", wrong, strain=strain)
     verdict = checks.judge(exercise, function, mistakes.symptom)
-    if verdict.passed and gradient and known.slopes:
-        slopes = checks.judge(*_of_slopes(exercise, function, names, known.slopes))
+    if verdict.passed and gradient and name in mistakes.SLOPES:
+        slopes = checks.judge(*_of_slopes(exercise, function, names, mistakes.SLOPES[name]))
         both = verdict._replace(message=f"{verdict.message}\n  Its gradient is right, too.")
         verdict = both if slopes.passed else slopes
     lines = [line for entry in assumed for line in textwrap.wrap(entry, 90)]
@@ -157,24 +155,24 @@ def _of_slopes(exercise: Exercise, function: Callable, names: list[str], wanted:
 # ------------------------------------------------------------------------------- calling somebody's function
 
 
-def _caller(f: Any, name: str, known: Known, given: Given, arguments: str | None, fixed: Given):
+def _caller(f: Any, name: str, given: Given, all_names: Callable, arguments: str | None, fixed: Given):
     """The call of f with inputs by name, and what is assumed of its arguments, as lines."""
     try:
         signature = inspect.signature(f)
-    except (TypeError, ValueError):  # of some functions that are written in C
+    except (TypeError, ValueError):  # as some functions that are written in C have none
         raise InputError(f"check_{name} takes the function itself, got {type(f).__name__}.") from None
-
-    for text in _possible_arguments(signature, known, given, fixed) if arguments is None else [arguments]:
+    possible = [arguments] if arguments is not None else _possible(signature, given, all_names(given), fixed)
+    for text in possible:
         try:
             code = compile(f"f({text})", "arguments", "eval")
-            eval(code, {"f": signature.bind} | known.all_names(given))
+            eval(code, {"f": signature.bind} | all_names(given))
             break
         except SyntaxError:
             raise InputError(f"arguments {text!r}: write them as in a call, inputs by name.") from None
         except NameError as error:
-            there = ", ".join(known.all_names(given))
+            there = ", ".join(all_names(given))
             raise InputError(f"{error.name} is no input of {name}; it has {there}.") from None
-        except TypeError as error:
+        except Exception as error:  # the signature's, or one of an expression
             reason = error
     else:
         raise InputError(
@@ -183,14 +181,14 @@ def _caller(f: Any, name: str, known: Known, given: Given, arguments: str | None
         )
     guessed = arguments is None and not all("=" in argument for argument in text.split(", "))
     assumed = [f"the arguments are, in this order, {text}"] * guessed
-    return lambda given: eval(code, {"f": f} | known.all_names(given)), assumed
+    return lambda given: eval(code, {"f": f} | all_names(given)), assumed
 
 
-def _possible_arguments(signature: inspect.Signature, known: Known, given: Given, fixed: Given) -> list[str]:
+def _possible(signature: inspect.Signature, given: Given, derived: Given, fixed: Given) -> list[str]:
     """As in a call: all by name; or in the order of the inputs, but numbers by name; or all in this order."""
     parameters = signature.parameters
     kinds = {parameter.kind for parameter in parameters.values()}
-    inputs = given if "mask" in parameters else known.all_names(given)  # labels beside a mask are ids
+    inputs = given if "mask" in parameters else derived  # labels beside a mask are ids
     named = [n for n in (given if inspect.Parameter.VAR_KEYWORD in kinds else parameters) if n in inputs]
     ordered = [n for n in given if n in parameters or n not in fixed]
     mixed = [n if isinstance(given[n], Tensor) else f"{n}={n}" for n in ordered]

@@ -59,6 +59,7 @@ def tenths(low: float = -5, high: float = 5) -> st.SearchStrategy[float]:
     return st.integers(round(10 * low), round(10 * high)).map(lambda n: n / 10)
 
 
+@functools.cache  # a new strategy takes longer than a draw
 def vector(size: int, low: float = -5, high: float = 5) -> st.SearchStrategy[Tensor]:
     """(size,) tenths, float64."""
     rows = st.lists(tenths(low, high), min_size=size, max_size=size)
@@ -75,6 +76,7 @@ def table(rows: int, columns: int, low: float = -5, high: float = 5) -> st.Searc
     return vector(rows * columns, low, high).map(lambda flat: flat.view(rows, columns))
 
 
+@functools.cache
 def log_distribution(*shape: int) -> st.SearchStrategy[Tensor]:
     """Log-probabilities that sum to one along the last axis; they shrink to the uniform ones."""
     size = torch.Size(shape).numel()

@@ -1,4 +1,4 @@
-"""What the conformance checks know of each function: inputs, the right answer, and the mistakes people make.
+"""What the conformance checks know: by their names, inputs, right answers and the mistakes people make.
 
 Inputs have the names of the library's own parameters; log-probabilities are in nats. Most mistakes are the
 right function of wrong inputs, so that one table of wrong inputs serves all functions.
@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from functools import partial
-from typing import NamedTuple
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -19,33 +18,195 @@ from torch import Tensor
 from ..closed_form import implicit_reward
 from ..losses import Loss, bradley_terry_loss, dpo_loss
 from ..preferences import plackett_luce_logprob
-from ..zoo import LOSSES
-from ..zoo.kto import kto_loss
+from ..zoo import LOSSES, cdpo_loss, ipo_loss, kto_loss
 from .checks import _outcome, agrees
 from .exercises import Exercise, Given, completion_logps, log_distribution, samples, table, tenths, vector
 
 Function = Callable[..., Tensor]
 PAIR = ("policy_chosen_logps", "policy_rejected_logps", "reference_chosen_logps", "reference_rejected_logps")
-BETAS = st.sampled_from([1.0, 2.0, 0.5, 0.1, 3.0])
+
+# ------------------------------------------------------------------------------------------------- inputs
 
 
-class Known(NamedTuple):
-    """A function that can be checked."""
-
-    inputs: st.SearchStrategy[Given]
-    right: Function  # from the inputs by name to what must come out
-    mistakes: dict[str, Function]  # by its name, what people write, of the inputs in their order
-    slopes: tuple[str, ...] = ()  # the inputs that a gradient must reach; () where values are all
-    derived: dict[str, Function] = {}  # noqa: RUF012  # other names for inputs, from all of them by name
-    strain: Given | None = None  # where a right formula overflows if it leaves the logarithms
-
-    def all_names(self, given: Given) -> Given:
-        """The inputs, and what is derived from them."""
-        return given | {name: make(**given) for name, make in self.derived.items()}
+@cache
+@st.composite
+def _rows(draw, columns: str, column=lambda B: completion_logps(B, -2.7), **more) -> Given:
+    """B rows. Margins stay below 12 in size, where log(1 - sigmoid) still has its digits."""
+    B = draw(st.integers(1, 3))
+    given = {name: draw(column(B)) for name in columns.split()}
+    return given | {name: draw(other(B) if callable(other) else other) for name, other in more.items()}
 
 
-KNOWN: dict[str, Known] = {}  # by the name of the check
+@st.composite
+def _padded_rows(draw) -> Given:
+    """Chosen rows, then as many rejected ones; each a prompt, a completion and padding of any token."""
+    T, V, B = draw(st.integers(3, 4)), draw(st.integers(2, 3)), 2 * draw(st.integers(1, 2))
+    ends = [(first, end) for end in range(2, T + 1) for first in range(1, end)]
+    first, end = torch.tensor(draw(st.lists(st.sampled_from(ends), min_size=B, max_size=B))).T[:, :, None]
+    ids = draw(st.lists(st.integers(0, V - 1), min_size=B * T, max_size=B * T))
+    logits, place = draw(table(B * T, V, -2, 2)).view(B, T, V), torch.arange(T)
+    return {"logits": logits, "ids": torch.tensor(ids).view(B, T), "mask": (place >= first) & (place < end)}
 
+
+@st.composite
+def _exact_samples(draw) -> Given:
+    """Samples in which each completion is as frequent as it is probable: their mean is the expectation."""
+    counts = torch.tensor(draw(st.lists(st.integers(1, 3), min_size=2, max_size=3)))
+    logps, ref_logps = (counts / counts.sum().double()).log(), draw(log_distribution(len(counts)))
+    return {"logps": logps.repeat_interleave(counts), "ref_logps": ref_logps.repeat_interleave(counts)}
+
+
+BETAS, EPSILONS = st.sampled_from([1.0, 2.0, 0.5, 0.1, 3.0]), st.sampled_from([0.1, 0.2, 0.3, 0.4, 0.05])
+INPUTS: dict[str, st.SearchStrategy[Given]] = {
+    **dict.fromkeys(("dpo_loss", "dpo_gradient_weight", "ipo_loss"), _rows(" ".join(PAIR), beta=BETAS)),
+    "cdpo_loss": _rows(" ".join(PAIR), beta=BETAS, label_smoothing=EPSILONS),
+    "kto_loss": _rows(
+        "policy_logps reference_logps",
+        is_desirable=lambda B: st.lists(st.booleans(), min_size=B, max_size=B).map(torch.tensor),
+        kl_estimate=tenths(0, 2),
+        beta=BETAS,
+        desirable_weight=st.sampled_from([1.0, 0.5, 2.0]),
+        undesirable_weight=st.sampled_from([1.0, 1.5]),
+    ),
+    "reward_model_loss": _rows("chosen_rewards rejected_rewards", vector),
+    "sequence_logps": _padded_rows(),
+    "optimal_policy": _rows(
+        "ref_logps", lambda B: log_distribution(B, 3), rewards=lambda B: table(B, 3, -2, 2), beta=BETAS
+    ),
+    "plackett_luce": _rows(
+        "ranked_rewards", lambda B: st.integers(2, 4).flatmap(lambda K: table(B, K, -3, 3))
+    ),
+    "implicit_reward": _rows("logps ref_logps", beta=BETAS),
+    "kl_estimate": _exact_samples(),
+}
+FAR = {
+    name: torch.tensor([-900.0 if name == PAIR[0] else -100.0]).double() for name in PAIR
+}  # where e^u is 0
+SLOPES: dict[str, tuple[str, ...]] = {  # the inputs that a gradient must reach
+    **dict.fromkeys(("dpo_loss", "ipo_loss", "cdpo_loss"), PAIR[:2]),
+    "kto_loss": ("policy_logps",),
+    "reward_model_loss": ("chosen_rewards", "rejected_rewards"),
+    "sequence_logps": ("logits",),
+}
+
+
+def all_names(given: Given) -> Given:
+    """The inputs, and what is derived from a mask."""
+    if "mask" not in given:
+        return given
+    mask, start = given["mask"], given["mask"].long().argmax(-1)
+    labels = given["ids"].masked_fill(~mask, -100)
+    return given | {"labels": labels, "prompt_lengths": start, "lengths": start + mask.sum(-1)}
+
+
+# ---------------------------------------------------------------------------------------- right and wrong
+
+
+def _picked(numbers: Tensor, ids: Tensor, mask: Tensor, shift: int = 1) -> Tensor:
+    """(B,): the sum of the numbers `shift` places before each token that counts, at that token."""
+    each = numbers[:, : ids.shape[1] - shift].gather(-1, ids[:, shift:, None]).squeeze(-1)
+    return (F.pad(each, (shift, 0)) * mask).sum(-1)
+
+
+def _summed(logits: Tensor, ids: Tensor, mask: Tensor, shift: int = 1) -> Tensor:
+    return _picked(logits.log_softmax(-1), ids, mask, shift)
+
+
+def _begun(mask: Tensor) -> Tensor:
+    """From the first token that counts to the end of the row."""
+    return mask.cumsum(-1) > 0
+
+
+def _moved(mask: Tensor, by: int) -> Tensor:
+    """By one place, to the right or to the left; what is beyond the end is lost."""
+    return F.pad(mask, (by, -by))
+
+
+def _kto(p, q, good, z, b, d, u) -> Tensor:
+    return kto_loss(p, q, good, z, beta=b, desirable_weight=d, undesirable_weight=u).losses
+
+
+RIGHT: dict[str, Function] = {  # of the inputs by name
+    "dpo_loss": lambda **given: dpo_loss(**given).losses,
+    "dpo_gradient_weight": lambda **given: dpo_loss(**given).gradient_weights,
+    "ipo_loss": lambda **given: ipo_loss(**given).losses,
+    "cdpo_loss": lambda **given: cdpo_loss(**given).losses,
+    "kto_loss": lambda **given: kto_loss(**given).losses,
+    "reward_model_loss": bradley_terry_loss,
+    "sequence_logps": _summed,
+    "optimal_policy": lambda ref_logps, rewards, beta: (ref_logps + rewards / beta).log_softmax(-1),
+    "plackett_luce": plackett_luce_logprob,
+    "implicit_reward": implicit_reward,
+    "kl_estimate": lambda logps, ref_logps: logps - ref_logps,
+}
+WRONG_MASKS: dict[str, Function] = {  # what is taken for the mask (B, T) of the completions
+    "prompt tokens are counted": lambda k: _begun(k.flip(-1)).flip(-1),
+    "padding is counted": _begun,
+    "the whole row is counted, prompt and padding": torch.ones_like,
+    "a mask that keeps only padding": lambda k: _begun(k) & ~k,
+    "the mask is inverted: it keeps prompt and padding": lambda k: ~k,
+    "the last token is not counted, though end-of-text is a choice as well": lambda k: k & _moved(k, -1),
+    "the first completion token is not counted": lambda k: k & _moved(k, 1),
+    "an extra shift of the mask": lambda k: _moved(k, 1),
+    "the mask is not shifted with the tokens": lambda k: _moved(k, -1),
+    "the rejected rows are masked by the chosen's mask": lambda k: k[: len(k) // 2].repeat(2, 1),
+}
+WRONG_OF_MARGIN: dict[str, dict[str, Function]] = {  # formulas of the margin u, beta, and epsilon
+    "dpo_loss": {
+        "beta is outside: it scales the loss and not the margin": lambda u, b: -b * F.logsigmoid(u / b),
+        "the logarithm is missing: -sigmoid(margin)": lambda u, b: -u.sigmoid(),
+        "the logarithm is missing: 1 - sigmoid(margin)": lambda u, b: (-u).sigmoid(),
+        "this is the margin; the loss is -log sigmoid of it": lambda u, b: u,
+    },
+    "dpo_gradient_weight": {
+        "the beta in front is missing": lambda u, b: (-u).sigmoid(),
+        "the beta inside is missing": lambda u, b: b * (-u / b).sigmoid(),
+        "the slope of the sigmoid: take that of its logarithm": lambda u, b: b * u.sigmoid() * (-u).sigmoid(),
+        "beta for every pair: the gradient without its weight": lambda u, b: torch.full_like(u, b),
+    },
+    "ipo_loss": {
+        "the target is 1/(2 beta), not 1/beta": lambda u, b: ((u - 1) / b) ** 2,
+        "off by beta squared: (margin - 1/2)^2": lambda u, b: (u - 0.5) ** 2,
+    },
+    "cdpo_loss": {
+        "the reversed label is subtracted": lambda u, b, e: (1 - e) * F.softplus(-u) - e * F.softplus(u),
+        "probabilities are mixed, not losses": lambda u, b, e: -(e + (1 - 2 * e) * u.sigmoid()).log(),
+    },
+}
+WRONG: dict[str, dict[str, Function]] = {  # what people write, of the inputs in their order
+    "kto_loss": {
+        "the labels are swapped": lambda p, q, good, *more: _kto(p, q, ~good, *more),
+        "the weights are swapped": lambda p, q, good, z, b, d, u: _kto(p, q, good, z, b, u, d),
+    },
+    "reward_model_loss": {"the logarithm is missing: 1 - sigmoid(margin)": lambda w, l: (l - w).sigmoid()},
+    "sequence_logps": {
+        **{s: lambda x, ids, k, wrong=wrong: _summed(x, ids, wrong(k)) for s, wrong in WRONG_MASKS.items()},
+        "the mean of tokens: log π(y|x) is their sum": lambda x, ids, k: _summed(x, ids, k) / k.sum(-1),
+        "the mean of the row: log π(y|x) is a sum": lambda x, ids, k: _summed(x, ids, k) / k.shape[1],
+        "no shift: logits at a place predict the token after it": lambda x, ids, k: _summed(x, ids, k, 0),
+        "an extra shift of the tokens: logits of two places before": lambda x, ids, k: _summed(x, ids, k, 2),
+        "raw logits: log_softmax is missing": _picked,
+        "log_softmax over the places, not the tokens": lambda x, ids, k: _picked(x.log_softmax(1), ids, k),
+    },
+    "optimal_policy": {
+        "log Z is missing: the probabilities do not sum to one": lambda q, r, b: q + r / b,
+        "the probabilities; their logarithms are asked for": lambda q, r, b: (q + r / b).softmax(-1),
+        "one Z for the whole table": lambda q, r, b: (q + r / b) - (q + r / b).logsumexp((0, 1)),
+    },
+    "plackett_luce": {
+        "all answers stand in every denominator": lambda r: r.log_softmax(-1).sum(-1),
+        "the ranking is read from its end: best first is meant": lambda r: plackett_luce_logprob(r.flip(-1)),
+        "only the first place is counted": lambda r: r.log_softmax(-1)[:, 0],
+        "Bradley-Terry over neighbours": lambda r: F.logsigmoid(r[:, :-1] - r[:, 1:]).sum(-1),
+        "the probability; its logarithm is asked for": lambda r: plackett_luce_logprob(r).exp(),
+    },
+    "implicit_reward": {"the logarithm of the ratio is missing": lambda p, q, b: b * (p - q).exp()},
+    "kl_estimate": {
+        "k2, half the squared log-ratio, is biased": lambda p, q: (p - q) ** 2 / 2,
+        "k3 with the ratio upside down is another quantity": lambda p, q: (p - q).expm1() - (p - q),
+        "weighted with π again: samples come with that frequency": lambda p, q: (p.exp() * (p - q)).sum(),
+    },
+}
 # A mistake: how the names of some inputs begin, and the multiple of these inputs that is taken, by beta.
 WRONG_INPUTS: dict[str, tuple[str, Callable[[float], float]]] = {
     "no reference: log-ratios are meant, not log-probabilities": ("ref", lambda b: 0),
@@ -56,6 +217,8 @@ WRONG_INPUTS: dict[str, tuple[str, Callable[[float], float]]] = {
     "the policy's two sides are swapped": ("policy", lambda b: -1),
     "chosen and rejected are swapped: the sign of the margin": (".*(chosen|rejected)", lambda b: -1),
     "the sum of the two sides: their difference is the margin": (".*rejected", lambda b: -1),
+    "one side is transformed: beta multiplies the chosen's only": (".*rejected", lambda b: 1 / b),
+    "one side is transformed: beta multiplies the rejected's only": (".*chosen", lambda b: 1 / b),
     "beta is missing": ("beta", lambda b: 1 / b),
     "beta is applied twice": ("beta", lambda b: b),
     "beta is upside down: 1/beta stands in its place": ("beta", lambda b: 1 / b**2),
@@ -67,13 +230,15 @@ WRONG_INPUTS: dict[str, tuple[str, Callable[[float], float]]] = {
 
 def mistakes_of(check: str) -> dict[str, Function]:
     """All mistakes, of the inputs in their order: its own, right answers to wrong inputs, other losses."""
-    known = KNOWN[check]
-    names = list(samples(known.inputs)[0])
+    names = list(samples(INPUTS[check])[0])
+
+    def right(*values, **changed) -> Tensor:
+        return RIGHT[check](**dict(zip(names, values)) | changed)
 
     def of_wrong(start: str, multiple: Callable[[float], float], *values) -> Tensor:
         given = dict(zip(names, values))
-        wrong = {n: multiple(given.get("beta", 1.0)) * given[n] for n in names if re.match(start, n)}
-        return known.right(**given | wrong)
+        factor = multiple(given.get("beta", 1.0))
+        return right(*values, **{n: factor * given[n] for n in names if re.match(start, n)})
 
     def other(loss: Loss, *values) -> Tensor:
         given = dict(zip(names, values))
@@ -81,8 +246,11 @@ def mistakes_of(check: str) -> dict[str, Function]:
         options = {option.name: given.get(option.name, option.default) for option in loss.options}
         return loss.function(*values[:4], **options | {"beta": given["beta"]}).losses
 
-    found = dict(known.mistakes)
-    found["the sum over the batch"] = lambda *values: known.right(**dict(zip(names, values))).sum()
+    def of_margin(formula: Function, w, l, v, m, b, *epsilon) -> Tensor:
+        return formula(b * (w - v - l + m), b, *epsilon)
+
+    found = {said: partial(of_margin, formula) for said, formula in WRONG_OF_MARGIN.get(check, {}).items()}
+    found |= WRONG.get(check, {}) | {"the sum over the batch": lambda *values: right(*values).sum()}
     for said, (start, multiple) in WRONG_INPUTS.items():
         if any(re.match(start, n) for n in names) and ("beta" in names or multiple(1.0) != 1):
             found[said] = partial(of_wrong, start, multiple)
@@ -115,209 +283,8 @@ def symptom(exercise: Exercise, function: Callable) -> str | None:
         return not all(agrees(_outcome(function, given), a, 1e-9) for given, a in zip(moved, answers))
 
     w, l, v, m = PAIR
-    sides = {"the chosen's": (w, v), "the rejected's": (l, m), "each by itself": (w, l)}
+    sides = {"the chosen's": (w, v), "the rejected's": (l, m), "one log-ratio, or both": (w, l)}
     found = [side for side, both in sides.items() if moves(*both)]
     if not found or len(found) == 3:
         return None
     return f"no function of the log-ratios' difference; one side is transformed: {found[0]}"
-
-
-@st.composite
-def _rows(draw, columns: str, column=lambda B: completion_logps(B, -2.7), **more) -> Given:
-    """B rows. Margins stay below 12 in size, where log(1 - sigmoid) still has its digits."""
-    B = draw(st.integers(1, 3))
-    given = {name: draw(column(B)) for name in columns.split()}
-    return given | {name: draw(other(B) if callable(other) else other) for name, other in more.items()}
-
-
-# --------------------------------------------------------------------------------------- losses of pairs
-
-
-def _of_pairs(right: Function, formulas: dict[str, Function], slopes=PAIR[:2], **more) -> Known:
-    """`formulas` are wrong ones of the margin, of beta, and of what is more."""
-    mistakes = {
-        said: lambda w, l, v, m, b, *more, wrong=wrong: wrong(b * (w - v - l + m), b, *more)
-        for said, wrong in formulas.items()
-    }
-    far = {name: torch.tensor([-900.0 if name == PAIR[0] else -100.0]).double() for name in PAIR}
-    far |= {"beta": 1.0} | dict.fromkeys(more, 0.1)
-    return Known(_rows(" ".join(PAIR), beta=BETAS, **more), right, mistakes, slopes, strain=far)
-
-
-KNOWN["dpo_loss"] = _of_pairs(
-    lambda **given: dpo_loss(**given).losses,
-    {
-        "beta is outside: it scales the loss and not the margin": lambda u, b: -b * F.logsigmoid(u / b),
-        "the logarithm is missing: -sigmoid(margin)": lambda u, b: -u.sigmoid(),
-        "the logarithm is missing: 1 - sigmoid(margin)": lambda u, b: (-u).sigmoid(),
-        "this is the margin; the loss is -log sigmoid of it": lambda u, b: u,
-    },
-)
-KNOWN["dpo_gradient_weight"] = _of_pairs(
-    lambda **given: dpo_loss(**given).gradient_weights,
-    {
-        "the beta in front is missing": lambda u, b: (-u).sigmoid(),
-        "the beta inside is missing": lambda u, b: b * (-u / b).sigmoid(),
-        "the slope of the sigmoid: the loss has its logarithm": lambda u, b: b * u.sigmoid() * (-u).sigmoid(),
-        "beta for every pair: the gradient without its weight": lambda u, b: torch.full_like(u, b),
-    },
-    slopes=(),
-)
-KNOWN["ipo_loss"] = _of_pairs(
-    lambda **given: LOSSES["ipo"].function(**given).losses,
-    {
-        "the target is 1/(2 beta), not 1/beta": lambda u, b: ((u - 1) / b) ** 2,
-        "off by beta squared: (margin - 1/2)^2": lambda u, b: (u - 0.5) ** 2,
-    },
-)
-KNOWN["cdpo_loss"] = _of_pairs(
-    lambda **given: LOSSES["cdpo"].function(**given).losses,
-    {
-        "the reversed label is subtracted": lambda u, b, e: e * F.logsigmoid(-u) - (1 - e) * F.logsigmoid(u),
-        "probabilities are mixed, not losses": lambda u, b, e: -(e + (1 - 2 * e) * u.sigmoid()).log(),
-    },
-    label_smoothing=st.sampled_from([0.1, 0.2, 0.3, 0.4, 0.05]),
-)
-
-# ---------------------------------------------------------------------- log-probabilities of sequences
-
-
-@st.composite
-def _padded_rows(draw) -> Given:
-    """Chosen rows, then as many rejected ones; each a prompt, a completion and padding of any token."""
-    T, V, B = draw(st.integers(3, 4)), draw(st.integers(2, 3)), 2 * draw(st.integers(1, 2))
-    ends = [(first, end) for end in range(2, T + 1) for first in range(1, end)]
-    first, end = torch.tensor(draw(st.lists(st.sampled_from(ends), min_size=B, max_size=B))).T[:, :, None]
-    ids = draw(st.lists(st.integers(0, V - 1), min_size=B * T, max_size=B * T))
-    logits, place = draw(table(B * T, V, -2, 2)).view(B, T, V), torch.arange(T)
-    return {"logits": logits, "ids": torch.tensor(ids).view(B, T), "mask": (place >= first) & (place < end)}
-
-
-def _picked(numbers: Tensor, ids: Tensor, mask: Tensor, shift: int = 1) -> Tensor:
-    """(B,): the sum of the numbers `shift` places before each token that counts, at that token."""
-    each = numbers[:, : ids.shape[1] - shift].gather(-1, ids[:, shift:, None]).squeeze(-1)
-    return (F.pad(each, (shift, 0)) * mask).sum(-1)
-
-
-def _summed(logits: Tensor, ids: Tensor, mask: Tensor, shift: int = 1) -> Tensor:
-    return _picked(logits.log_softmax(-1), ids, mask, shift)
-
-
-def _begun(mask: Tensor) -> Tensor:
-    """From the first token that counts to the end of the row."""
-    return mask.cumsum(-1) > 0
-
-
-def _moved(mask: Tensor, by: int) -> Tensor:
-    """By one place, to the right or to the left; what is beyond the end is lost."""
-    return F.pad(mask, (by, -by))
-
-
-WRONG_MASKS: dict[str, Function] = {  # what is taken for the mask (B, T) of the completions
-    "prompt tokens are counted": lambda k: _begun(k.flip(-1)).flip(-1),
-    "padding is counted": _begun,
-    "the whole row is counted, prompt and padding": torch.ones_like,
-    "a mask that keeps only padding": lambda k: _begun(k) & ~k,
-    "the mask is inverted: it keeps prompt and padding": lambda k: ~k,
-    "the last token is not counted, though end-of-text is a choice as well": lambda k: k & _moved(k, -1),
-    "the first completion token is not counted": lambda k: k & _moved(k, 1),
-    "an extra shift of the mask": lambda k: _moved(k, 1),
-    "the mask is not shifted with the tokens": lambda k: _moved(k, -1),
-    "the rejected rows are masked by the chosen's mask": lambda k: k[: len(k) // 2].repeat(2, 1),
-}
-KNOWN["sequence_logps"] = Known(
-    _padded_rows(),
-    _summed,
-    {said: lambda x, ids, k, wrong=wrong: _summed(x, ids, wrong(k)) for said, wrong in WRONG_MASKS.items()}
-    | {
-        "the mean of tokens: log π(y|x) is their sum": lambda x, ids, k: _summed(x, ids, k) / k.sum(-1),
-        "the mean of the row: log π(y|x) is a sum": lambda x, ids, k: _summed(x, ids, k) / k.shape[1],
-        "no shift: logits at a place predict the token after it": lambda x, ids, k: _summed(x, ids, k, 0),
-        "an extra shift of the tokens: logits of two places before": lambda x, ids, k: _summed(x, ids, k, 2),
-        "raw logits: log_softmax is missing": _picked,
-        "log_softmax over the places, not the tokens": lambda x, ids, k: _picked(x.log_softmax(1), ids, k),
-    },
-    slopes=("logits",),
-    derived={
-        "labels": lambda logits, ids, mask: ids.masked_fill(~mask, -100),
-        "prompt_lengths": lambda logits, ids, mask: mask.long().argmax(-1),
-        "lengths": lambda logits, ids, mask: mask.long().argmax(-1) + mask.sum(-1),
-    },
-)
-
-# --------------------------------------------------- rewards, labels, rankings, and policies on a table
-
-KNOWN["implicit_reward"] = Known(
-    _rows("logps ref_logps", beta=BETAS),
-    implicit_reward,
-    {"the ratio of probabilities: its logarithm is missing": lambda p, q, b: b * (p - q).exp()},
-)
-KNOWN["reward_model_loss"] = Known(
-    _rows("chosen_rewards rejected_rewards", vector),
-    bradley_terry_loss,
-    {
-        "the logarithm is missing: 1 - sigmoid(margin)": lambda w, l: (l - w).sigmoid(),
-    },
-    slopes=("chosen_rewards", "rejected_rewards"),
-)
-
-
-def _kto(p, q, good, z, b, d, u) -> Tensor:
-    return kto_loss(p, q, good, z, beta=b, desirable_weight=d, undesirable_weight=u).losses
-
-
-KNOWN["kto_loss"] = Known(
-    _rows(
-        "policy_logps reference_logps",
-        is_desirable=lambda B: st.lists(st.booleans(), min_size=B, max_size=B).map(torch.tensor),
-        kl_estimate=tenths(0, 2),
-        beta=BETAS,
-        desirable_weight=st.sampled_from([1.0, 0.5, 2.0]),
-        undesirable_weight=st.sampled_from([1.0, 1.5]),
-    ),
-    lambda **given: kto_loss(**given).losses,
-    {
-        "the labels are swapped": lambda p, q, good, *more: _kto(p, q, ~good, *more),
-        "the weights are swapped": lambda p, q, good, z, b, d, u: _kto(p, q, good, z, b, u, d),
-    },
-    slopes=("policy_logps",),
-)
-KNOWN["plackett_luce"] = Known(
-    _rows("ranked_rewards", lambda B: st.integers(2, 4).flatmap(lambda K: table(B, K, -3, 3))),
-    plackett_luce_logprob,
-    {
-        "all answers stand in every denominator": lambda r: r.log_softmax(-1).sum(-1),
-        "the ranking is read from its end: best first is meant": lambda r: plackett_luce_logprob(r.flip(-1)),
-        "only the first place is counted": lambda r: r.log_softmax(-1)[:, 0],
-        "Bradley-Terry over neighbours": lambda r: F.logsigmoid(r[:, :-1] - r[:, 1:]).sum(-1),
-        "the probability; its logarithm is asked for": lambda r: plackett_luce_logprob(r).exp(),
-    },
-)
-KNOWN["optimal_policy"] = Known(
-    _rows("ref_logps", lambda B: log_distribution(B, 3), rewards=lambda B: table(B, 3, -2, 2), beta=BETAS),
-    lambda ref_logps, rewards, beta: (ref_logps + rewards / beta).log_softmax(-1),
-    {
-        "log Z is missing: the probabilities do not sum to one": lambda q, r, b: q + r / b,
-        "the probabilities; their logarithms are asked for": lambda q, r, b: (q + r / b).softmax(-1),
-        "one Z for the whole table": lambda q, r, b: (q + r / b) - (q + r / b).logsumexp((0, 1)),
-    },
-)
-
-
-@st.composite
-def _exact_samples(draw) -> Given:
-    """Samples in which each completion is as frequent as it is probable: their mean is the expectation."""
-    counts = torch.tensor(draw(st.lists(st.integers(1, 3), min_size=2, max_size=3)))
-    logps, ref_logps = (counts / counts.sum().double()).log(), draw(log_distribution(len(counts)))
-    return {"logps": logps.repeat_interleave(counts), "ref_logps": ref_logps.repeat_interleave(counts)}
-
-
-KNOWN["kl_estimate"] = Known(
-    _exact_samples(),
-    lambda logps, ref_logps: logps - ref_logps,
-    {
-        "k2, half the squared log-ratio, is biased": lambda p, q: (p - q) ** 2 / 2,
-        "k3 with the ratio upside down is another quantity": lambda p, q: (p - q).expm1() - (p - q),
-        "weighted with π again: samples come with that frequency": lambda p, q: (p.exp() * (p - q)).sum(),
-    },
-)
