@@ -203,7 +203,7 @@ def _settle(unscaled: Field, ref: Tensor, rounds: int = 300) -> Ends:
         firm = lowest > 1e-9 * slope.abs().amax((-2, -1))
         error = torch.where(firm, newton.abs().amax(-1), math.inf)
         reach = _range(scores, there)
-        error = torch.where((rest == 0) & (reach <= AWAY), 0, error)  # nothing pulls any more
+        error = torch.where(rest == 0, 0, error)  # nothing pulls any more
         settled = error <= SURE
         moving = ~settled & (reach <= FAR) & (rest > NOTHING)
         if not moving.any():
