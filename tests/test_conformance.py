@@ -410,7 +410,7 @@ WRONG = {  # check, function, how it is called, and what its name must contain
     ),
     "beta on the chosen only": ("dpo_loss", pair_loss(lambda g, k, b: b * g - k), "one side is transformed: beta"),
     "rejected clamped": (
-        "dpo_loss", pair_loss(lambda g, k, b: b * (g - k.clamp(max=0))), "one side is transformed: one log",
+        "dpo_loss", pair_loss(lambda g, k, b: b * (g - k.clamp(max=0))), "one side is transformed: one",
     ),
     "chosen scaled": (
         "dpo_loss", lambda a, b, c, d, beta: -F.logsigmoid(beta * (1.5 * a - c - b + d)),
@@ -477,7 +477,7 @@ WRONG = {  # check, function, how it is called, and what its name must contain
     "raw logits": ("sequence_logps", scored(of=lambda x: x), "raw logits"),
     "wrong axis": ("sequence_logps", scored(of=lambda x: x.log_softmax(1)), "over the places"),
     "beta upside down": ("optimal_policy", lambda q, r, b: (q + b * r).log_softmax(-1), "upside down"),
-    "the loss for its weight": ("dpo_gradient_weight", lambda *g, beta: -F.logsigmoid(beta * h_of(*g)), "DPO"),
+    "the loss itself": ("dpo_gradient_weight", lambda *g, beta: -F.logsigmoid(beta * h_of(*g)), "DPO"),
     "beta missing in front": (
         "dpo_gradient_weight", lambda *g, beta: torch.sigmoid(-beta * h_of(*g)), "the beta in front",
     ),
