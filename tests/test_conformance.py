@@ -408,7 +408,7 @@ WRONG = {  # check, function, how it is called, and what its name must contain
     "official, reference_free": (
         "dpo_loss", lambda *given, beta: official_loss(*given, beta, reference_free=True), "no reference",
     ),
-    "beta on the chosen only": ("dpo_loss", pair_loss(lambda g, k, b: b * g - k), "one side is transformed: beta"),
+    "beta on the chosen only": ("dpo_loss", pair_loss(lambda g, k, b: b * g - k), "transformed: beta"),
     "rejected clamped": (
         "dpo_loss", pair_loss(lambda g, k, b: b * (g - k.clamp(max=0))), "one side is transformed: one",
     ),
