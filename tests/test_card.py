@@ -161,9 +161,10 @@ def below_frontier(end, ref, rewards):
     return ((tilted(ref, rewards, math.exp(high)).exp() - end.exp()) * rewards).sum().item()
 
 
-@pytest.mark.parametrize(
-    "name", ["dpo", "ipo", "cdpo", "robust", "averaged_ipo", "averaged_dpo", "simpo", "exo", "rpo"]
-)
+SLOWLY = [pytest.param(name, marks=pytest.mark.slow) for name in ("robust", "averaged_dpo", "exo", "rpo")]
+
+
+@pytest.mark.parametrize("name", ["dpo", "ipo", "cdpo", "averaged_ipo", "simpo", *SLOWLY])
 def test_where_training_ends_and_what_follows_from_it(name):
     """LBFGS on answers that are written out, and each number of that part of the card from its policies."""
     subject = Subject(LOSSES[name], (), {})
@@ -404,9 +405,8 @@ PLANTED = {
     "a million of it": (of_margin(lambda u: 1e6 * logistic(u)), AT, dict(end_on_unanimous_pairs=False)),
     "a naive logarithm": (of_margin(lambda u: -u.sigmoid().log()), AT, dict(end_on_unanimous_pairs=False)),
     "weights of its own": (reweighted, AT, dict(equal_pulls=True, depends_on_pairs=False)),
-    "no beta": (without_beta, "ends at π* of β = 1", dict(best_beta=pytest.approx(1, rel=1e-4))),
     "beta outside": (outside, "π* of β = 1 and not", dict(ends_at_optimum=False)),
-    "exponential": (of_margin(lambda u: (-u).exp()), "π* of β = 1 and not", dict(ends_at_optimum=False)),
+    "no beta": (without_beta, "ends at π* of β = 1", dict(best_beta=pytest.approx(1, rel=1e-4))),
     "a little off": (of_margin(lambda u: logistic(u - 1e-4)), ELSEWHERE, dict(depends_on_pairs=True)),
     "forgetful": (forgetful, "without regard to the reference", dict(reads_reference=False)),
     "the same anywhere": (fine_tuning, ELSEWHERE, dict(reads_reference=False, end_reads_reference=False)),
@@ -416,13 +416,11 @@ PLANTED = {
         kl_after_flips=pytest.approx(0, abs=1e-12))),  # 1/8 = eps / (1 - 2 eps) of a tenth
     "a corner, small": (of_margin(lambda u: 1e-6 * F.relu(2 - u)), ELSEWHERE, dict(
         worlds_undecided=0, end_on_unanimous_pairs=True, concave_from=None)),
-    "a corner, large": (of_margin(lambda u: 1e6 * F.relu(2 - u)), ELSEWHERE, dict(worlds_undecided=0)),
     "unequal": (unequal, ELSEWHERE, dict(equal_pulls=False, depends_on_pairs=True)),
     "labels swapped": (of_margin(lambda u: logistic(-u)), ELSEWHERE, dict(best_beta=None)),
     "never starts": (of_margin(lambda u: (u**2 - 1) ** 2), ELSEWHERE, dict(
         best_beta=None, depends_on_pairs=False)),
     "linear": (of_margin(lambda u: -u), NONE, dict(worlds_without_end=4, concave_from=None)),
-    "its sign": (of_margin(lambda u: -logistic(u)), NONE, dict(worlds_without_end=4)),
     "concave": (of_margin(lambda u: -F.softplus(u)), NONE, dict(concave_from=pytest.approx(-7.9))),
     "bounded": (of_margin(lambda u: torch.sigmoid(-u)), NONE, dict(ends_at_optimum=False)),
     "half detached": (half_detached, NONE, dict(equal_pulls=False)),
@@ -590,9 +588,7 @@ def test_displacement():
     assert (features[0] - features[1]).norm() == 1  # so that the margin is the length of the way
     for loss in (of_margin(logistic), of_margin(lambda u: (u - 1) ** 2)):
         found = measures.displacement(Subject(loss, ("policy", "reference"), {}))
-        assert found["displacement"] == pytest.approx(
-            ahead.item(), abs=0.01
-        )  # it stops within a step of 0.01
+        assert found["displacement"] == pytest.approx(ahead.item(), abs=0.01)  # a step's length
     v = torch.zeros(2).double()
     while v @ (features[0] - features[1]) < 1:
         v = v + 1e-3 * (features[0] - (features @ v).softmax(-1) @ features)
@@ -890,13 +886,12 @@ def test_the_command_refuses_in_one_sentence(asked, words, tmp_path, capsys):
 
 
 def test_no_number_of_a_card_is_infinite_and_its_figure_is_drawn(tmp_path, monkeypatch):
-    """Of a half-detached loss, of one that is infinite at margin 0, and of one that is NaN below -5."""
+    """Of a half-detached loss, and of one that is infinite at margin 0 and NaN below -5."""
     monkeypatch.setattr(ends_module, "SIZES", (3,))
     monkeypatch.setattr(card_module, "on_gpt", lambda *_, **__: dict.fromkeys(KEYS_OF_GPT))
     for loss in (
         half_detached,
-        of_margin(lambda u: 0.1 * (u - 1) ** 2 - u.abs().log()),
-        of_margin(lambda u: (u + 5).log() * -1),
+        of_margin(lambda u: 0.1 * (u - 1) ** 2 - u.abs().log() - (u + 5).log()),
     ):
         subject = Subject(loss, ("policy", "reference"), {})
         found = card_module._findings(subject, True)
