@@ -1,18 +1,13 @@
-"""`python -m dpo_minimal check`: is your code what you think it is?
+"""`python -m dpo_minimal check`: is your code what you think it is? A wrong answer is shown with the smallest
+input that tells, what is expected, what your function gives, and the name of the mistake where it is known.
 
-Name a function and what it should be. It is called with small random inputs; of a loss, the gradient is
-compared as well. A wrong one is shown with the smallest input that tells, what is expected, what your
-function gives, and the name of the mistake where it is a known one.
-
-  dpo-minimal check --dpo-loss losses.py:dpo_loss
+  dpo-minimal check --dpo-loss losses.py:dpo_loss --reward-model-loss my.package:ranking_loss
   dpo-minimal check --sequence-logps "trainer.py:batch_logps(logits, labels, average_log_prob=False)"
-  dpo-minimal check --dpo-loss my.losses:dpo --reward-model-loss my.losses:ranking
 
 FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION. If all its parameters have names of inputs, it gets these inputs,
 else the inputs in the order of the help below. Another order is written as a call, after the function's name.
 The first of several values is taken for the answer, and one number for the mean over the batch; the message
 says what was assumed. For methods, `from dpo_minimal import check_dpo_loss` does the same in a test.
-
 Exit code 0: all are right; 1: one is not; 2: they could not be checked.
 """
 
@@ -28,9 +23,7 @@ from ..validation import InputError, check_positive
 from .options import Option, add_options, flag_of, resolve
 
 GROUPS = {
-    "what your functions should be": {
-        name: Option(what, list, metavar="FUNCTION") for name, what in WHAT.items()
-    },
+    "what functions should be": {n: Option(what, list, metavar="FUNCTION") for n, what in WHAT.items()},
     "how they are called": {
         "arguments": Option("the call of functions that are named without one: inputs in another order", str),
         "beta": Option("for functions that take no beta: theirs", float, check=check_positive),
@@ -51,8 +44,7 @@ def run(args: argparse.Namespace) -> int:
     for name, text in named:
         target, call = re.fullmatch(r"(.*?)(?:\((.*)\))?", text, re.DOTALL).groups()
         try:
-            f, call = load_function(target), args.arguments if call is None else call
-            verdicts.append(CHECKS[name](f, arguments=call, scale=args.scale, **fixed))
+            verdicts += [CHECKS[name](load_function(target), call or args.arguments, args.scale, **fixed)]
         except InputError as error:
             raise InputError(f"{flag_of(name)} {error}") from None
     print("\n\n".join(f"{text}, as {verdict}" for (_, text), verdict in zip(named, verdicts)))
