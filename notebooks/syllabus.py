@@ -5,6 +5,7 @@ The tables are read off the notebooks' sources and the derivations' indices, so 
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from pathlib import Path
@@ -48,6 +49,7 @@ class Section(NamedTuple):
         return f"{Path(os.path.relpath(self.document, folder)).as_posix()}#{self.anchor}"
 
 
+@functools.cache  # a notebook asks for every cell of prose
 def sections() -> dict[str, Section]:
     """Tag -> its section, over all documents."""
     return {

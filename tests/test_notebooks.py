@@ -1,6 +1,7 @@
 """The course's notebooks: what is written matches its source, keeps to the pattern, and runs."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -14,6 +15,17 @@ from notebooks import build
 SOURCES = build.sources()
 NAMES = [source.stem for source in SOURCES]
 by_notebook = pytest.mark.parametrize("source", SOURCES, ids=NAMES)
+# Built or read once for all tests, which change nothing; what is executed is built anew.
+student_notebook, solved_notebook = (
+    functools.cache(build.student_notebook),
+    functools.cache(build.solved_notebook),
+)
+
+
+@functools.cache
+def kept(path):
+    """The notebook of this file."""
+    return nbformat.read(path, as_version=4)
 
 
 def code_cells(notebook):
@@ -57,12 +69,12 @@ def test_ten_notebooks():
 def test_no_copy_is_stale(source):
     """`python -m notebooks.build` has been run since the source was changed."""
     told = "run `python -m notebooks.build`"
-    assert not build.is_stale(build.student_path(source), build.student_notebook(source)), told
-    assert not build.is_stale(build.solved_path(source), build.solved_notebook(source)), told
+    assert not build.is_stale(build.student_path(source), student_notebook(source)), told
+    assert not build.is_stale(build.solved_path(source), solved_notebook(source)), told
 
 
 def test_a_stale_copy_is_noticed(tmp_path):
-    notebook = build.student_notebook(SOURCES[0])
+    notebook = student_notebook(SOURCES[0])
     path = tmp_path / "notebook.ipynb"
     assert build.is_stale(path, notebook)
     build.write(notebook, path)
@@ -107,7 +119,7 @@ def test_a_forced_build_that_fails_leaves_the_old_notebook(monkeypatch, tmp_path
 @by_notebook
 def test_the_header(source):
     """Claim, prerequisites, minutes, difficulty, and sections of derivations.md; 20 to 60 minutes in all."""
-    header = build.student_notebook(source).cells[0].source
+    header = student_notebook(source).cells[0].source
     assert re.match(rf"# {int(source.stem[:2])} · ", header)
     for part in ("**Before this:**", "**Difficulty:**", "**Derivations:** [D", "**The claim.**"):
         assert part in header
@@ -118,7 +130,7 @@ def test_the_header(source):
 
 @by_notebook
 def test_a_figure_by_the_third_code_cell(source):
-    cells = code_cells(nbformat.read(build.solved_path(source), as_version=4))
+    cells = code_cells(kept(build.solved_path(source)))
     pictures = [any("image/png" in output.get("data", {}) for output in cell.outputs) for cell in cells]
     assert any(pictures[:3])
     assert sum(pictures) >= 3
@@ -127,7 +139,7 @@ def test_a_figure_by_the_third_code_cell(source):
 @by_notebook
 def test_every_figure_is_described(source):
     """For those who cannot see it: as alternative text, and instead of the picture where none is shown."""
-    for cell in code_cells(nbformat.read(build.solved_path(source), as_version=4)):
+    for cell in code_cells(kept(build.solved_path(source))):
         for output in cell.outputs:
             if "image/png" in output.get("data", {}):
                 assert len(output.data["text/plain"]) > 20
@@ -137,7 +149,7 @@ def test_every_figure_is_described(source):
 @by_notebook
 def test_cells_are_short(source):
     """At most twelve lines of code, not counting blank lines, comments and docstrings."""
-    for cell in code_cells(build.solved_notebook(source)):
+    for cell in code_cells(solved_notebook(source)):
         if "setup" not in cell.metadata.get("tags", []):
             assert lines_of_code(cell.source) <= 12, cell.source
 
@@ -162,7 +174,7 @@ def test_lines_of_code_are_counted():
 @by_notebook
 def test_the_pattern(source):
     """Equations with tags, a prediction for every answer, exercises with their check, one open question."""
-    student, solved = build.student_notebook(source), build.solved_notebook(source)
+    student, solved = student_notebook(source), solved_notebook(source)
     text = prose(student)
     assert text.count("$$") >= 2 and re.search(r"\.md#d\d", text)
     assert text.count("**Predict before you run.**") >= 2
@@ -179,7 +191,7 @@ def test_the_pattern(source):
 @by_notebook
 def test_no_cell_needs_or_hides_a_students_answer(source):
     """A notebook runs with nothing solved; and a plot's variable must not take the place of a function."""
-    solved = build.solved_notebook(source)
+    solved = solved_notebook(source)
     answers = {re.match(r"def (\w+)", cell.source)[1] for cell in tagged(solved, "exercise")}
     for cell in code_cells(solved):
         if not {"exercise", "check"} & set(cell.metadata.get("tags", [])):
@@ -190,7 +202,7 @@ def test_no_cell_needs_or_hides_a_students_answer(source):
 @by_notebook
 def test_students_do_not_find_the_solutions(source):
     """No line of a solution is left in the student's notebook, nor any output."""
-    student, solved = build.student_notebook(source), build.solved_notebook(source)
+    student, solved = student_notebook(source), solved_notebook(source)
     for stub, answer in zip(tagged(student, "exercise"), tagged(solved, "exercise")):
         kept = [line for line in answer.source.split("\n") if line in stub.source.split("\n")]
         assert all(line.lstrip().startswith(("def ", '"""')) or not line.strip() for line in kept)
@@ -201,7 +213,7 @@ def test_students_do_not_find_the_solutions(source):
 
 @by_notebook
 def test_solved_notebooks_were_executed_in_order_and_without_error(source):
-    cells = code_cells(nbformat.read(build.solved_path(source), as_version=4))
+    cells = code_cells(kept(build.solved_path(source)))
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     for cell in cells:
         assert all(output.output_type != "error" for output in cell.outputs)
@@ -212,7 +224,7 @@ def test_solved_notebooks_were_executed_in_order_and_without_error(source):
 
 @by_notebook
 def test_slides_begin_at_headings(source):
-    for cell in build.student_notebook(source).cells:
+    for cell in student_notebook(source).cells:
         kind = cell.metadata["slideshow"]["slide_type"]
         if cell.source.startswith(("# ", "## ")) and cell.cell_type == "markdown":
             assert kind == "slide"
@@ -322,7 +334,7 @@ def test_the_exhibits_on_show_are_those_that_are_tested():
     def _bare(function):
         return function.body[1:] if ast.get_docstring(function) is not None else function.body
 
-    notebook = build.student_notebook(SOURCES[8])
+    notebook = student_notebook(SOURCES[8])
     shown = exhibits("\n\n".join(cell.source for cell in code_cells(notebook)))
     tested = exhibits((build.FOLDER / "exercises" / "what_goes_wrong.py").read_text(encoding="utf-8"))
     assert len(shown) == 6
