@@ -472,7 +472,7 @@ OPTIMUM_MUTANTS = {
     "NCA's shown twice": (nca_optimum, "chosen + shown", "chosen + 2 * shown"),
     "SPPO's without a half": (sppo_optimum, "(2 * beta)", "beta"),
     "not normalised but scaled": (pointwise._least, "logratios(low)", "best"),
-    "an upper k that is too low": (pointwise._least, "range(12)", "range(1)"),
+    "an upper k that is too low": (pointwise._least, "range(14)", "range(1)"),
 }
 
 

@@ -87,9 +87,12 @@ def token_counts(logps: Tensor, chosen: Tensor, rejected: Tensor) -> tuple[Tenso
 
 
 def bisection(above: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """The place between low and high where `above` becomes true, entry by entry, enclosed up to rounding."""
-    for _ in range(64):
-        middle = (low + high) / 2
-        there = above(middle)
-        low, high = torch.where(there, low, middle), torch.where(there, middle, high)
+    """The place between low and high where `above` becomes true, entry by entry, enclosed up to rounding.
+
+    Each step asks for fifteen places at once, along a new first axis: on small tables as fast as for one.
+    """
+    sixteenths = (torch.arange(1, 16).to(low) / 16).view(-1, *[1] * low.dim())
+    for _ in range(16):
+        passed = (~above(low + (high - low) * sixteenths)).sum(0)
+        low, high = low + (high - low) * passed / 16, low + (high - low) * (passed + 1) / 16
     return low, high

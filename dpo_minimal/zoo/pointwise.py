@@ -128,7 +128,7 @@ def _least(slope: Callable[[Tensor], Tensor], best: Tensor, ref_logps: Tensor) -
     """The policy of the least sum of convex functions of its log-ratios a, one a completion [D12.15].
 
     There slope(a) = -k pi with one k >= 0 a prompt. Either side is monotone, so that bisection finds a from k
-    and k from the sum of probabilities; 65 values of k at once, of which two next to each other are kept.
+    and k from the sum of probabilities; 17 values of k at once, of which two next to each other are kept.
 
     Args: slope (..., X, Y) -> their derivatives, up to a factor; best (X, Y), where these vanish.
     """
@@ -137,14 +137,15 @@ def _least(slope: Callable[[Tensor], Tensor], best: Tensor, ref_logps: Tensor) -
         raise InputError("the optimum is not known where targets sum to less than one; compare other pairs.")
 
     def logratios(k: Tensor) -> Tensor:
-        return bisection(lambda a: slope(a) + k * ref * a.exp() > 0, best - 1e3, best)[1]
+        ends = best - 1e3 + 0 * k, best + 0 * k
+        return bisection(lambda a: slope(a) + k * ref * a.exp() > 0, *ends)[1]
 
     high = (-slope(torch.zeros_like(best)) / ref).nan_to_num(0).amax(-1, keepdim=True).clamp(min=0)
-    low, grid = torch.zeros_like(high), torch.linspace(0, 1, 65).to(high).view(-1, 1, 1)
-    for _ in range(12):
-        k = low + (high - low) * grid  # (65, X, 1)
+    low, grid = torch.zeros_like(high), torch.linspace(0, 1, 17).to(high).view(-1, 1, 1)
+    for _ in range(14):
+        k = low + (high - low) * grid  # (17, X, 1)
         place = ((ref * logratios(k).exp()).sum(-1, keepdim=True) >= 1).sum(0, keepdim=True) - 1
-        low, high = (k.gather(0, place.clamp(0, 63) + side)[0] for side in (0, 1))
+        low, high = (k.gather(0, place.clamp(0, 15) + side)[0] for side in (0, 1))
     return (ref_logps + logratios(low)).log_softmax(-1)
 
 
