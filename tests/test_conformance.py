@@ -201,6 +201,8 @@ RIGHT = {  # check, function, how it is called
     "official, conservative": ("cdpo_loss", official_loss, {}),
     "official, log-probabilities": ("sequence_logps", official_batch_logps, {}),
     "official, both in one pass": ("sequence_logps", concatenated_forward, {}),
+    "this package's": ("dpo_loss", dpo_minimal.dpo_loss, {}),
+    "this package's KTO": ("kto_loss", dpo_minimal.kto_loss, {}),
     "TRL, the mean": ("dpo_loss", trl_loss, {}),
     "TRL, log-probabilities": ("sequence_logps", trl_logps, {}),
     "torchtune, a module": ("dpo_loss", TorchtuneLoss(0.3), {"beta": 0.3}),
@@ -332,10 +334,8 @@ def test_right_is_brute_force(check):
         assert right == pytest.approx(brute, rel=1e-9, abs=1e-9)  # log(1 - sigmoid) at margins up to 12
 
 
-@pytest.mark.parametrize("check", CHECKS)
-def test_the_library_passes_its_own_checks(check, quickly):
-    assert CHECKS[check](mistakes.RIGHT[check]).passed
-    assert getattr(dpo_minimal, f"check_{check}") is CHECKS[check]
+def test_the_checks_are_public():
+    assert all(getattr(dpo_minimal, f"check_{check}") is function for check, function in CHECKS.items())
 
 
 def test_what_is_assumed_is_said(quickly):
@@ -343,8 +343,8 @@ def test_what_is_assumed_is_said(quickly):
     message = CHECKS["dpo_loss"](trl_loss).message
     assert "assumed " in message and "in this order, policy_chosen_logps, policy_rejected_logps" in message
     assert "the mean over the batch" in message
-    assert "the first of its 3 values" in CHECKS["dpo_loss"](official_loss).message
-    assert "in this order" not in CHECKS["dpo_loss"](official_loss).message
+    message = CHECKS["dpo_loss"](official_loss).message
+    assert "the first of its 3 values" in message and "in this order" not in message
     assert "the factor -1" in CHECKS["plackett_luce"](dpo_minimal.plackett_luce_loss, scale=-1.0).message
 
 
