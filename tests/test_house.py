@@ -15,7 +15,7 @@ BUDGETS = {  # what is counted: lines, and words where it says so
     "book (root files)": 2900,
     "micro.py": 150,
     "experiments": 6100,
-    "package": 15500,
+    "package": 18000,
     "README.md": 160,
     "README.md, words": 1800,
     "derivations.md": 1500,

@@ -151,7 +151,11 @@ def verdict(found: Findings, options: dict[str, float]) -> str:
         return f"ends at π*{at}{limits}."
     best = f"π* of β = {found['best_beta']:.3g}" if found["best_beta"] else ""
     if found["ends_at_optimum_of_best_beta"]:
-        return f"ends elsewhere: at {best} and not of its own β = {options['beta']:g}{limits}."
+        own = f"{options['beta']:.8g}"
+        best = (
+            best if best.split()[-1] != own else f"π* of β = {found['best_beta']:.8g}"
+        )  # near, and yet not it
+        return f"ends elsewhere: at {best} and not of its own β = {own}{limits}."
     near = f", near {best}" if best and found["kl_at_best_beta"] <= 1e-3 and "beta" in options else ""
     return f"ends elsewhere: {found['kl_to_optimal']:.2g} nats from π*{near}, {_reason(found)}{limits}."
 
@@ -163,6 +167,8 @@ _LIMITS = {
 
 
 def _reason(found: Findings) -> str:
+    if found["kl_to_reference"] <= 1e-3:
+        return "at the reference itself, which training does not leave"
     if not found["reads_reference"]:
         return "without regard to the reference"
     if not found["end_reads_reference"]:
@@ -225,6 +231,7 @@ PAGE: dict[str, list[tuple[str, str, Callable[[Findings], str]]]] = {
         ("β whose π* is nearest", "D3.5", _number("best_beta")),
         ("KL to that π*, nats", "D3.5", _number("kl_at_best_beta", ".2g")),
         ("KL to its own known optimum, nats", "D12.1", _number("kl_to_own_optimum", ".2g")),
+        ("KL to the reference, worst world, nats", "D3.2", _number("kl_to_reference", ".2g")),
         ("reward below the frontier", "D10.1", _number("reward_below_frontier", ".2g")),
         ("depends on which pairs are shown", "D12.1", _word("depends_on_pairs")),
         ("moves with the reference", "D12.6", _word("end_reads_reference")),

@@ -172,7 +172,8 @@ def endings(subject: Subject, reads_batch: bool, *, quick: bool) -> Findings:
     main = scenes.where(*MAIN)
     none = dict.fromkeys((
         "ends_at_optimum", "kl_to_optimal", "best_beta", "kl_at_best_beta", "kl_to_own_optimum",
-        "reward_below_frontier", "depends_on_pairs", "end_reads_reference", "kl_after_flips",
+        "kl_to_reference", "reward_below_frontier", "depends_on_pairs", "end_reads_reference",
+        "kl_after_flips",
     ))  # fmt: skip
     findings = none | {
         "worlds": len(main),
@@ -206,6 +207,7 @@ def endings(subject: Subject, reads_batch: bool, *, quick: bool) -> Findings:
         "kl_at_best_beta": least,
         "ends_at_optimum_of_best_beta": inside and least <= exact,
         "kl_to_own_optimum": _own_optimum(subject, scenes, found, base),
+        "kl_to_reference": kl_divergence(found.logps[main], scenes.ref_logps[main]).max().item(),
         "reward_below_frontier": _below_frontier(found, scenes, base),
         "depends_on_pairs": moved > exact,
         "end_reads_reference": kl_divergence(found.logps[other], found.logps[base]).max().item() > exact,
