@@ -337,6 +337,8 @@ def brief(monkeypatch):
     """A few steps of everything."""
     monkeypatch.setattr(methods, "effort", lambda world, quick: methods.Effort(24, 6, 64, 2))
     monkeypatch.setattr(pairs, "STEPS", 30)
+    monkeypatch.setattr(pairs, "PRIOR_STEPS", 30)
+    monkeypatch.setitem(pairs.fit_rewards.__kwdefaults__, "steps", 30)
     monkeypatch.setattr(pairs, "SIZES", (100, 1000))
     monkeypatch.setattr(pairs, "GPT_SIZES", (100,))
     monkeypatch.setattr(pairs, "REPLICATES", 2)
@@ -440,12 +442,17 @@ def test_the_law_is_that_of_pairs_shared_by_all_prompts(brief, tmp_path, capsys)
     with np.load(tmp_path / "result.npz") as file:
         law = file["table_law"].item()
     population = expected_pairs(w.rewards, reference_pairs(w.ref_logps))
-    generator, gaps = np.random.default_rng(0), []
-    for _ in range(200):
-        estimate = maximum_likelihood(pairs.draw(population, count, generator), w.rewards > -torch.inf)
-        gaps.append(
-            count * pairs.gap_to_optimum(w, optimal_logps(w.ref_logps, estimate, beta=BETA), beta=BETA)
-        )
+    generator = np.random.default_rng(0)
+    sets = [pairs.draw(population, count, generator) for _ in range(200)]
+    prompts = [
+        each.prompt + len(w.rewards) * number for number, each in enumerate(sets)
+    ]  # all fitted at once
+    joined = Rankings(torch.cat(prompts), *(torch.cat(parts) for parts in zip(*(each[1:3] for each in sets))))
+    estimates = maximum_likelihood(joined, (w.rewards > -torch.inf).repeat(200, 1)).view(
+        200, *w.rewards.shape
+    )
+    best = optimal_logps(w.ref_logps.expand_as(estimates), estimates, beta=BETA)
+    gaps = [count * pairs.gap_to_optimum(w, logps, beta=BETA) for logps in best]
     assert abs(np.mean(gaps) - law) <= 4.9 * np.std(gaps) / math.sqrt(200) + 0.05 * law
 
 

@@ -507,7 +507,7 @@ MUTANTS = {
         ppo._gradient_step, "+ errors / tokens", "+ 0 * errors", test_the_value_function_learns,
     ),
     "the target is not looked at": (
-        train_ppo, "controller.update", "id", test_the_divergence_meets_its_target,
+        train_ppo, "controller.update", "id", test_the_coefficient_follows_divergences_of_either_sign,
     ),
     "the reference is asked in each epoch": (
         train_ppo, "for _ in range(settings.epochs):",
