@@ -286,7 +286,7 @@ def optimum_of_dpo_twice(wins):
 
 def forward_by_newton(ref_logps, rewards, beta):
     weights, level = beta * ref_logps.exp(), (rewards + beta * ref_logps.exp()).max()
-    for _ in range(200):  # from the left the sum is convex and falls: no step goes too far
+    for _ in range(30):  # from the left the sum is convex and falls: no step goes too far
         shares = weights / (level - rewards)
         level = level + (shares.sum() - 1) / (shares / (level - rewards)).sum()
     return (weights / (level - rewards)).log()

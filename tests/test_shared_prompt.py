@@ -151,14 +151,15 @@ def test_target_logps_are_log_softmax_and_gather(dtype, monkeypatch):
 def test_gradients_are_the_same_each_time_on_two_threads():
     """Completions share the state that predicts their first token. Added up in whatever order threads
     arrive, their gradients differed in the last bit from run to run, and resumed runs from whole ones.
-    A single row of many completions, so that both threads add to that one state."""
+    A single row of many completions, so that both threads add to that one state; with indexing in place of
+    the embedding, each of 36 repetitions differed from the first."""
     gpt = GPT(GPTConfig(vocab_size=VOCAB, block_size=2000, n_layer=1, n_head=1, n_embd=64))
     answers = torch.randint(VOCAB, (64, 16), generator=torch.Generator().manual_seed(0)).tolist()
     batch = shared_prompt_batch([[1, 2]], [answers])
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        found = [gradients(gpt, shared_prompt_logps(gpt, batch).square().sum()) for _ in range(10)]
+        found = [gradients(gpt, shared_prompt_logps(gpt, batch).square().sum()) for _ in range(4)]
     finally:
         torch.set_num_threads(threads)
     for again in found[1:]:

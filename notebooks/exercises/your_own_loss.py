@@ -428,6 +428,8 @@ def climbed(ref_logps, rewards, beta) -> Tensor:
         while length > 1e-9 and value(pi + length * step) < value(pi) - 1e-13 * (1 + value(pi).abs()):
             length /= 2
         pi = pi + length * step
+        if (step / pi).abs().max() < 1e-9:  # the next one would be its square
+            break
     return pi.log()
 
 
