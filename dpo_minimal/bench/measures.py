@@ -94,14 +94,16 @@ def _finite(subject: Subject, dtype: torch.dtype) -> bool | None:
 
 
 def _growth(subject: Subject) -> str:
-    """How the margin of a pair that all agree on grows with the time t of training, from how its pull fades:
-    like e^-u, like a power u^-k, not at all, or to nothing."""
-    _, *sides = subject.pulls(*pairs_of_margins(subject, torch.tensor([12.0, 24.0], dtype=torch.float64)))
-    first, second = sum(sides).tolist()
-    if first <= 0 or second <= 0:
+    """How the margin of a pair that all agree on grows with the time t of training, from how its pull fades
+    along margins that double: not at all, like a power u^-k, like e^-u, or to nothing."""
+    margins = torch.tensor([8.0, 16.0, 32.0], dtype=torch.float64)
+    _, *sides = subject.pulls(*pairs_of_margins(subject, margins))
+    pulls = sum(sides)
+    if not (pulls > 0).all():
         return "stops"
-    power = math.log2(first / second)
-    return "t" if power < 0.01 else "log t" if power > 5 else f"t^{1 / (1 + power):.2g}"
+    early, late = (-pulls.log().diff()).tolist()
+    power = late / math.log(2)
+    return "t" if power < 0.01 else "log t" if late > 1.5 * early else f"t^{1 / (1 + power):.2g}"
 
 
 def _first(places: Tensor, holds: Tensor) -> float | None:
