@@ -385,6 +385,12 @@ def only_padding(mask):
     return torch.stack([torch.arange(mask.shape[1]) > row.nonzero().max() for row in mask])
 
 
+def labels_inverted(logits, ids, mask):
+    labels = ids.masked_fill(~mask, -100)  # as trainers have them
+    kept = labels == -100
+    return scored()(logits, labels.masked_fill(kept, 0), kept)
+
+
 def chosens_mask(mask):
     return torch.cat([mask[: len(mask) // 2]] * 2)
 
@@ -460,6 +466,7 @@ WRONG = {  # check, function, how it is called, and what its name must contain
         "dpo_loss", lambda a, b, c, d, beta: -F.logsigmoid(beta * (a - b.detach() - c + d)),
         "no gradient reaches policy_rejected_logps",
     ),
+    "labels inverted": ("sequence_logps", labels_inverted, "token 0 is scored wherever the label is -100"),
     "only padding": ("sequence_logps", scored(only_padding), "a mask that keeps only padding"),
     "the chosen's mask": ("sequence_logps", scored(chosens_mask), "masked by the chosen's mask"),
     "scores without gradient": (

@@ -183,6 +183,9 @@ WRONG: dict[str, dict[str, Function]] = {  # what people write, of the inputs in
         "the mean of the row: log π(y|x) is a sum": lambda x, ids, k: _summed(x, ids, k) / k.shape[1],
         "no shift: logits at a place predict the token after it": lambda x, ids, k: _summed(x, ids, k, 0),
         "an extra shift of the tokens: logits of two places before": lambda x, ids, k: _summed(x, ids, k, 2),
+        "the mask is inverted: token 0 is scored wherever the label is -100": lambda x, ids, k: _summed(
+            x, ids * k, ~k
+        ),
         "raw logits: log_softmax is missing": _picked,
         "log_softmax over the places, not the tokens": lambda x, ids, k: _picked(x.log_softmax(1), ids, k),
     },
