@@ -448,6 +448,7 @@ def test_a_loss_that_is_computed_in_float32_ends_where_it_does_in_float64():
         assert found["concave_from"] is None and found["rises_from"] is None and not found["batch_dependent"]
 
 
+@pytest.mark.slow
 def test_a_loss_of_lengths_and_one_of_its_batch_end_elsewhere():
     found, sentence = judged(averaged, reads=("policy", "reference", "lengths"))
     assert found["reads_lengths"] and "depends on lengths" in sentence
@@ -474,6 +475,7 @@ def test_training_that_leads_to_nan_is_no_end():
     assert found["ends_at_optimum"] is None and found["worlds_undecided"] > 0 and "not be decided" in sentence
 
 
+@pytest.mark.slow
 def test_fields_that_descend_no_function_end_where_small_steps_do():
     """One that is half detached, and one with hollows and ridges, by plain gradient descent."""
     scenes = ends_module.population(2)
@@ -885,6 +887,7 @@ def test_the_command_refuses_in_one_sentence(asked, words, tmp_path, capsys):
     assert words in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_no_number_of_a_card_is_infinite_and_its_figure_is_drawn(tmp_path, monkeypatch):
     """Of a half-detached loss, and of one that is infinite at margin 0 and NaN below -5."""
     monkeypatch.setattr(ends_module, "SIZES", (3,))

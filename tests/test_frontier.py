@@ -470,6 +470,7 @@ def test_the_same_seed_gives_the_same_numbers(brief, tmp_path, capsys):
     assert "Gap to pi* in nats" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_how_many_pairs_for_the_gpt(brief, tmp_path, capsys):
     """Each method at each size and with exact preferences (null in the records), and PPO with the true reward
     once; exact preferences leave nothing uncompared."""

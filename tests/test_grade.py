@@ -40,6 +40,7 @@ def submit(folder, *answers, added=None):
     return folder / "03_dpo.ipynb"
 
 
+@pytest.mark.slow
 def test_a_folder_is_graded(tmp_path, capsys):
     """One CSV: points by exercise, two for a central one; what was not handed in stays empty."""
     submit(tmp_path / "in" / "ada", "%%time\n" + RIGHT, ALSO_RIGHT)

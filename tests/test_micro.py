@@ -124,6 +124,7 @@ def run(*command, folder, **environment):
     return done.stdout, error, bound, after.ru_utime - before.ru_utime
 
 
+@pytest.mark.slow
 def test_a_copy_in_an_empty_folder_runs(tmp_path):
     """Shortened: loss log 2 and weight beta / 2 at the start, some bound at the end, and a table of the three
     best completions and the three worst."""

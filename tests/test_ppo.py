@@ -373,6 +373,7 @@ def climb(iterations, **options):
     return policy, reference, list(train_ppo(policy, reference, ASKED, reward, settings, eos=EOS))
 
 
+@pytest.mark.slow
 def test_it_approaches_the_closed_form():
     """From samples alone towards pi* of the true rewards, at a constant learning rate. KL(pi || pi*) ends at
     16 or 17 % of the reference's for three seeds; after 160 iterations, at 7 %."""
