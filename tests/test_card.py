@@ -532,6 +532,7 @@ def check_data(found, rewards, scores, beta, pairs=1000):
     assert found["n_kl_law"] == pytest.approx(law.item(), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_finite_data():
     """The same draws estimated by maximum likelihood, and for IPO by its linear equations."""
     rewards, data = drawn_again()
