@@ -667,6 +667,8 @@ REFUSED = {
     "an option out of its range": (
         LOSSES["cdpo"], dict(options={"label_smoothing": 0.6}), r"label_smoothing must lie in \[0, 0.5\)"),
     "reads what there is not": (without_beta, dict(reads=("policy", "prompts")), "reads must name policy"),
+    "reads, beside our names": (LOSSES["ipo"].function, dict(reads=("policy", "lengths")), "leave out reads"),
+    "reads, of the package's loss": (LOSSES["dpo"], dict(reads=("policy",)), "leave out reads"),
     "reads no policy": (without_beta, dict(reads=("reference",)), "reads must name policy"),
     "few parameters": (lambda a, b: b - a, {}, "has 2 parameters by position, but .* make 4"),
     "few for what it reads": (without_beta, dict(reads=("policy", "reference", "lengths")), "make 6"),
@@ -876,7 +878,9 @@ def test_the_command_for_all_losses(tmp_path, capsys, monkeypatch):
         (["dpo", "--option", "tau=1"], "has no option tau"),
         (["MINE:nothing"], "has no nothing"),
         (["MINE:torch"], "is of type module, no function"),
-        (["MINE:mine", "--reads", "policy,prompts", "--option", "gamma=1"], "has no option gamma"),
+        (["MINE:mine", "--option", "gamma=1"], "has no option gamma"),
+        (["MINE:mine", "--reads", "policy,prompts"], "leave out reads"),
+        (["--all", "--reads", "policy"], "leave out reads"),
     ],
 )
 def test_the_command_refuses_in_one_sentence(asked, words, tmp_path, capsys):
@@ -939,3 +943,22 @@ def test_the_table_of_cards_is_what_is_measured(monkeypatch):
             assert number.sub("#", found) == number.sub("#", told), (name, found, told)
             pairs = zip(number.findall(found), number.findall(told), strict=True)
             assert all(float(a) == pytest.approx(float(b), rel=0.05) for a, b in pairs), (name, found, told)
+
+
+def test_a_function_with_the_name_of_a_neighbour_keeps_its_column(monkeypatch):
+    """Called DPO, it is not replaced by DPO's numbers."""
+
+    class Only(dict):  # what is not measured here is not decided
+        def __missing__(self, key):
+            return {"worlds_without_end": 1, "growth_on_unanimous_pairs": "-"}.get(key)
+
+    monkeypatch.setattr(card_module, "_findings", lambda subject, quick: Only(measures.shape(subject)))
+    monkeypatch.setattr(card_module, "_beside", card_module._beside.__wrapped__)
+
+    def DPO(winner, loser, winner_before, loser_before, beta):
+        return 3 + logistic(beta * (winner - loser - winner_before + loser_before))
+
+    card = loss_card(DPO)
+    (line,) = [line for line in card.text().splitlines() if "loss where policy = reference" in line]
+    assert card.name == "your DPO" and line.split()[-4:-1] == ["3.693", "0.6931", "1"]
+    assert [*card.curves] == ["your DPO", "DPO", "IPO"]

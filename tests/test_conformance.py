@@ -653,6 +653,7 @@ def test_exit_codes_and_messages(files, quickly, capsys):
         (["--dpo-loss", "losses.py:dpo(beta)"], "--dpo-loss dpo cannot be called"),
         (["--dpo-loss", "losses.py:dpo", "--beta", "-1"], "--beta must be a positive"),
         (["--sequence-logps", "losses.py:dpo", "--arguments", "beta"], "--sequence-logps beta is no input"),
+        (["--dpo-loss", "losses.py:dpo(beta)", "--arguments", "beta"], "--arguments is for functions that"),
     ],
 )
 def test_bad_input_is_one_sentence(files, arguments, named, capsys):

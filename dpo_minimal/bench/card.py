@@ -21,7 +21,7 @@ from ..losses import Loss
 from ..validation import InputError
 from ..zoo import LOSSES
 from .measures import Curves, Findings, curves, displacement, endings, finite_data, invariances, on_gpt, shape
-from .subject import BETA, Subject, examine
+from .subject import BETA, POSITIONS, Subject, examine
 
 BESIDE = {"DPO": "dpo", "IPO": "ipo"}  # whose findings stand beside a loss's own
 
@@ -47,14 +47,14 @@ class Card:
 
     def text(self) -> str:
         """The page."""
-        columns = {self.name[:14]: self.findings, **self.beside}
+        columns = [(self.name[:14], self.findings), *self.beside.items()]
         options = ", ".join(f"{name} {value:g}" for name, value in self.options.items())
         lines = [f"{self.name} ({options})" if options else self.name]
         lines += [*textwrap.wrap(self.verdict, 100), ""]
         for title, rows in PAGE.items():
-            lines.append(f"{title:<44}" + "".join(f"{name:>15}" for name in columns))
+            lines.append(f"{title:<44}" + "".join(f"{name:>15}" for name, _ in columns))
             for label, tag, show in rows:
-                cells = "".join(f"{show(findings):>15}" for findings in columns.values())
+                cells = "".join(f"{show(findings):>15}" for _, findings in columns)
                 lines.append(f"  {label:<42}{cells}   [{tag}]")
             lines.append("")
         return "\n".join(lines)
@@ -69,7 +69,7 @@ class Card:
 def loss_card(
     loss: Loss | Callable,
     *,
-    reads: Sequence[str] = ("policy", "reference"),
+    reads: Sequence[str] = POSITIONS,
     options: dict[str, float] | None = None,
     quick: bool = False,
 ) -> Card:
@@ -80,7 +80,7 @@ def loss_card(
             that begins with them, or a record of `zoo.LOSSES`. What it reads is told by the names of its
             parameters, which are those of `losses.READS`: `policy_chosen_logps`, ...
         reads: of a function with other names, the tables whose chosen and rejected columns come first by
-            position: of "policy", "reference" and "lengths" (tokens).
+            position: of "policy", "reference" and "lengths" (tokens); refused where the names tell it.
         options: of the loss, such as {"beta": 0.1}; a beta that is not given is 0.5.
         quick: fewer data sets and steps.
     Raises:
@@ -100,9 +100,10 @@ def loss_card(
         others = {
             title: _beside(name, subject.options.get("beta", BETA), quick) for title, name in BESIDE.items()
         }
-    lines = {subject.name: own} | {title: drawn for title, (_, drawn) in others.items()}
+    name = f"your {subject.name}" if subject.name in BESIDE else subject.name
+    lines = {name: own} | {title: drawn for title, (_, drawn) in others.items()}
     beside = {title: found for title, (found, _) in others.items()}
-    return Card(subject.name, subject.options, verdict(findings, subject.options), findings, beside, lines)
+    return Card(name, subject.options, verdict(findings, subject.options), findings, beside, lines)
 
 
 @contextmanager
@@ -151,11 +152,9 @@ def verdict(found: Findings, options: dict[str, float]) -> str:
         return f"ends at π*{at}{limits}."
     best = f"π* of β = {found['best_beta']:.3g}" if found["best_beta"] else ""
     if found["ends_at_optimum_of_best_beta"]:
-        own = f"{options['beta']:.8g}"
-        best = (
-            best if best.split()[-1] != own else f"π* of β = {found['best_beta']:.8g}"
-        )  # near, and yet not it
-        return f"ends elsewhere: at {best} and not of its own β = {own}{limits}."
+        near_its_own = math.isclose(found["best_beta"], options["beta"], rel_tol=0.01)
+        best = f"π* of β = {found['best_beta']:.8g}" if near_its_own else best
+        return f"ends elsewhere: at {best} and not of its own β = {options['beta']:.8g}{limits}."
     near = f", near {best}" if best and found["kl_at_best_beta"] <= 1e-3 and "beta" in options else ""
     return f"ends elsewhere: {found['kl_to_optimal']:.2g} nats from π*{near}, {_reason(found)}{limits}."
 

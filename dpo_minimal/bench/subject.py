@@ -19,6 +19,7 @@ from ..preferences import Rankings
 from ..validation import InputError, check_positive
 
 TABLES = ("policy", "reference", "lengths")  # whose columns a function without our names may take, in order
+POSITIONS = TABLES[:2]  # of a function of which nothing else is said
 BETA = 0.5  # where it is not given: with a smaller one the policies of small tables are all but certain
 ROWS = 8  # of the example that every loss is first called with
 
@@ -33,6 +34,8 @@ class Subject:
     def __init__(self, loss: Loss | Callable, reads: Sequence[str], options: dict[str, float] | None):
         self.record = loss if isinstance(loss, Loss) else _record(loss, reads)
         self.name = self.record.name
+        if isinstance(loss, Loss):
+            _check_unused(self.name, reads)
         parameters = inspect.signature(self.record.function).parameters.values()
         own = [p for p in parameters if p.name not in READS and p.kind is not p.VAR_KEYWORD]
         defaults = {p.name: p.default for p in own if isinstance(p.default, (int, float))}
@@ -143,6 +146,11 @@ def _record(function: Callable, reads: Sequence[str]) -> Loss:
     return Loss(name, name, _with_our_names(function, name, reads))
 
 
+def _check_unused(name: str, reads: Sequence[str]) -> None:
+    if tuple(reads) not in ((), POSITIONS):
+        raise InputError(f"{name} tells what it reads by its parameters' names; leave out reads.")
+
+
 def _with_our_names(function: Callable, name: str, reads: Sequence[str]) -> Callable:
     """The function itself where a parameter has a name of `losses.READS`; else one that passes the columns of
     `reads` by position."""
@@ -151,6 +159,7 @@ def _with_our_names(function: Callable, name: str, reads: Sequence[str]) -> Call
     except ValueError:  # of a builtin
         raise InputError(f"{name} does not tell its parameters; wrap it in a function of yours.") from None
     if any(p.name in READS for p in parameters):
+        _check_unused(name, reads)
         return function
     if "policy" not in reads or not set(reads) <= set(TABLES):
         raise InputError(f"reads must name policy, and may name reference and lengths, got {tuple(reads)}.")

@@ -24,8 +24,7 @@ from tqdm import tqdm
 
 from ..bench.card import Card, loss_card
 from ..bench.loading import load_function
-from ..losses import Loss
-from ..text.runs import new_run_folder, refuse_used_folder, versions, write_atomically, write_json
+from ..text.runs import new_run_folder, refuse_used_folder, versions, write_json, write_text
 from ..validation import InputError
 from ..zoo import LOSSES, no_such_loss
 
@@ -58,26 +57,25 @@ def run(args: argparse.Namespace) -> Path:
     if args.all and args.option:
         raise InputError("--all takes the losses' own options; leave out --option, or name one loss.")
     refuse_used_folder(args.output_dir)
-    options = dict(map(_option, args.option or ()))
-    reads = tuple(part.strip() for part in args.reads.split(","))
+    options, reads = dict(map(_option, args.option or ())), tuple(args.reads.replace(" ", "").split(","))
     chosen = LOSSES if args.all else {"card": _named(args.loss)}
     cards = {}
     for name, loss in tqdm(chosen.items(), desc="measuring", disable=not args.all):
         cards[name] = loss_card(loss, reads=reads, options=options, quick=args.quick)
     page = table_of_cards(cards) if args.all else cards["card"].text()
-    print(page)
     folder = new_run_folder(args.output_dir, "card")  # only now: an interrupted run leaves none behind
     for name, card in cards.items():
         write_json(folder / f"{name}.json", card.json())
         card.figure(folder / f"{name}.png")
     file = folder / ("table.md" if args.all else "card.txt")
-    write_atomically(file, lambda temporary: temporary.write_text(page + "\n", encoding="utf-8"))
+    write_text(file, page + "\n")
     write_json(folder / "config.json", {"command": "card", **vars(args), **versions()})
+    print(page)
     print(f"Wrote {folder}: {file.name}, and {'for each loss' if args.all else 'card'}.json and .png.")
     return folder
 
 
-def _named(name: str) -> Loss:
+def _named(name: str):
     if ":" in name:
         return load_function(name)
     if name not in LOSSES:

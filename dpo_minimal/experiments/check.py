@@ -40,11 +40,13 @@ def run(args: argparse.Namespace) -> int:
     if not named:
         raise InputError("name a function to check, as in --dpo-loss FILE.py:FUNCTION.")
     fixed = {} if args.beta is None else {"beta": args.beta}
+    calls = [re.fullmatch(r"(.*?)(?:\((.*)\))?", text, re.DOTALL).groups(args.arguments) for _, text in named]
+    if args.arguments is not None and all(text.endswith(")") for _, text in named):
+        raise InputError("--arguments is for functions that are named without a call; leave it out.")
     verdicts = []
-    for name, text in named:
-        target, call = re.fullmatch(r"(.*?)(?:\((.*)\))?", text, re.DOTALL).groups()
+    for (name, _), (target, call) in zip(named, calls):
         try:
-            verdicts += [CHECKS[name](load_function(target), call or args.arguments, args.scale, **fixed)]
+            verdicts.append(CHECKS[name](load_function(target), call, args.scale, **fixed))
         except InputError as error:
             raise InputError(f"{flag_of(name)} {error}") from None
     print("\n\n".join(f"{text}, as {verdict}" for (_, text), verdict in zip(named, verdicts)))
