@@ -880,7 +880,6 @@ def test_the_command_for_all_losses(tmp_path, capsys, monkeypatch):
         (["MINE:torch"], "is of type module, no function"),
         (["MINE:mine", "--option", "gamma=1"], "has no option gamma"),
         (["MINE:mine", "--reads", "policy,prompts"], "leave out reads"),
-        (["--all", "--reads", "policy"], "leave out reads"),
     ],
 )
 def test_the_command_refuses_in_one_sentence(asked, words, tmp_path, capsys):
