@@ -5,6 +5,7 @@ import copy
 import csv
 import json
 import re
+import sys
 
 import nbformat
 import pytest
@@ -171,6 +172,7 @@ def test_the_cells_above_do_so_in_ipython(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])  # the shell puts another one there
     shell = InteractiveShell(config=Config(HistoryManager={"enabled": False}))
     for cells, expected in CELLS.values():
         shell.reset()
