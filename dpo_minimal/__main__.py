@@ -20,7 +20,7 @@ COMMANDS = {
     "bandit": (bandit, "train to the closed-form optimum and prove that it is reached"),
     "statistics": (statistics, "what finite data determine: thousands of data sets beside the theory"),
     "frontier": (frontier, "every method beside the best possible, in worlds where that is known exactly"),
-    "sentiment": (sentiment, "every method on film reviews whose judge is known: the paper's Fig. 2 to 4"),
+    "sentiment": (sentiment, "every method on film reviews of known reward: the paper's Fig. 2 to 4"),
     "card": (card, "what a preference loss does: yours, or one of the package's"),
     "check": (check, "your loss or your log-probabilities: are they what you think they are?"),
     "audit": (audit, "what a model reads of a preference file, and what is wrong with the file"),

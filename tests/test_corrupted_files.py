@@ -31,11 +31,11 @@ from dpo_minimal.experiments.text import sft
 from dpo_minimal.model import GPT, GPTConfig
 from dpo_minimal.text.checkpoint import load_model, save_model
 from dpo_minimal.text.data import KINDS, load_dataset
-from dpo_minimal.text.judge import read_reviews
 from dpo_minimal.text.objectives import load_reference_logps, save_reference_logps
 from dpo_minimal.text.tokenizer import load_tokenizer, save_tokenizer, train_bpe
 from dpo_minimal.text.training_run import _go_on
 from dpo_minimal.text.training_state import save_training_state
+from dpo_minimal.text.truth import read_reviews
 from dpo_minimal.text.vocabulary import END_OF_TEXT
 from dpo_minimal.validation import InputError
 from notebooks import build, examine

@@ -1,4 +1,4 @@
-"""The grammar against the judge, every clause of it; the labels against Bradley-Terry's law; the draws."""
+"""The grammar against the truth, every clause of it; the labels against Bradley-Terry's law; the draws."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -57,11 +57,11 @@ def test_every_yields_everything_once():
     assert made == ["a", "bx", "by", "c"]
 
 
-# -------------------------------------------------------------------------------- the grammar and the judge
+# -------------------------------------------------------------------------------- the grammar and the truth
 
 
 def test_every_clause_means_what_the_grammar_says():
-    """Exhaustive: thousands of clauses; the judge, which sees only text, finds that value and no other."""
+    """Exhaustive: thousands of clauses; the truth, which sees only text, finds that value and no other."""
     seen = set()
     for form in (reviews.verb_phrase, reviews.remark):
         for sign in (1, -1, 0):

@@ -10,9 +10,9 @@ one more point turns even odds into e : 1. It is a mean, and an opinion said twi
 neither a longer review nor a repeated word raises it.
 
     truth:  pick a prompt and completions  ->  their rewards  ->  Bradley-Terry labels  ->  DPO
-    judge:  any text, also a broken sample  ->  `opinions`  ->  mean  ->  how positive a policy has become
+    truth:  any text, also a broken sample  ->  `opinions`  ->  mean  ->  how positive a policy has become
 
-But: the judge reads opinions, not grammar. "superb superb the" gets 2.5 like a good sentence; what keeps
+But: the truth reads opinions, not grammar. "superb superb the" gets 2.5 like a good sentence; what keeps
 a policy fluent is the KL penalty. There are 1,720 prompts, and for each some ten million completions of two
 clauses and billions of three.
 """
@@ -197,7 +197,7 @@ def _capital(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-# --------------------------------------------------------------------------------------------- the judge
+# --------------------------------------------------------------------------------------------- the truth
 
 _MEANINGS = VALUES | DEGREES | NEGATIONS
 # The longest phrase first; then borders of clauses, which end the reach of a degree or negation.

@@ -1,6 +1,6 @@
 """`python -m dpo_minimal sentiment`: the paper's controlled-sentiment experiment, at the size of a laptop.
 
-A policy must continue the beginning of a film review, 2 to 8 tokens, with something positive. Who judges is
+A policy must continue the beginning of a film review, 2 to 8 tokens, with something positive. The reward is
 known, so each method is held to the true reward and to its divergence from the reference (Fig. 2, left):
 
   SFT on reviews -> four samples of each prefix -> six pairs, labelled by the true reward -> reward model
@@ -34,8 +34,8 @@ from pathlib import Path
 import torch
 
 from ...text.allocator import keep_freed_memory
-from ...text.judge import read_reviews
 from ...text.runs import write_json, write_records, write_text
+from ...text.truth import read_reviews
 from ...validation import check_count, check_seed
 from ..options import RUN, Option, add_options, resolve
 from ..study import Files, Study, carry_out, kept, table, write_csv

@@ -26,7 +26,6 @@ from torch import Tensor
 from ...generation import generate
 from ...model import GPT, GPTConfig
 from ...preferences import bradley_terry
-from ...text import judge
 from ...text.batches import Example
 from ...text.checkpoint import WEIGHTS_FILE
 from ...text.objectives import reference_logps, sft_objective
@@ -34,6 +33,7 @@ from ...text.reviews import demonstrations
 from ...text.runs import read_json_object, write_json, write_records
 from ...text.tokenizer import Tokenizer, train_bpe
 from ...text.training_run import Data, Settings, run_training
+from ...text.truth import BagOfWords, Truth, accuracy, fit_bag_of_words, read_reviews, truth_of
 from ...validation import InputError
 from ..text.setup import MODEL, Policy, load_policy, save_policy
 
@@ -73,7 +73,7 @@ class World(NamedTuple):
     """All that a method needs; prefixes as token ids."""
 
     policy: Policy  # the SFT model, which is every method's start and reference
-    truth: judge.Truth  # the true reward
+    truth: Truth  # the true reward
     rows: list[dict[str, Any]]  # of preferences.jsonl
     examples: list[Example]  # training pairs
     reference: Tensor  # the reference's log-probabilities of them
@@ -116,9 +116,9 @@ def load_world(folder: Path) -> World:
     return World(policy, _truth(folder, policy.tokenizer), rows, examples, reference, *prompts)
 
 
-def _truth(folder: Path, tokenizer: Tokenizer) -> judge.Truth:
+def _truth(folder: Path, tokenizer: Tokenizer) -> Truth:
     path = folder / TRUTH_FILE
-    return judge.truth_of(judge.BagOfWords(**read_json_object(path)) if path.exists() else None, tokenizer)
+    return truth_of(BagOfWords(**read_json_object(path)) if path.exists() else None, tokenizer)
 
 
 # -------------------------------------------------------------------------------------- texts and SFT model
@@ -138,19 +138,19 @@ def grammar_texts(plan: Plan, seed: int) -> Texts:
 
 
 def file_texts(folder: Path, reviews: str, seed: int) -> Texts:
-    """Texts of a file; the judge, learnt from nine tenths of its labels, is written into the folder.
+    """Texts of a file; the truth, learnt from nine tenths of its labels, is written into the folder.
 
     The other kind of prompts are those of the package's grammar in lower case: another author's.
     """
-    order = judge.read_reviews(reviews)
+    order = read_reviews(reviews)
     random.Random(seed).shuffle(order)
     tenth = len(order) // 10
     held_out, learn = order[:tenth], order[tenth:]
-    learnt = judge.fit_bag_of_words(learn)
+    learnt = fit_bag_of_words(learn)
     write_json(folder / TRUTH_FILE, learnt._asdict())
     print(
         f"ground truth: a logistic regression on {len(learnt.weights):,} words, right on "
-        f"{judge.accuracy(learnt, held_out):.1%} of the held-out reviews.", flush=True,
+        f"{accuracy(learnt, held_out):.1%} of the held-out reviews.", flush=True,
     )  # fmt: skip
     other = [row["prompt"].lower() + row["completion"].lower() for row in demonstrations(2000, seed=seed)]
     parts = {"learn": learn, "held_out": held_out[:300], "own": order}
@@ -251,7 +251,7 @@ def label_pairs(
 
 
 def sample_rows(
-    policy: Policy, prefixes: Sequence[list[int]], truth: judge.Truth, plan: Plan, noise: str, seed: int
+    policy: Policy, prefixes: Sequence[list[int]], truth: Truth, plan: Plan, noise: str, seed: int
 ) -> list[dict[str, Any]]:
     """Four samples of each prefix with their rewards and labelled pairs: rows of preferences.jsonl."""
     model, tokenizer = policy

@@ -1,13 +1,13 @@
-"""Who judges a text: the grammar, whose sentiment is known, or a model learnt from labelled reviews.
+"""The true reward of a text: the grammar's, whose sentiment is known, or a model's, learnt from reviews.
 
-The paper's judge is a sentiment classifier as large as the policy. Here it is `reviews.sentiment` for the
+The paper's is a sentiment classifier as large as the policy. Here it is `reviews.sentiment` for the
 package's own grammar, and for real reviews a logistic regression on the words that a text contains,
 
     reward = log p(positive | text) / p(negative | text) = b + sum of w over the text's different words,
 
 trained on the labels. A word counts once, so that repeating it earns nothing.
 
-But: the judge reads words, not sentences. "not good" is "not" plus "good" to it.
+But: the model reads words, not sentences. "not good" is "not" plus "good" to it.
 """
 
 from __future__ import annotations
@@ -139,17 +139,17 @@ def fit_bag_of_words(reviews: Sequence[Review], *, l2: float = L2) -> BagOfWords
     return BagOfWords(dict(zip(vocabulary, weights.detach().squeeze(-1).tolist())), bias.item())
 
 
-def accuracy(judge: BagOfWords, reviews: Sequence[Review]) -> float:
-    """Share of reviews whose sign the judge finds."""
-    return sum((judge.log_odds(review.text) > 0) == review.positive for review in reviews) / len(reviews)
+def accuracy(model: BagOfWords, reviews: Sequence[Review]) -> float:
+    """Share of reviews whose sign the model finds."""
+    return sum((model.log_odds(review.text) > 0) == review.positive for review in reviews) / len(reviews)
 
 
-def truth_of(judge: BagOfWords | None, tokenizer: Tokenizer) -> Truth:
-    """The reward of prompt and completion read as one text, by the judge, or the grammar's where it is None.
+def truth_of(model: BagOfWords | None, tokenizer: Tokenizer) -> Truth:
+    """The reward of prompt and completion read as one text, by the model, or the grammar's where it is None.
 
     The whole text is read, as in the paper: a completion's first letters may end the prompt's last word.
     """
-    read = sentiment if judge is None else judge.reward
+    read = sentiment if model is None else model.reward
 
     def truth(prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> Tensor:
         texts = [tokenizer.decode([*x, *y]) for x, y in zip(prompts, completions, strict=True)]

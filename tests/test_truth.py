@@ -1,4 +1,4 @@
-"""Who judges a text: files of labelled reviews, and the regression learnt from them."""
+"""The true reward: files of labelled reviews, and the regression learnt from them."""
 
 from pathlib import Path
 
@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from dpo_minimal.__main__ import main
-from dpo_minimal.text.judge import (
+from dpo_minimal.text.reviews import sentiment as sentiment_of
+from dpo_minimal.text.tokenizer import byte_tokenizer
+from dpo_minimal.text.truth import (
     MOST,
     BagOfWords,
     Review,
@@ -17,8 +19,6 @@ from dpo_minimal.text.judge import (
     truth_of,
     words_of,
 )
-from dpo_minimal.text.reviews import sentiment as sentiment_of
-from dpo_minimal.text.tokenizer import byte_tokenizer
 from dpo_minimal.validation import InputError
 
 
@@ -84,7 +84,7 @@ def test_files_that_cannot_teach_are_refused():
         read_reviews("one.tsv")
 
 
-# ----------------------------------------------------------------------------------------------- the judge
+# ----------------------------------------------------------------------------------------------- the truth
 
 
 def planted(count: int) -> list[Review]:
@@ -100,25 +100,25 @@ def planted(count: int) -> list[Review]:
     return rows
 
 
-def test_the_judge_finds_a_planted_vocabulary():
+def test_the_model_finds_a_planted_vocabulary():
     """Separable by one word: all held-out reviews right, and its weight far above every filler's."""
-    judge = fit_bag_of_words(planted(200), l2=1e-2)
-    assert accuracy(judge, planted(260)[200:]) == 1.0
-    fillers = [abs(weight) for word, weight in judge.weights.items() if word.startswith("filler")]
-    assert judge.weights["fine"] > 5 * max(fillers) and judge.weights["poor"] < -5 * max(fillers)
+    model = fit_bag_of_words(planted(200), l2=1e-2)
+    assert accuracy(model, planted(260)[200:]) == 1.0
+    fillers = [abs(weight) for word, weight in model.weights.items() if word.startswith("filler")]
+    assert model.weights["fine"] > 5 * max(fillers) and model.weights["poor"] < -5 * max(fillers)
 
 
-def test_the_judge_is_the_regularised_optimum():
+def test_the_model_is_the_regularised_optimum():
     """The gradient of the penalised mean loss is zero, computed from a dense table of words: a lost bias,
     counts in place of presence, or a penalty of another size would all show."""
     rows = [*planted(60), Review("fine fine fillera poor", True), Review("once only", False)]
-    judge = fit_bag_of_words(rows, l2=0.05)
-    assert "once" not in judge.weights  # too rare
-    words = list(judge.weights)
+    model = fit_bag_of_words(rows, l2=0.05)
+    assert "once" not in model.weights  # too rare
+    words = list(model.weights)
     table = torch.tensor([[float(w in words_of(r.text)) for w in words] for r in rows], dtype=torch.float64)
     labels = torch.tensor([r.positive for r in rows], dtype=torch.float64)
-    weights = torch.tensor([judge.weights[w] for w in words], dtype=torch.float64, requires_grad=True)
-    bias = torch.tensor(judge.bias, dtype=torch.float64, requires_grad=True)
+    weights = torch.tensor([model.weights[w] for w in words], dtype=torch.float64, requires_grad=True)
+    bias = torch.tensor(model.bias, dtype=torch.float64, requires_grad=True)
     loss = F.binary_cross_entropy_with_logits(table @ weights + bias, labels) + 0.05 / 2 * (weights**2).sum()
     loss.backward()
     # L-BFGS stops at 1e-9; adding up in another order changes 1e-16 of numbers of size 1
@@ -127,10 +127,10 @@ def test_the_judge_is_the_regularised_optimum():
 
 def test_repeating_a_word_earns_nothing_and_rewards_are_clipped():
     """Else a policy would be paid for "good good good"."""
-    judge = BagOfWords({"good": 1.5, "great": 3.0, "bad": -2.0}, 0.5)
-    assert judge.reward("good") == judge.reward("Good, good GOOD") == 2.0
-    assert judge.reward("good great") == MOST and judge.log_odds("good great") == 5.0
-    assert judge.reward("bad unknown") == -1.5
+    model = BagOfWords({"good": 1.5, "great": 3.0, "bad": -2.0}, 0.5)
+    assert model.reward("good") == model.reward("Good, good GOOD") == 2.0
+    assert model.reward("good great") == MOST and model.log_odds("good great") == 5.0
+    assert model.reward("bad unknown") == -1.5
 
 
 def test_the_truth_reads_prompt_and_completion_as_one_text():
@@ -140,5 +140,5 @@ def test_the_truth_reads_prompt_and_completion_as_one_text():
     completions = [[*tokenizer.encode("ing."), tokenizer.eot], [tokenizer.eot]]
     truth = truth_of(None, tokenizer)
     assert truth(prompts, completions).tolist() == [sentiment_of("It is moving."), sentiment_of("It is dull")]
-    judge = truth_of(BagOfWords({"moving": 2.0}, 0.0), tokenizer)
-    assert judge(prompts, completions).tolist() == [2.0, 0.0]
+    model = truth_of(BagOfWords({"moving": 2.0}, 0.0), tokenizer)
+    assert model(prompts, completions).tolist() == [2.0, 0.0]
