@@ -8,7 +8,7 @@ import sys
 from functools import partial
 
 from . import __version__
-from .experiments import card, check
+from .experiments import card, check, judge
 from .experiments.bandit import command as bandit
 from .experiments.frontier import command as frontier
 from .experiments.sentiment import command as sentiment
@@ -28,6 +28,7 @@ COMMANDS = {
     "dpo": (dpo, "train a GPT-2 on preferences; without options, film reviews from SFT to DPO"),
     "sample": (sample, "samples of a model, with their log-probabilities"),
     "score": (score, "what a model prefers to its reference, pair by pair and token by token"),
+    "judge": (judge, "which of two answers is better, asked of any server; and do people agree with it?"),
 }
 DESCRIPTION = "Direct Preference Optimization from scratch, checked against the closed-form optimum."
 FIRST_STEPS = """
@@ -65,8 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, or what a command returns that judges; 2 after bad input
     (one sentence on stderr), 130 after Ctrl-C, 141 where nobody reads the output any more."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    own = ("-h", "--help", "--version", *COMMANDS)
-    if not arguments or (arguments[0] not in own and arguments[0].startswith("-")):
+    if not arguments or (arguments[0][:1] == "-" and arguments[0] not in ("-h", "--help", "--version")):
         arguments.insert(0, "bandit")
     options = _parser().parse_args(arguments)
     command, _ = COMMANDS[vars(options).pop("command")]
