@@ -179,14 +179,21 @@ def frontier_study(worlds: list[World], args: argparse.Namespace) -> Study:
 
 
 def pairs_study(worlds: list[World], args: argparse.Namespace) -> Study:
-    """The gap to pi* as the number of pairs grows: a part a world."""
+    """The gap to pi* as the number of pairs grows: a part a world; then who draws the pairs of the table."""
+    plan = {world.name: pairs.plan(world, args) for world in worlds}
+    if "table" in plan:
+        plan["samplers"] = pairs.sampler_plan(worlds[0], args)
     laws = {world.name: pairs.law_of(world, beta=args.beta) for world in worlds}
     arrays = {f"{name}_law": law for name, law in laws.items()}
     return Study(
-        plan={world.name: pairs.plan(world, args) for world in worlds},
-        table=lambda points: pairs.summary(points, laws[points[0].world], args.beta),
+        plan=plan,
+        table=lambda points: (
+            pairs.summary(points, laws[points[0].world], args.beta)
+            if points[0].method == "DPO"
+            else pairs.sampler_summary(points, worlds[0], args.beta)
+        ),
         files=lambda found: {
-            "pairs.png": partial(figure.pairs_figure, found, laws, args.beta),
+            "pairs.png": partial(figure.pairs_figure, found[: len(worlds)], laws, args.beta),
             "metrics.jsonl": partial(write_records, records=[p._asdict() for ps in found for p in ps]),
             "result.npz": partial(write_arrays, arrays=arrays),
         },

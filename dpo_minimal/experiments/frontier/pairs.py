@@ -29,9 +29,11 @@ from torch import Tensor, nn
 
 from ...certificates import connected
 from ...closed_form import kl_divergence, optimal_logps
+from ...laws.designs import average_design, design_law, label_in_rounds
 from ...laws.sampling_laws import kl_law
 from ...preferences import Rankings, expected_pairs, reference_pairs, sample_pairs, win_counts
 from ...train import train
+from ..statistics.samplers import starts
 from ..study import Job, table
 from . import methods, pair_methods
 from .worlds import World, gpt_world
@@ -39,6 +41,7 @@ from .worlds import World, gpt_world
 SIZES = (100, 300, 1_000, 3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000)
 GPT_SIZES = (100, 1_000, 10_000, 100_000, 1_000_000)
 REPLICATES, PPO_SETS, GPT_SEEDS = 20, 2, 2  # data sets a size: of the table, with PPO, of the GPT
+SAMPLER_SIZES = (1_000, 10_000, 100_000)
 HELD_OUT = 0.1  # of the comparisons, to stop by
 NARROW = 8  # width of the GPT that cannot express pi*
 STEPS = 1200  # of the reward model: as many as DPO's on a table
@@ -209,6 +212,36 @@ def _on_gpt(
 
 def _by_the_true_reward(size: float, args: argparse.Namespace, world: World) -> Iterator:
     yield world, "PPO-GT", _ppo(world, world.rewards, args, 0)
+
+
+def sampler_plan(world: World, args: argparse.Namespace) -> list[Job]:
+    """DPO on pairs that others draw, as many for each prompt [D11.19]: each job returns points."""
+    drawn = starts(optimal_logps(world.ref_logps, world.rewards, beta=args.beta), world.ref_logps)
+    sizes = SAMPLER_SIZES[1:2] if args.quick else SAMPLER_SIZES
+    return [partial(_points, n, args, _of_sampler, world, *each) for each in drawn.items() for n in sizes]
+
+
+def _of_sampler(size: int, args: argparse.Namespace, world: World, name: str, drawn: tuple) -> Iterator:
+    (sampler, start, rounds), count = drawn, REPLICATES // 4 if args.quick else REPLICATES
+    generator = np.random.default_rng([args.seed, size, *name.encode()])
+    tables = (each.repeat(count, 1) for each in (start, world.rewards, world.ref_logps))
+    label = partial(label_in_rounds, sampler, *tables, size // len(start), beta=args.beta)
+    wins = label(rounds=rounds, generator=generator).unflatten(0, (count, -1))
+    held = torch.from_numpy(generator.binomial(wins.long().numpy(), HELD_OUT)).double()
+    for learned in fit_rewards(wins - held, held, steps=STEPS):
+        yield world, f"DPO, {name}", optimal_logps(world.ref_logps, learned, beta=args.beta)
+
+
+def sampler_summary(points: list[Point], world: World, beta: float) -> list[str]:
+    """The table of who draws the pairs, with each law at the most pairs."""
+    optimal, found, rows = optimal_logps(world.ref_logps, world.rewards, beta=beta), spreads(points), []
+    for (name, (sampler, *start)), gaps in zip(starts(optimal, world.ref_logps).items(), found.values()):
+        slate = average_design(sampler, start[0], optimal, world.ref_logps, beta=beta, rounds=start[1])
+        law = design_law(slate, optimal, world.ref_logps, beta=beta).sum().item() / max(gaps)
+        rows.append([name, *(f"{each.median:.2g} ({each.mean:.2g})" for each in gaps.values()), law])
+    columns = [("sampler", "<18", ""), *((f"{n:,} pairs", ">18", "") for n in gaps), ("its law", ">9", ".2g")]
+    title = f"Who draws the pairs: DPO's gap to pi* in nats, median (mean): {world.name}, beta = {beta:g}"
+    return [title, *table(columns, rows, indent="  "), "  The first six samplers know pi*."]
 
 
 def _parts(data: Rankings, size: float, generator: np.random.Generator) -> tuple[Rankings, Rankings]:

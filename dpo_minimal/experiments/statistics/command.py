@@ -13,6 +13,10 @@ For each N thousands of data sets are drawn, and measured beside theory, with Mo
                  pi_hat looks better than pi* by as much
   no estimate    some group of completions never lost to the others; a union bound limits how often
 
+All this is with pairs drawn uniformly. Last, at the largest N, other samplers draw them: two different
+completions of the reference, of pi*, of half of each, of pi* at temperature 2 ("tempered"); the pairs that
+are best in hindsight; and rounds, each drawn for the policy that all labels so far have trained.
+
 I is the Fisher information of one comparison, Sigma = diag(pi*) - pi* pi*', g the gradient, and rho^2 the
 variance (times N) of the worst estimated difference of rewards.
 """
@@ -30,7 +34,7 @@ import torch
 from ...laws.sampling_laws import kl_law
 from ...text.runs import new_run_folder, refuse_used_folder, versions, write_arrays, write_json, write_records
 from ...validation import InputError, check_range, check_seed
-from . import figure
+from . import figure, samplers
 from .replicates import Law, Settings, Size, Truth, make_truth, simulate
 
 PAIRS = (100, 400, 1600, 6400, 25600)  # 2 to 500 times rho^2 in the default world
@@ -83,13 +87,16 @@ def run(args: argparse.Namespace) -> Path:
         print(f"  N = {num_pairs}: drawn and estimated, {sizes[-1].missing} have no estimate", flush=True)
     print("\n" + results_table(truth, sizes) + "\n")
     print("\n".join(verdict(sizes)))
+    rows = samplers.compare(truth, settings) if settings.completions > 2 else []  # of two there is one pair
+    print("", *samplers.samplers_table(rows, settings.pairs[-1], measured), sep="\n")
     # Only now: an interrupted run leaves no folder behind.
     folder = new_run_folder(args.output_dir, "statistics")
     write_json(
         folder / "config.json", {"command": "statistics", **vars(args), **asdict(settings), **versions()}
     )
     _write(folder, truth, sizes)
-    print(f"\nWrote {folder}/statistics.png, result.npz, metrics.jsonl and config.json.")
+    write_records(folder / "samplers.jsonl", rows)
+    print(f"\nWrote {folder}/statistics.png, result.npz, metrics.jsonl, samplers.jsonl and config.json.")
     return folder
 
 

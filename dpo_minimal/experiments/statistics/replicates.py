@@ -18,7 +18,7 @@ from ...bandit import Bandit, random_bandit
 from ...certificates import connected, curvature, largest_resistance, maximum_likelihood
 from ...closed_form import kl_divergence, optimal_logps
 from ...laws import sampling_laws
-from ...preferences import Rankings, all_sets, expected_pairs, win_counts
+from ...preferences import Rankings, Slate, all_sets, expected_pairs, win_counts
 
 LEVELS = (90, 95, 99)  # per cent
 KEYS = ("kl", "reverse_kl", "excess_risk", "squared_error", "wald", "likelihood_ratio")  # of an estimate
@@ -97,12 +97,12 @@ class Size(NamedTuple):
         return torch.special.gammainc(*torch.tensor(numbers, dtype=torch.float64)) < 6e-5  # Poisson's tail
 
 
-def make_truth(settings: Settings) -> Truth:
-    """A random world, all pairs of whose completions are equally likely to be shown."""
+def make_truth(settings: Settings, slate: Slate | None = None) -> Truth:
+    """A random world, and the pairs that are shown: all equally often, if not told otherwise."""
     world = random_bandit(1, settings.completions, generator=torch.Generator().manual_seed(settings.seed))
     # Subtracting the mean changes neither comparisons nor pi*.
     world = replace(world, rewards=world.rewards - world.rewards.mean())
-    population = expected_pairs(world.rewards, all_sets(world.exists))
+    population = expected_pairs(world.rewards, slate or all_sets(world.exists))
     state = curvature(world.rewards, population)
     optimal = optimal_logps(world.ref_logps, world.rewards, beta=settings.beta)
     return Truth(world, population, settings.beta, optimal, state.inverse, largest_resistance(state).item())
