@@ -342,6 +342,7 @@ def brief(monkeypatch):
     monkeypatch.setattr(pairs, "SIZES", (100, 1000))
     monkeypatch.setattr(pairs, "GPT_SIZES", (100,))
     monkeypatch.setattr(pairs, "REPLICATES", 2)
+    monkeypatch.setattr(pairs, "SAMPLER_SIZES", (100,))
 
 
 def test_the_command_lists_every_method_and_none_above_the_frontier(brief, tmp_path, capsys):

@@ -553,7 +553,7 @@ def test_the_run_folder_is_whole(run):
     """Config, records, arrays, and a figure with data in all four panels."""
     folder, text = run
     assert {path.name for path in folder.iterdir()} == {
-        "config.json", "metrics.jsonl", "result.npz", "statistics.png",
+        "config.json", "metrics.jsonl", "result.npz", "samplers.jsonl", "statistics.png",
     }  # fmt: skip
     config = json.loads((folder / "config.json").read_text())
     asked = {

@@ -65,7 +65,7 @@ def best_design(
     check_positive("tolerance", tolerance)
     pairs = all_sets(ref_logps > -math.inf)
     even = mu = _table(pairs, ref_logps)
-    for _ in range(10_000):  # a hundred are usual
+    for _ in range(3000):  # a hundred are usual, 500 for a tolerance of 1e-5
         law, slope = _law_and_slope(mu, optimal, ref_logps, beta)
         gap = 1 - law / slope.amax((-2, -1))
         if not (gap > tolerance).any():

@@ -217,12 +217,12 @@ def _by_the_true_reward(size: float, args: argparse.Namespace, world: World) -> 
 def sampler_plan(world: World, args: argparse.Namespace) -> list[Job]:
     """DPO on pairs that others draw, as many for each prompt [D11.19]: each job returns points."""
     drawn = starts(optimal_logps(world.ref_logps, world.rewards, beta=args.beta), world.ref_logps)
-    sizes = SAMPLER_SIZES[1:2] if args.quick else SAMPLER_SIZES
+    sizes = (10_000,) if args.quick else SAMPLER_SIZES
     return [partial(_points, n, args, _of_sampler, world, *each) for each in drawn.items() for n in sizes]
 
 
 def _of_sampler(size: int, args: argparse.Namespace, world: World, name: str, drawn: tuple) -> Iterator:
-    (sampler, start, rounds), count = drawn, REPLICATES // 4 if args.quick else REPLICATES
+    (sampler, start, rounds), count = drawn, max(1, REPLICATES // 4) if args.quick else REPLICATES
     generator = np.random.default_rng([args.seed, size, *name.encode()])
     tables = (each.repeat(count, 1) for each in (start, world.rewards, world.ref_logps))
     label = partial(label_in_rounds, sampler, *tables, size // len(start), beta=args.beta)
