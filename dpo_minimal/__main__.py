@@ -11,6 +11,7 @@ from . import __version__
 from .experiments import card, check, judge
 from .experiments.bandit import command as bandit
 from .experiments.frontier import command as frontier
+from .experiments.games import command as games
 from .experiments.sentiment import command as sentiment
 from .experiments.statistics import command as statistics
 from .experiments.text import audit, dpo, sample, score, sft
@@ -20,6 +21,7 @@ COMMANDS = {
     "bandit": (bandit, "train to the closed-form optimum and prove that it is reached"),
     "statistics": (statistics, "what finite data determine: thousands of data sets beside the theory"),
     "frontier": (frontier, "every method beside the best possible, in worlds where that is known exactly"),
+    "games": (games, "preferences without a reward: cycles, and where each method takes them"),
     "sentiment": (sentiment, "every method on film reviews of known reward: the paper's Fig. 2 to 4"),
     "card": (card, "what a preference loss does: yours, or one of the package's"),
     "check": (check, "your loss or your log-probabilities: are they what you think they are?"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -13,9 +14,12 @@ from torch import Tensor
 from ...bandit import Bandit, dpo_objective
 from ...certificates import maximum_likelihood, missing_links
 from ...closed_form import optimal_logps
-from ...laws.finite_data import add_prior, ipo_standard_errors, standard_errors
-from ...preferences import Rankings
+from ...laws.finite_data import add_prior, goodness_of_fit, ipo_standard_errors, standard_errors
+from ...laws.finite_data import strongest_cycles as cycles_of
+from ...laws.games import borda_scores, copeland_scores, regularised_equilibrium
+from ...preferences import Rankings, by_size, win_counts
 from ...text import runs
+from ...validation import InputError
 from ...zoo.ipo import ipo_estimate, ipo_objective
 from ..study import write_csv
 from . import figure
@@ -68,7 +72,10 @@ def run(args: argparse.Namespace) -> Path:
         remedy = " or, where a completion wins almost always, use --loss ipo" * certified
         print(f"The policy is not converged, though rewards and errors are: raise --steps{remedy}.")
 
-    _write_csv(folder / "ranking.csv", world, data, args.prior, errors, outcome.logps)
+    tables = {"standard_error": errors, "reference": world.ref_logps.exp(), "policy": outcome.logps.exp()}
+    tables |= _as_games(world, data, weighted, args.beta)
+    _say_fit(world, data)
+    _write_csv(folder / "ranking.csv", world, data, args.prior, tables)
     runs.write_records(folder / "metrics.jsonl", outcome.records)
     figure.ranking_figure(
         world, errors, folder / "ranking.png", of=" of the posterior" * (args.prior is not None)
@@ -88,16 +95,59 @@ def _say_prior(world: Bandit, data: Rankings, strength: float, loss: str) -> Non
         print(f"Nothing but the prior compares these groups with the others: {groups}.")
 
 
-def _write_csv(
-    path: Path, world: Bandit, data: Rankings, prior: float | None, errors: Tensor, logps: Tensor
-) -> None:
+def _as_games(world: Bandit, data: Rankings, weighted: Rankings, beta: float) -> dict[str, Tensor]:
+    """What needs no reward, from win rates [D11.17], and in words the first of it and the surest cycles."""
+    tables = {name: torch.zeros_like(world.ref_logps) for name in ("borda", "copeland", "equilibrium")}
+    cycles = []
+    for (rows, width, own), (_, _, real) in zip(*(by_size(d, world.exists) for d in (weighted, data))):
+        wins, there = win_counts(own, len(rows), width), world.exists[rows, :width]
+        rates = torch.where(wins + wins.mT > 0, wins / (wins + wins.mT), 0.5)
+        logps = regularised_equilibrium(rates, world.ref_logps[rows, :width], beta=beta)[0]
+        share = width / there.sum(-1, keepdim=True)  # what does not exist was counted as a tie
+        scores = [(score(rates) - 0.5) * share + 0.5 for score in (borda_scores, copeland_scores)]
+        for table, values in zip(tables.values(), (*scores, logps.exp())):
+            table[rows, :width] = torch.where(there, values, 0)
+        for x, wins in zip(rows.tolist(), win_counts(real, len(rows), width)):
+            cycles += [(sure, x, circle, wins) for sure, circle in cycles_of(wins)]
+
+    for x, (prompt, names) in enumerate(zip(world.prompts[:3], world.completions)):
+        ways = {"Bradley-Terry": world.rewards, **tables}
+        first = (f"{names[table[x, : len(names)].argmax()][:30]} by {way}" for way, table in ways.items())
+        print(f"First, prompt {prompt[:30]}: {', '.join(first)} at beta {beta:g}.")
+    print("All but Bradley-Terry take a win rate of 1/2 for each pair that was never compared.")
+    for sure, x, circle, wins in sorted(cycles, key=lambda cycle: -cycle[0])[:3]:
+        counts = ", ".join(f"{wins[i, j]:g} to {wins[j, i]:g}" for i, j in pairwise([*circle, circle[0]]))
+        chain = " beats ".join(world.completions[x][y][:30] for y in [*circle, circle[0]])
+        print(f"Cycle, prompt {world.prompts[x][:30]}: {chain} ({counts}; weakest link {sure:.1f} s.e.).")
+    if not cycles:
+        print("No majorities run in a circle.")
+    return tables
+
+
+def _say_fit(world: Bandit, data: Rankings) -> None:
+    """Bradley-Terry against one probability a pair [D11.18]."""
+    try:
+        fit = goodness_of_fit(maximum_likelihood(data, world.exists), data)
+    except InputError:
+        return print("Test of fit: none, because without a prior no maximum-likelihood estimate exists.")
+    if fit.degrees == 0:
+        return print("Test of fit: none, because rewards can fit the win rates of these pairs exactly.")
+    print(
+        f"Test of fit, Bradley-Terry against one probability a pair: likelihood ratio {fit.statistic:.2f}, "
+        f"chi-square with {fit.degrees} degrees of freedom (pairs - completions + components), "
+        f"p = {fit.p_value:.2g}; ties, half a win each way, make it reject less."
+    )
+    if fit.rare:
+        print(f"Its law is rough: of {fit.rare:.0%} of the pairs fewer than 5 wins are expected on one side.")
+
+
+def _write_csv(path: Path, world: Bandit, data: Rankings, prior, tables: dict[str, Tensor]) -> None:
     """One row a completion, each prompt's best first."""
-    zeros = torch.zeros_like(errors)
+    zeros = torch.zeros_like(world.rewards)
     wins, losses = (
         zeros.index_put((data.prompt, data.order[:, k]), data.weight, accumulate=True) for k in (0, 1)
     )
-    columns = {"wins": wins, "losses": losses, "reward": world.rewards, "standard_error": errors}
-    columns |= {"reference": world.ref_logps.exp(), "policy": logps.exp()}
+    columns = {"wins": wins, "losses": losses, "reward": world.rewards, **tables}
     if prior is not None:
         columns["prior_share"] = 2 * prior / (2 * prior + wins + losses)
     rows = []

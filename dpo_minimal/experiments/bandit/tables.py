@@ -200,7 +200,7 @@ def _read_json(path: str | Path) -> tuple[list[str], list[tuple[str, list[Any]]]
     rows = [(place, parse()) for place, parse in read_rows(path)]
     for k, (place, row) in enumerate(rows):
         if isinstance(row, list) and len(row) in (2, 3):
-            row = dict(zip((*GAMES, "count"), row))
+            row = dict(zip((*GAMES, "count"), (*row, 1)))
         if not isinstance(row, dict):
             raise InputError(f"{place}: must be an object with named fields, or a list [winner, loser].")
         rows[k] = place, {name.strip().lower(): value for name, value in row.items()}
