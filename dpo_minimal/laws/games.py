@@ -89,7 +89,7 @@ def _newton(game: Tensor, ref: Tensor, z: Tensor, beta: float, *, within: float)
         outer = root.unsqueeze(-1) * (root * (game @ pi.unsqueeze(-1)).squeeze(-1)).unsqueeze(-2)
         S = (root.unsqueeze(-1) * game * root.unsqueeze(-2) + outer - outer.mT) / beta
         b = -(root * (r - (pi * r).sum(-1, keepdim=True))).unsqueeze(-1)
-        u = torch.cholesky_solve(b + S @ b, torch.linalg.cholesky(one + S.mT @ S)).squeeze(-1)
+        u = torch.cholesky_solve(b + S @ b, torch.linalg.cholesky_ex(one + S.mT @ S)[0]).squeeze(-1)
         moved = root * u - pi * (root * u).sum(-1, keepdim=True)  # F u, by which pi changes
         d = (game @ moved.unsqueeze(-1)).squeeze(-1) / beta - r
         t, least = torch.ones_like(z[..., :1]), r.norm(dim=-1, keepdim=True)

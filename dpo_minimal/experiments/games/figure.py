@@ -10,59 +10,53 @@ from torch import Tensor
 from ...bench.figures import BLUE, GREEN, GREY, ORANGE, RED, panels
 from ...laws.games import regularised_equilibrium
 
-WAYS = {"DPO": (RED, "-"), "Nash-MD": (BLUE, "-"), "online IPO": (ORANGE, "--")}
+WAYS = {"DPO": (RED, "-", 17), "Nash-MD": (BLUE, "-", 12), "online IPO": (ORANGE, "--", 6)}  # size of the end
 
 
 def games_figure(worlds: list, ways: list[dict[str, Tensor]], rows: list[dict], path: Path) -> None:
-    """A panel a world: a simplex where it has three completions, probabilities as bars where it has more."""
-    with panels(path, 1, len(worlds), figsize=(8 * len(worlds), 7.6), squeeze=False) as (figure, axes):
+    """A panel a world: the simplex of three completions, bars for another number of them."""
+    with panels(path, 1, len(worlds), figsize=(8 * len(worlds), 8), squeeze=False) as (figure, axes):
         for axis, world, paths in zip(axes[0], worlds, ways):
-            axis.set_title(world.name[:40])
             if len(world.completions) == 3:
                 _simplex(axis, world, paths)
             else:
-                _bars(axis, [row for row in rows if row["world"] == world.name])
+                _bars(axis, world, [row for row in rows if row["world"] == world.name])
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
 
-def _plane(logps: Tensor) -> tuple[Tensor, Tensor]:
+def _plane(p: Tensor) -> tuple[Tensor, Tensor]:
     """The first completion is the left corner, the second the right one, the third the top."""
-    p = logps.exp()
     return p[:, 1] + p[:, 2] / 2, p[:, 2] * 3**0.5 / 2
 
 
 def _simplex(axis, world, paths: dict[str, Tensor]) -> None:
-    corners = torch.eye(3)[[0, 1, 2, 0]].log()
-    axis.plot(*_plane(corners), color=GREY, linewidth=1.2)
-    for name, corner, place in zip(world.completions, torch.eye(3).log(), ((-8, -8), (8, -8), (0, 8))):
-        x, y = (float(c) for c in _plane(corner[None]))
-        align = {"ha": "center", "va": "bottom" if y else "top"}
-        axis.annotate(name[:20], (x, y), place, textcoords="offset points", **align)
-    for name, found in paths.items():
-        colour, line = WAYS[name]
-        axis.plot(*_plane(found), line, color=colour, label=name)
-        axis.plot(*_plane(found[-1:]), "o", color=colour, markersize=11)
-    betas = torch.logspace(1.5, -3, 80).tolist()
-    P, ref = world.preferences, world.ref_logps
-    ends = torch.cat([regularised_equilibrium(P, ref, beta=beta)[0] for beta in betas])
-    axis.plot(
-        *_plane(ends), color=GREEN, linewidth=5, alpha=0.35, label=r"equilibrium, $\beta$ from $\infty$ to 0"
-    )
-    axis.plot(*_plane(ends[-1:]), "*", color=GREEN, markersize=20, label="von Neumann's winner")
-    axis.plot(*_plane(ref), "s", color="black", markersize=11, label=r"$\pi_{\rm ref}$")
+    axis.plot(*_plane(torch.eye(3)[[0, 1, 2, 0]]), color=GREY, linewidth=1.2)
+    axis.text(-0.05, 0.85, world.name[-40:], weight="bold", fontsize=17)
+    for name, x, y in zip(world.completions, (0, 1, 0.5), (-0.02, -0.02, 0.88)):
+        axis.text(x, y, name[:20], ha="center", va="bottom" if y > 0 else "top")
+    ends = [
+        regularised_equilibrium(world.preferences, world.ref_logps, beta=beta)[0].exp()
+        for beta in torch.logspace(1.5, -3, 50).tolist()
+    ]
+    label = r"equilibrium, $\beta$ from $\infty$ to 0"
+    axis.plot(*_plane(torch.cat(ends)), color=GREEN, linewidth=6, alpha=0.35, label=label)
+    axis.plot(*_plane(ends[-1]), "*", color=GREEN, markersize=20, label="von Neumann's winner")
+    for name, (colour, line, size) in WAYS.items():
+        if name in paths:
+            p = paths[name].exp()
+            axis.plot(*_plane(p), line, color=colour, label=f"{name}, to its end")
+            axis.plot(*_plane(p[-1:]), "o", color=colour, markersize=size)
+    axis.plot(*_plane(world.ref_logps.exp()), "s", color="black", markersize=8, label=r"$\pi_{\rm ref}$")
     axis.set_aspect("equal")
     axis.axis("off")
 
 
-def _bars(axis, rows: list[dict]) -> None:
-    names = [*rows[0]][6:][:12]
-    for k, row in enumerate(rows):
-        axis.barh(
-            [y + 0.8 * k / len(rows) for y in range(len(names))],
-            [row[n] for n in names],
-            0.8 / len(rows),
-            label=row["policy"],
-        )
-    axis.set_yticks([y + 0.4 for y in range(len(names))], [n[:20] for n in names])
+def _bars(axis, world, rows: list[dict]) -> None:
+    axis.set_title(world.name[-40:])
+    names, shown = world.completions[:12], [row for row in rows if "winner" not in row["policy"]]
+    for k, row in enumerate(shown):
+        places = [y + 0.8 * k / len(shown) for y in range(len(names))]
+        axis.barh(places, [row[name] for name in names], 0.8 / len(shown), label=row["policy"].split(",")[0])
+    axis.set_yticks([y + 0.4 for y in range(len(names))], [name[:20] for name in names])
     axis.invert_yaxis()
     axis.set_xlabel("probability")
