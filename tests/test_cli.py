@@ -512,7 +512,8 @@ def ranking_rows(folder: str) -> list[dict]:
 def check_ranking(rows: list[dict], games, beta: float, *more: str) -> None:
     """What holds for every ranking.csv: counts, order, means, and policy = reference exp(reward/beta) / Z."""
     assert list(rows[0]) == [
-        "prompt", "completion", "wins", "losses", "reward", "standard_error", "reference", "policy", *more
+        "prompt", "completion", "wins", "losses", "reward", "standard_error", "reference", "policy",
+        "borda", "copeland", "equilibrium", *more,
     ]  # fmt: skip
     for prompt in dict.fromkeys(game[0] for game in games):
         own = [row for row in rows if row["prompt"] == prompt]

@@ -415,13 +415,13 @@ def test_games_of_a_matrix(tmp_path, capsys):
     ref = exact(0.3, 0.5, 0.2).log()
     star, _ = games.regularised_equilibrium(PARTLY, ref, beta=0.3)
     for name in ("equilibrium", "Nash-MD", "online IPO"):
-        assert [rows[name][y] for y in "Abc"] == pytest.approx(star.exp().tolist(), abs=1e-4)
+        assert [rows[name][f"p({y})"] for y in "Abc"] == pytest.approx(star.exp().tolist(), abs=1e-4)
         assert rows[name]["kl"] <= rows[name]["kl_bound"] <= 1e-9 and name in said
     for name, row in rows.items():
         assert row["kl"] <= row["kl_bound"] or name == "equilibrium"
     rewards = maximum_likelihood(games.game_pairs(PARTLY[None]), torch.ones(1, 3, dtype=torch.bool))
     end = optimal_logps(ref[None], rewards, beta=1.2).exp()[0]
-    assert [rows["DPO"][y] for y in "Abc"] == pytest.approx(end.tolist(), abs=1e-4)  # KL of 1e-9
+    assert [rows["DPO"][f"p({y})"] for y in "Abc"] == pytest.approx(end.tolist(), abs=1e-4)  # KL of 1e-9
 
 
 def test_games_of_comparisons_and_bad_files(tmp_path, capsys):
@@ -432,7 +432,7 @@ def test_games_of_comparisons_and_bad_files(tmp_path, capsys):
     assert "taken for even" in said
     P = torch.tensor([[0.5, 1, 0, 0.75], [0, 0.5, 1, 0.5], [1, 0, 0.5, 0.5], [0.25, 0.5, 0.5, 0.5]]).double()
     star, _ = games.regularised_equilibrium(P, torch.zeros(4).double().log_softmax(-1), beta=1.0)
-    assert [rows["equilibrium"][y] for y in "abcd"] == pytest.approx(star.exp().tolist(), abs=1e-12)
+    assert [rows["equilibrium"][f"p({y})"] for y in "abcd"] == pytest.approx(star.exp().tolist(), abs=1e-12)
     for text, told in (
         ("completion,a,b\na,.5,.5\nb,.6,.5\n", "P + P'"),
         ("completion,a,b\na,.5,x\nb,.5,.5\n", "could not convert"),

@@ -78,7 +78,6 @@ def goodness_of_fit(rewards: Tensor, rankings: Rankings) -> GoodnessOfFit:
 
     It follows a chi-square law for many games *a pair*: degrees of freedom are pairs, less completions, plus
     components. Ties as half a win each way vary less than wins, so with them it rejects less often.
-
     Args: rewards (X, Y) the maximum-likelihood estimate of the comparisons, without a prior.
     """
     found = torch.zeros(4, dtype=torch.float64)
@@ -90,10 +89,8 @@ def goodness_of_fit(rewards: Tensor, rankings: Rankings) -> GoodnessOfFit:
         met, few = games > 0, (games > 0) & (expected < 5)
         played = met.any(-1)
         components = (played / connected(games).sum(-1)).sum()  # each is counted once by its members
-        pairs = met.sum() / 2
-        found += torch.stack(
-            [2 * gain, pairs - played.sum() + components, pairs, (few | few.mT).sum() / 2]
-        ).cpu()
+        pairs, rare = met.sum() / 2, (few | few.mT).sum() / 2
+        found += torch.stack([2 * gain, pairs - played.sum() + components, pairs, rare]).cpu()
     tail = torch.special.gammaincc((found[1] / 2).round(decimals=1), found[0].clamp(min=0) / 2)
     chance = tail.item() if found[1] > 0.5 else 1.0
     return GoodnessOfFit(found[0].item(), round(found[1].item()), chance, (found[3] / found[2]).item())

@@ -1,8 +1,8 @@
 """Preferences that no reward explains: the game that they are, its equilibrium, and what finds it.
 
 `preferences` are tables (..., Y, Y): entry [i, j] is the probability that i is preferred to j, so P + P' = 1.
-Two policies draw a completion each, and the one that is preferred wins. With a KL penalty for either this
-game has one equilibrium, which plays the part of pi* [D11.14]. Inside, the skew P - 1/2 stands for P.
+Two policies draw a completion each; the preferred one wins. With a KL penalty for either this game has one
+equilibrium, which plays the part of pi* [D11.14]. Inside, the skew P - 1/2 stands for P.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def best_response(preferences: Tensor, logps: Tensor, ref_logps: Tensor, *, beta
 def duality_gap(preferences: Tensor, logps: Tensor, ref_logps: Tensor, *, beta: float) -> Tensor:
     """What the two players, both pi, could still gain together: 2 beta KL(pi || best response) [D11.14].
 
-    Zero exactly at the equilibrium pi*, and KL(pi || pi*) <= gap / (2 beta). Args, Raises: as
-    `best_response`. Returns (...,), in units of win probability, float64.
+    Zero exactly at the equilibrium pi*, and KL(pi || pi*) <= gap / (2 beta).
+    Args, Raises: as `best_response`. Returns (...,), in units of win probability, float64.
 
     Example:
         >>> rock_paper_scissors = torch.tensor([[0.5, 0.0, 1.0], [1.0, 0.5, 0.0], [0.0, 1.0, 0.5]])
@@ -106,12 +106,9 @@ def _newton(game: Tensor, ref: Tensor, z: Tensor, beta: float, *, within: float)
 
 
 def von_neumann_winner(preferences: Tensor) -> Tensor:
-    """log of the policy that nothing beats in more than half of the games: the equilibrium for beta -> 0, of
-    a uniform reference at beta = 1e-6 [D11.15].
-
-    Args, Raises: preferences as `best_response`. Returns (..., Y); no completion beats it by more than
-    1e-6 log Y. Where several policies have that property, the one that the limit selects.
-    """
+    """log of the policy that nothing beats in more than half of the games: the equilibrium for beta -> 0; it
+    is that of beta = 1e-6 and a uniform reference, which nothing beats by more than 1e-6 log Y [D11.15].
+    Args, Raises: preferences as `best_response`. Returns (..., Y)."""
     uniform = torch.zeros_like(preferences[..., 0], dtype=torch.float64).log_softmax(-1)
     return regularised_equilibrium(preferences, uniform, beta=1e-6)[0]
 
@@ -194,8 +191,7 @@ def _checked(preferences: Tensor, ref_logps: Tensor | None = None, beta=1.0, log
     check_positive("beta", beta)
     check_finite(preferences=preferences)
     P = preferences.double()
-    square = P.dim() > 1 and P.shape[-1] == P.shape[-2]
-    if not square or P.min() < 0 or not ((P + P.mT - 1).abs() <= 1e-4).all():
+    if P.shape[-2:-1] != P.shape[-1:] or P.min() < 0 or not ((P + P.mT - 1).abs() <= 1e-4).all():
         raise InputError("preferences must be a table (..., Y, Y) with P + P' = 1, one half on the diagonal.")
     for name, table in (("ref_logps", ref_logps), ("logps", logps)):
         if table is not None:

@@ -52,6 +52,8 @@ def run(args: argparse.Namespace) -> Path:
     if args.prior is not None:
         _say_prior(world, data, args.prior, loss)
     target = optimal_logps(world.ref_logps, rewards, beta=args.beta)
+    games = _as_games(world, data, weighted, args.beta)
+    _say_fit(world, data)
 
     folder = runs.new_run_folder(args.output_dir, "ranking")
     config = {"command": "bandit", **vars(args), **dict.fromkeys(UNUSED.split()), "steps": steps}
@@ -73,8 +75,7 @@ def run(args: argparse.Namespace) -> Path:
         print(f"The policy is not converged, though rewards and errors are: raise --steps{remedy}.")
 
     tables = {"standard_error": errors, "reference": world.ref_logps.exp(), "policy": outcome.logps.exp()}
-    tables |= _as_games(world, data, weighted, args.beta)
-    _say_fit(world, data)
+    tables |= games
     _write_csv(folder / "ranking.csv", world, data, args.prior, tables)
     runs.write_records(folder / "metrics.jsonl", outcome.records)
     figure.ranking_figure(
@@ -96,7 +97,7 @@ def _say_prior(world: Bandit, data: Rankings, strength: float, loss: str) -> Non
 
 
 def _as_games(world: Bandit, data: Rankings, weighted: Rankings, beta: float) -> dict[str, Tensor]:
-    """What needs no reward, from win rates [D11.17], and in words the first of it and the surest cycles."""
+    """What needs no reward, from win rates [D11.17]; the surest cycles are printed."""
     tables = {name: torch.zeros_like(world.ref_logps) for name in ("borda", "copeland", "equilibrium")}
     cycles = []
     for (rows, width, own), (_, _, real) in zip(*(by_size(d, world.exists) for d in (weighted, data))):
@@ -110,11 +111,7 @@ def _as_games(world: Bandit, data: Rankings, weighted: Rankings, beta: float) ->
         for x, wins in zip(rows.tolist(), win_counts(real, len(rows), width)):
             cycles += [(sure, x, circle, wins) for sure, circle in cycles_of(wins)]
 
-    for x, (prompt, names) in enumerate(zip(world.prompts[:3], world.completions)):
-        ways = {"Bradley-Terry": world.rewards, **tables}
-        first = (f"{names[table[x, : len(names)].argmax()][:30]} by {way}" for way, table in ways.items())
-        print(f"First, prompt {prompt[:30]}: {', '.join(first)} at beta {beta:g}.")
-    print("All but Bradley-Terry take a win rate of 1/2 for each pair that was never compared.")
+    print("Borda, Copeland and the equilibrium take 1/2 for the win rate of a pair never compared.")
     for sure, x, circle, wins in sorted(cycles, key=lambda cycle: -cycle[0])[:3]:
         counts = ", ".join(f"{wins[i, j]:g} to {wins[j, i]:g}" for i, j in pairwise([*circle, circle[0]]))
         chain = " beats ".join(world.completions[x][y][:30] for y in [*circle, circle[0]])

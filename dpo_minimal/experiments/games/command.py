@@ -1,16 +1,15 @@
 """`python -m dpo_minimal games`: preferences without a reward, and where each method takes them.
 
 Where a beats b, b beats c and c beats a, no reward explains the preferences, and there is no pi*. What there
-is instead is the equilibrium of a game: the one policy that no other beats by more than it pays in KL.
+is instead: the equilibrium of a game, the one policy that no other beats by more than it pays in KL.
 
   python -m dpo_minimal games                             rock-paper-scissors, and a partly cyclic world
   python -m dpo_minimal games --preferences matrix.csv    columns completion, each completion's name and, if
                                                           not uniform, reference; or a matrix in JSON
   python -m dpo_minimal games --preferences battles.csv   comparisons, as bandit --comparisons reads them
 
-DPO, Nash-MD and online IPO are trained from the reference, on all pairs with their exact probabilities. DPO
-has 4 beta: near even, a log-odds is four times the win probability beyond one half. The bound on
-KL(pi || pi*) is proved from the policy alone.
+All are trained from the reference on all pairs with their exact probabilities, DPO at 4 beta, since near even
+a log-odds is four times a win probability. `bound` is what a policy itself proves about KL(pi || pi*).
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from ...preferences import win_counts
 from ...text.files import read_bytes, read_rows
 from ...text.runs import new_run_folder, refuse_used_folder, versions, write_json
 from ...train import train
-from ...validation import InputError, check_range
+from ...validation import InputError, check_positive
 from ..bandit.tables import _read, load_comparisons
 from ..options import RUN, Option, add_options, resolve
 from ..study import table, write_csv
@@ -42,13 +41,10 @@ from . import figure
 OPTIONS = {
     "options": {
         "preferences": Option(
-            "probabilities that the completion of the row is preferred to that of the column, or "
-            "comparisons (default: two worlds of three completions)", str, metavar="FILE",
+            "probabilities that the row's completion is preferred to the column's, or comparisons (default: "
+            "two worlds of three completions)", str, metavar="FILE",
         ),
-        "beta": Option(
-            "strength of the KL penalty, in win probability per nat, 0.01 to 1000", float, 0.1,
-            check=lambda flag, beta: check_range(flag, beta, 0.01, 1e3, "training takes too long beyond"),
-        ),
+        "beta": Option("of the KL penalty, win probability per nat", float, 0.1, check=check_positive),
         "steps": Option("of each training, at most", int, 10_000),
         "output_dir": RUN["output_dir"],
     }
@@ -72,9 +68,9 @@ class World(NamedTuple):
 
 def world_of(name: str, completions, preferences, reference=None) -> World:
     """The world of a matrix and of a reference in probabilities or counts. Raises InputError for bad ones."""
-    reference = [1.0] * len(completions) if reference is None else reference
     try:
-        reference, P = (torch.tensor([t], dtype=torch.float64) for t in (reference, preferences))
+        tables = reference or [1.0] * len(completions), preferences
+        reference, P = (torch.tensor([t], dtype=torch.float64) for t in tables)
         world = World(name, tuple(completions), reference.log().log_softmax(-1), P)
         games.best_response(P, world.ref_logps, world.ref_logps, beta=1.0)  # checks both
     except ValueError as error:  # rows of different lengths, and InputError
@@ -107,13 +103,11 @@ def load_worlds(path: str) -> list[World]:
             raise InputError(f"{path}: needs a column of numbers for each completion ({error}).") from None
         return [world_of(path, names, matrix, reference)]
     world, data = load_comparisons(path)
-    if len(world.prompts) > 4:
-        raise InputError(f"{path}: has {len(world.prompts)} prompts; leave all but 4 of them out.")
     print("A pair that was never compared is taken for even, and the reference for uniform.\n")
     wins = win_counts(data, *world.exists.shape)
     rates = torch.where(wins + wins.mT > 0, wins / (wins + wins.mT), 0.5)
-    each = zip(world.prompts, world.completions, rates.tolist())
-    return [world_of(x, y, [row[: len(y)] for row in P[: len(y)]]) for x, y, P in each]
+    each = zip(world.prompts, world.completions, rates)
+    return [world_of(x, names, P[: len(names), : len(names)].tolist()) for x, names, P in each]
 
 
 def run(args: argparse.Namespace) -> Path:
@@ -125,13 +119,13 @@ def run(args: argparse.Namespace) -> Path:
     rows, ways = [], []
     for world in worlds:
         policies, paths = policies_of(world, options.beta, options.steps)
+        ways.append(paths)
         found = [measured(world, name, logps, options.beta) for name, logps in policies.items()]
-        shown = world.completions[:3]
-        shares = [" ".join(f"{row[y]:.3f}" for y in shown) for row in found]
-        cells = [[row["policy"], text, *[*row.values()][2:6]] for row, text in zip(found, shares)]
-        title = f"{world.name}, with the probabilities of {', '.join(shown)}; beta = {options.beta:g}"
-        print(title, *table(COLUMNS, cells, "  "), "", sep="\n", flush=True)
-        rows, ways = rows + found, [*ways, paths]
+        values = [[*row.values()][1:] for row in found]
+        cells = [[name, " ".join(f"{p:.3f}" for p in v[4:7]), *v[:4]] for name, *v in values]
+        title = f"{world.name}: the probabilities are of {', '.join(world.completions[:3])}"
+        print(f"{title}; beta = {options.beta:g}", *table(COLUMNS, cells, "  "), "", sep="\n", flush=True)
+        rows += found
     folder = new_run_folder(args.output_dir, "games")
     write_json(folder / "config.json", {"command": "games", **vars(options), **versions()})
     write_json(folder / "result.json", rows)
@@ -148,26 +142,23 @@ def policies_of(world: World, beta: float, steps: int) -> tuple[dict[str, Tensor
     def bound(logps: Tensor) -> float:
         return games.duality_gap(P, logps, ref, beta=beta).item() / (2 * beta)
 
-    path, pairs, copeland = [ref], games.game_pairs(P), games.copeland_scores(P)
+    path, pairs, most = [ref], games.game_pairs(P), games.copeland_scores(P)
     while len(path) <= steps and bound(path[-1]) > ENOUGH:
         path.append(games.nash_md_step(P, path[-1], ref, beta=beta))
-    rate = 4 * beta**2 / (1 + 4 * beta**2)  # beta times the step of Nash-MD, which has this direction
     online = partial(games.online_ipo_objective, ref_logps=ref, preferences=P, beta=beta)
+    rate = 4 * beta**2 / (1 + 4 * beta**2)  # beta times the step of Nash-MD, which has this direction
     paths = {"Nash-MD": torch.cat(path), "online IPO": _descend(ref, online, rate, steps, bound)}
     try:
         projection = optimal_logps(ref, maximum_likelihood(pairs, ref > -math.inf), beta=4 * beta)
-        paths["DPO"] = _descend(
-            ref, lambda logps: dpo_objective(logps, ref, pairs, beta=4 * beta)[0],
-            safe_learning_rate(pairs, beta=4 * beta) / 10,  # slow, for a path that can be seen
-            steps, lambda logps: kl_divergence(logps, projection).item(),
-        )  # fmt: skip
+        rate = safe_learning_rate(pairs, beta=4 * beta) / 10  # slow, for a path that can be seen
+        dpo = lambda logps: dpo_objective(logps, ref, pairs, beta=4 * beta)[0]  # noqa: E731
+        paths["DPO"] = _descend(ref, dpo, rate, steps, lambda logps: kl_divergence(logps, projection).item())
     except InputError as error:
         print(f"{world.name}: no row for DPO, because {error}")
-    most = copeland > copeland.max() - 1e-12
     policies = {
         "reference": ref,
         "Borda: offline IPO's end": optimal_logps(ref, games.borda_scores(P), beta=beta),
-        "Copeland's winner": torch.where(most, 0, -math.inf).double().log_softmax(-1),
+        "Copeland's winner": torch.where(most > most.max() - 1e-12, 0, -math.inf).double().log_softmax(-1),
         "von Neumann's winner": games.von_neumann_winner(P),
         "equilibrium": games.regularised_equilibrium(P, ref, beta=beta)[0],
     }
@@ -187,8 +178,8 @@ def _descend(ref: Tensor, objective, rate: float, steps: int, distance) -> Tenso
 def measured(world: World, policy: str, logps: Tensor, beta: float) -> dict[str, object]:
     """A row: how often it beats the equilibrium, its gap, its divergence and the bound, its probabilities."""
     star, _ = games.regularised_equilibrium(world.preferences, world.ref_logps, beta=beta)
-    wins = (logps.exp() @ world.preferences[0] @ star.exp().mT).item()
     gap = games.duality_gap(world.preferences, logps, world.ref_logps, beta=beta).item()
-    row = {"world": world.name, "policy": policy, "win_rate": wins, "gap": gap}
+    row = {"win_rate": (logps.exp() @ world.preferences[0] @ star.exp().mT).item(), "gap": gap}
     row |= {"kl": kl_divergence(logps, star).item(), "kl_bound": gap / (2 * beta)}
-    return row | dict(zip(world.completions, logps[0].exp().tolist()))
+    shares = {f"p({name})": p for name, p in zip(world.completions, logps[0].exp().tolist())}
+    return {"world": world.name, "policy": policy, **row, **shares}
