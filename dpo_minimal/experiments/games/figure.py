@@ -37,7 +37,7 @@ def _simplex(axis, world, paths: dict[str, Tensor]) -> None:
     for name, x, y in zip(world.completions, (0, 1, 0.5), (-0.02, -0.02, 0.88)):
         axis.text(x, y, name[:20], ha="center", va="bottom" if y > 0 else "top")
     solve = partial(regularised_equilibrium, world.preferences, world.ref_logps)
-    ends = torch.cat([solve(beta=beta)[0].exp() for beta in torch.logspace(1.5, -3, 50).tolist()])
+    ends = torch.cat([solve(beta=beta)[0].exp() for beta in torch.logspace(1, -3, 70).tolist()])
     style = {"color": GREEN, "label": r"equilibrium, $\beta$ from $\infty$ to 0"}
     axis.plot(*_plane(ends), linewidth=6, alpha=0.35, **style)
     axis.plot(*_plane(ends[-1:]), "*", color=GREEN, markersize=20, label="von Neumann's winner")
