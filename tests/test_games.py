@@ -258,7 +258,7 @@ def test_a_table_ends_at_the_equilibrium(way):
     rate = 3.0 if way == "online_ipo" else 3.0 * 2 / beta  # of the mean over three prompts
     optimizer = torch.optim.SGD(policy.parameters(), lr=rate, momentum=0.5)
     for _ in train(
-        lambda _: (objective(policy(), ref, P, beta=beta), {}), optimizer, itertools.repeat(None, 300)
+        lambda _: (objective(policy(), ref, P, beta=beta), {}), optimizer, itertools.repeat(None, 200)
     ):
         pass
     logps = policy().detach()
@@ -292,7 +292,7 @@ def test_a_gpt_ends_at_the_equilibrium(way, mixture):
     logps = ((1 - mixture) * float64_table(policy) + mixture * ref).log_softmax(-1)
     bound = games.duality_gap(P, logps, ref, beta=beta) / (2 * beta)
     assert (kl_divergence(logps, star) <= bound).all()
-    assert bound.max() < 1e-3 < 0.03 < kl_divergence(ref, star).max()
+    assert bound.max() < 3e-3 < 0.03 < kl_divergence(ref, star).max()
     if mixture:  # the policy itself ends at a best response, which is another
         assert kl_divergence(float64_table(policy), star).max() > 5 * bound.max()
 
