@@ -29,22 +29,22 @@ from ..text.files import read_bytes
 from ..validation import InputError
 from .evaluate import Interval, student_95
 
-# What is asked, and what prompt and answers are called: the paper's questions in our words.
-PROMPTS = {
+PROMPTS = {  # the paper's questions in our words; what prompt and answers are called
     "summary-simple": ("Which summary tells more of what matters in the post?", "post", "summary"),
     "summary-concise": ("Which summary tells what matters in the post, and little else?", "post", "summary"),
     "dialogue": ("Which reply is of more help to the person who asked?", "conversation", "reply"),
 }
-FIRST_WAIT, LONGEST_WAIT, RETRIES = 1.0, 60.0, 5  # seconds; each wait is twice the last
+FIRST_WAIT, LONGEST_WAIT, TIMEOUT, RETRIES = 1.0, 60.0, 300.0, 5  # seconds; a wait is twice the last
 _JSON = {"Content-Type": "application/json"}
-_VERDICT = re.compile(r"\W*(?:(?:preferred|better|verdict)\W+)?(?:(?:summary|reply)\W+)?(A|B|tie)\W*", re.I)
+_VERDICT = re.compile(r"\W*(?:(?:preferred|better|answer)\W+)?(?:(?:summary|reply)\W+)?(A|B|tie)\W*", re.I)
 _ENDPOINT = re.compile(r"(https?)://(\[[\da-f:.]+\]|[^/:@?#\s]+)(:\d+)?(/[^?#\s]*)?", re.I | re.A)
 
 
-def question(kind: str, prompt: str, first: str, second: str) -> list[dict[str, str]]:
-    """The messages that ask which of two answers is better; kind is one of `PROMPTS` [D10.6]."""
+def question(kind: str, pair: dict[str, str], first: str) -> list[dict[str, str]]:
+    """The messages that ask which of a and b is better, one of which is shown first; of `PROMPTS` [D10.6]."""
     task, what, answer = PROMPTS[kind]
-    text = f"""{task}\n\n{what}:\n{prompt}\n\n{answer} A:\n{first}\n\n{answer} B:\n{second}\n
+    text = f"""{task}\n\n{what}:\n{pair["prompt"]}\n\n{answer} A:\n{pair[first]}\n
+{answer} B:\n{pair["b" if first == "a" else "a"]}\n
 First compare the two in one sentence that says which {answer} is better, and why. Then write, on a line
 of its own and with nothing else in it, the letter of the better {answer}: A or B."""
     return [{"role": "user", "content": text}]
@@ -69,12 +69,11 @@ class Server(NamedTuple):
     """Who is asked [D10.6]."""
 
     url: str  # ends in /chat/completions
-    key: str = ""  # goes into a header and nowhere else
-    timeout: float = 120.0  # seconds without a byte
-    local: bool = True
+    key: str  # goes into a header and nowhere else
+    opener: urllib.request.OpenerDirector  # without a proxy on this machine
 
     @classmethod
-    def at(cls, endpoint: str, key: str, timeout: float) -> Server:
+    def at(cls, endpoint: str, key: str) -> Server:
         """With or without /v1 and what follows. Raises InputError, also where the key would be readable."""
         parts = _ENDPOINT.fullmatch(endpoint)
         if parts is None:  # not repeated: it may hold a password
@@ -84,24 +83,24 @@ class Server(NamedTuple):
         local = re.fullmatch(r"localhost|127(\.\d+){3}|\[::1\]", parts[2], re.I) is not None
         if key and not local and parts[1].lower() == "http":
             raise InputError(f"--endpoint {endpoint}: would get the key unencrypted; write https.")
+        opener = urllib.request.build_opener(_AsItIs, *[urllib.request.ProxyHandler({})] * local)
+        opener.addheaders += [("Authorization", f"Bearer {key}")] if key else []
         url = endpoint.rstrip("/")
         url += "" if url.endswith(("/v1", "/chat/completions")) else "/v1"
-        return cls(url.removesuffix("/chat/completions") + "/chat/completions", key, timeout, local)
+        return cls(url.removesuffix("/chat/completions") + "/chat/completions", key, opener)
 
 
-def ask(server: Server, body: dict[str, Any], wait: Callable[[float], Any]) -> str:
+def ask(server: Server, body: dict[str, Any], stop: threading.Event) -> str:
     """A reply's text; asked again after 408, 429, 5xx, timeouts, and replies that are cut off [D10.6].
 
-    `wait` is given the seconds before the next attempt, true to end. Raises InputError, as the server says.
+    `stop` is set by a failure that lasts, and ends all waits. Raises InputError with the server's message.
     """
-    secret = {"Authorization": f"Bearer {server.key}"} if server.key else {}
-    request = urllib.request.Request(server.url, json.dumps(body).encode(), secret | _JSON)
-    opener = urllib.request.build_opener(_AsItIs, *[urllib.request.ProxyHandler({})] * server.local)
+    request = urllib.request.Request(server.url, json.dumps(body).encode(), _JSON)
     hidden = server.key if len(server.key) > 7 else "\0"  # a server may repeat the key; "EMPTY" is none
     for attempt in range(RETRIES + 1):
         pause, remedy = FIRST_WAIT * 2**attempt, "see that it runs and give the command again"
         try:
-            with opener.open(request, timeout=server.timeout) as answer:
+            with server.opener.open(request, timeout=TIMEOUT) as answer:
                 status, data, told = answer.status, answer.read(), answer.headers["Retry-After"] or ""
         except (OSError, ValueError, OverflowError, http.client.HTTPException) as error:
             problem = f"did not answer ({getattr(error, 'reason', '') or error or type(error).__name__})"
@@ -110,7 +109,7 @@ def ask(server: Server, body: dict[str, Any], wait: Callable[[float], Any]) -> s
                 if status == 200:
                     said = json.loads(data)["choices"][0]["message"]["content"]
                     return str.replace(said or "", hidden, "[key]")
-            text = data.decode("utf-8", "replace")
+            text = data.decode("utf-8", "replace").replace(hidden, "[key]")
             found = re.search(r'"(?:message|error|detail)"\s*:\s*"((?:[^"\\]|\\.)+)"', text)
             text = re.sub(r"\.\s", "; ", " ".join((found[1] if found else text).split())).rstrip(".")
             problem = f"answered {status} ({text[:200]})"
@@ -118,9 +117,10 @@ def ask(server: Server, body: dict[str, Any], wait: Callable[[float], Any]) -> s
                 remedy = "check --endpoint, --model and the key"
                 break
             pause = max(pause, min(float(told), LONGEST_WAIT)) if told.isdecimal() else pause
-        if attempt == RETRIES or wait(pause):
+        if attempt == RETRIES or stop.wait(pause):
             break
-    raise InputError(f"{server.url}: {problem}; {remedy}.".replace(hidden, "[key]"))
+    stop.set()
+    raise InputError(f"{server.url}: {problem}; {remedy}.")
 
 
 def replies(server: Server, bodies: Sequence[dict], cache: Path, *, workers: int) -> tuple[list[str], int]:
@@ -138,14 +138,16 @@ def replies(server: Server, bodies: Sequence[dict], cache: Path, *, workers: int
     missing = {key: body for key, body in zip(keys, bodies) if key not in kept}
 
     def fetch(key: str, body: dict) -> None:
-        kept[key] = ask(server, body, stop.wait)
+        if stop.is_set():
+            return
+        kept[key] = ask(server, body, stop)
         with lock, cache.open("a", encoding="utf-8") as file:
             file.write("\n" * (file.tell() > 0) + json.dumps({"key": key, "reply": kept[key]}))
 
     pool = ThreadPoolExecutor(workers)
     try:
         futures = [pool.submit(fetch, *item) for item in missing.items()]
-        for future in tqdm(as_completed(futures), desc="asking", total=len(futures), disable=not futures):
+        for future in tqdm(as_completed(futures), desc="asking", total=len(futures), disable=None):
             future.result()
     finally:  # what was asked for already is kept, whatever happened
         stop.set()
@@ -181,21 +183,18 @@ def kappa(tables: Tensor) -> Tensor:
     return (shares.diagonal(dim1=-2, dim2=-1).sum(-1) - chance) / (1 - chance)
 
 
-def jackknife_interval(statistic: Callable[[Tensor], Tensor], parts: Tensor) -> Interval:
+def jackknife_interval(statistic: Callable[[Tensor], Tensor], parts: Tensor) -> Interval | None:
     """A statistic of the sum of N independent parts (N, ...), and its 95 % interval within [-1, 1] [D10.7].
 
-    All of [-1, 1] where nothing tells: one part, parts that do not differ, an undefined statistic.
+    None where it is undefined; all of [-1, 1] where nothing tells: one part, or parts that do not differ.
     """
     N, value, left_out = len(parts), statistic(parts.sum(0)).item(), statistic(parts.sum(0) - parts)
     error = math.sqrt((N - 1) / N * ((left_out - left_out.mean()) ** 2).sum().item())
     half = student_95(N - 1) * error if 0 < error < math.inf else 2.0
-    return Interval(value, max(-1.0, value - half), min(1.0, value + half))
+    return None if math.isnan(value) else Interval(value, max(-1.0, value - half), min(1.0, value + half))
 
 
 def label_tables(judge: Tensor, people: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, C) labels counted -> (N, C, C) judge beside person, and person beside person, both ways [D10.7].
-
-    Each two people count once, half as (i, j) and half as (j, i), so that `kappa` of their sum is Fleiss'.
-    """
-    two = people[:, :, None] * people[:, None] - torch.diag_embed(people)
+    """(N, C) labels counted -> (N, C, C) judge beside person; two people, half in each order [D10.7]."""
+    two = people[:, :, None] * people[:, None] - torch.diag_embed(people)  # nobody beside themselves
     return judge[:, :, None] * people[:, None], two / 2
