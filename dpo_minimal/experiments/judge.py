@@ -102,7 +102,7 @@ def ask(args: argparse.Namespace, key: str, rows: list[dict]) -> dict:
     for (_, one), text in zip(every, texts):
         one |= {"verdict": judge.verdict_of(text, one["first"]), "reply": text}
     for row in rows:
-        said = {one["verdict"] for one in row["asked"]}
+        said = {one["verdict"] for one in row["asked"]}  # one verdict, or two that agree
         row["judge"] = "unparsed" if "unparsed" in said else said.pop() if len(said) == 1 else "tie"
     leans = [sum(LABELS[one["verdict"]] * LABELS[one["first"]] for one in row["asked"]) for row in rows]
     first, second = sum(lean > 0 for lean in leans), sum(lean < 0 for lean in leans)
