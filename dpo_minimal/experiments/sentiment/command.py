@@ -6,20 +6,25 @@ known, so each method is held to the true reward and to its divergence from the 
   SFT on reviews -> four samples of each prefix -> six pairs, labelled by the true reward -> reward model
   -> Preferred-FT, DPO, Unlikelihood, IPO, cDPO, KTO, ORPO, SimPO, PPO, PPO with the true reward, best of N
 
+and DPO in rounds, whose pairs the policy itself draws, a quarter of the prefixes at a time.
+
   dpo-minimal sentiment                           the package's own grammar of reviews
   dpo-minimal sentiment --quick                   the same with fewer settings, in a minute and a half
+  dpo-minimal sentiment --methods dpo --prefixes 4000 --steps 4000      24,000 labels, until nothing changes
   dpo-minimal sentiment --reviews FILE.tsv        your reviews, lines label<TAB>text with label 1 or 0; the
                                                   truth is then a logistic regression on their words
   dpo-minimal sentiment --resume runs/sentiment-001
 
-All methods have one budget: gradient steps, completions in each, completions with a true reward behind them,
-and one learning rate; nothing is tuned for one of them. Labels are free of noise, as in the paper, so the DPO
-loss has no finite optimum for any beta; those of --label-noise bradley-terry contradict each other.
+All methods hear as much from people: four completions of each prefix with a true reward behind them. Those
+that learn from pairs take as many steps at one learning rate, which falls to zero; PPO stops when its samples
+are used up. Labels are free of noise, as in the paper, so the DPO loss has no finite optimum for any beta;
+those of --label-noise bradley-terry contradict each other.
 
 Columns: reward, KL and win rate (against a sample of the SFT model, a tie one half) of samples at temperature
-1 of held-out prefixes, with 95 % intervals over prompts and trainings; in 2.5 and 8 nats, the most reward on
-a training's path within that KL; repeated, the share of runs of three tokens that a sample had before. Of
-best of N the KL is an upper bound; GT: by the true reward.
+1 of held-out prefixes, with 95 % intervals over prompts and trainings; in 1.84, 2.5 and 8 nats, the most
+reward on a training's path within that KL; repeated, the share of runs of three tokens that a sample had
+before; orders, the share of held-out pairs whose chosen completion gained on the rejected one. Of best of N
+the KL is an upper bound; GT: by the true reward.
 """
 
 from __future__ import annotations
@@ -31,44 +36,45 @@ from functools import partial
 from operator import itemgetter
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ...text.allocator import keep_freed_memory
 from ...text.runs import write_json, write_records, write_text
 from ...text.truth import read_reviews
-from ...validation import check_count, check_seed
+from ...validation import InputError, check_count, check_seed
 from ..options import RUN, Option, add_options, resolve
 from ..study import Files, Study, carry_out, kept, table, write_csv
 from ..text.report import prompt_line, text_lines
 from ..text.setup import open_folder, resumable
 from . import figure
-from .methods import REWARD_EPOCHS, SHOWN, all_runs, budget_of, jobs_of, learn_reward, path_of
-from .results import CHARACTER, WITHIN, Group, Results, Row, path_rows, results_of
-from .world import NOISES, Plan, World, load_world, make_world
+from .methods import PPO_EPOCHS, REWARD_EPOCHS, SHOWN, all_runs, jobs_of, learn_reward, path_of
+from .results import CHARACTER, FRONTIER_END, WITHIN, Group, Results, Row, path_rows, results_of
+from .world import NOISES, K, Plan, World, load_world, make_world
 
 GRAMMAR = Plan(
     demonstrations=16000, vocab_size=704, context=64, n_layer=2, n_embd=128, sft_epochs=1,
-    sft_learning_rate=3e-3, prefixes=640, held_out=192, other=192, max_new_tokens=44, steps=120, pairs=32,
-    learning_rate=3e-4, warmup=10, best_of=96,
+    sft_learning_rate=3e-3, prefixes=640, held_out=192, other=192, max_new_tokens=44, steps=900, pairs=32,
+    learning_rate=3e-4, warmup=10, best_of=96, noise=NOISES[0],
 )  # fmt: skip
-QUICK = GRAMMAR._replace(demonstrations=6400, prefixes=240, steps=45, held_out=96, other=96, best_of=16)
+QUICK = GRAMMAR._replace(demonstrations=6400, prefixes=240, steps=150, held_out=96, other=96, best_of=16)
 REVIEWS = GRAMMAR._replace(
     vocab_size=2048, context=72, n_layer=3, sft_epochs=5, sft_learning_rate=1.5e-3, max_new_tokens=56,
-    prefixes=560, steps=105,
+    prefixes=560, steps=800,
 )  # fmt: skip
 QUICK_REVIEWS = REVIEWS._replace(
-    n_layer=2, sft_epochs=2, prefixes=160, steps=30, held_out=64, other=64, best_of=8
+    n_layer=2, sft_epochs=2, prefixes=160, steps=90, held_out=64, other=64, best_of=8
 )
-SEEDS = 3
+SEEDS, METHODS = 3, ("all", "dpo")
 PRINTED = 2  # prompts whose samples are printed
 COLUMNS = (
-    ("method", "<12", ""), ("setting", "<13", ""), ("seeds", ">5", ""), ("reward", ">13", ""),
+    ("method", "<14", ""), ("setting", "<13", ""), ("seeds", ">5", ""), ("reward", ">13", ""),
     ("KL, nats", ">13", ""), ("win rate, %", ">18", ""),
-    *((f"in {nats:g} nats", ">12", "") for nats in WITHIN), ("steps", ">6", ""), ("sec", ">5", ".0f"),
+    *((f"in {nats:g} nats", ">12", "") for nats in WITHIN), ("sec", ">5", ".0f"),
 )  # fmt: skip
 CHARACTER_COLUMNS = (
     ("what it writes", "<26", ""), ("tokens", ">7", ".1f"), ("ended", ">7", ".0%"), ("repeated", ">9", ".1%"),
-    ("log pi_ref a token", ">19", ".2f"),
+    ("log pi_ref a token", ">19", ".2f"), ("orders", ">8", ".0%"),
 )  # fmt: skip
 
 OPTIONS = {
@@ -81,6 +87,15 @@ OPTIONS = {
             "none: the better completion is always chosen, as in the paper; bradley-terry: with probability "
             "sigmoid of the difference in reward", str, default=NOISES[0], choices=NOISES,
         ),
+        "prefixes": Option(
+            f"to train on, six labels each (default {GRAMMAR.prefixes}; fewer for reviews and with --quick)"
+        ),
+    },
+    "training": {
+        "steps": Option(
+            f"of a training on pairs (default {GRAMMAR.steps}; fewer for reviews and with --quick)"
+        ),
+        "methods": Option("all, or dpo: only DPO and DPO in rounds", str, default="all", choices=METHODS),
     },
     "run": {
         "seeds": Option(f"trainings of each method and setting (default {SEEDS}; 1 with --quick)"),
@@ -108,14 +123,16 @@ def run(args: argparse.Namespace) -> Path:
         options.quick = bool(options.quick)
         options.seeds = options.seeds or (1 if options.quick else SEEDS)
         plans = (GRAMMAR, QUICK) if options.reviews is None else (REVIEWS, QUICK_REVIEWS)
-        options.plan = plans[options.quick]._asdict()
+        sizes = {name: getattr(options, name) for name in ("prefixes", "steps") if getattr(options, name)}
+        options.plan = plans[options.quick]._replace(noise=options.label_noise, **sizes)._asdict()
         if options.reviews is not None:
             read_reviews(options.reviews)
+    if set(options.plan) != set(Plan._fields):
+        raise InputError(f"--resume {options.resume}: was made by another version; start a new run.")
     plan = Plan(**options.plan)
     with resumable("sentiment", open_folder(options, "sentiment")) as folder:
         make_world(
-            folder, plan, reviews=options.reviews, noise=options.label_noise, seed=options.seed,
-            resume=options.resume is not None,
+            folder, plan, reviews=options.reviews, seed=options.seed, resume=options.resume is not None
         )  # fmt: skip
         carry_out(_study(folder, plan, options), folder, workers=workers or min(2, os.cpu_count() or 1))
     return folder
@@ -125,6 +142,8 @@ def _study(folder: Path, plan: Plan, options: argparse.Namespace) -> Study:
     """Every training of the plan, from the world in the folder to tables, figures and files."""
     folder = folder.resolve()  # one name for what a process keeps of it
     runs = all_runs(seeds=options.seeds, quick=options.quick)
+    if options.methods == "dpo":
+        runs = [run for run in runs if run.method in ("SFT", "DPO", "DPO in rounds")]
     reward = kept(path_of(folder, "reward-model"), learn_reward, folder, plan, options.seed)
     jobs, world = jobs_of(folder, runs, plan), load_world(folder)
     what = "film reviews of a file" if options.reviews else "the grammar's film reviews"
@@ -146,7 +165,7 @@ def _study(folder: Path, plan: Plan, options: argparse.Namespace) -> Study:
         runs=lambda found: results_of(dict(zip(jobs, found)) | {"reward-model": reward}, runs, plan),
         table=lambda results: [
             *results_table(results.rows), "",
-            *learnt_from(results, plan, options.label_noise, world.rows), "",
+            *learnt_from(results, plan, world.rows), "",
             *comparison(results), "", *character_table(results), "",
             *sample_lines(world, PRINTED, results.full),
         ],
@@ -163,7 +182,7 @@ def results_table(rows: Sequence[Row]) -> list[str]:
         cells.append(
             (row["method"], row["setting"], row["seeds"], _plus_minus(row, "reward"), kl,
              f"{win:.0f} [{low:.0f}, {high:.0f}]", *(_plus_minus(row, name) for name in WITHIN.values()),
-             row.get("steps", "-"), row["seconds"])
+             row["seconds"])
         )  # fmt: skip
     return table(COLUMNS, cells)
 
@@ -174,44 +193,56 @@ def _plus_minus(row: Row, name: str) -> str:
     return f"{row[name]:z.2f} ± {(row[f'{name}_high'] - row[f'{name}_low']) / 2:.2f}"
 
 
-def learnt_from(results: Results, plan: Plan, noise: str, drawn: Sequence[Row]) -> list[str]:
+def learnt_from(results: Results, plan: Plan, drawn: Sequence[Row]) -> list[str]:
     """What every method may use, how the pairs came about, and what the learned and the true reward tell."""
-    steps, completions, judged = budget_of(plan).values()
+    judged = K * plan.prefixes
     pairs, left_out = sum(len(row["pairs"]) for row in drawn), sum(row["left_out"] for row in drawn)
     labels = "always the better one is chosen; the DPO loss has no finite optimum for any beta [D11.6]"
-    if noise != "none":
+    if plan.noise != "none":
         wrong = sum(row["rewards"][w] < row["rewards"][l] for row in drawn for w, l in row["pairs"])
         labels = f"Bradley-Terry's; {wrong / pairs:.0%} choose the worse one"
-    end = max(row["reward"] for row in results.rows if row["method"] == "PPO-GT")
-    above = sum(reward >= end for row in drawn for reward in row["rewards"])
     return [
-        f"Every method: {steps} gradient steps on {completions} completions each, AdamW at "
-        f"{plan.learning_rate:g} after {plan.warmup} steps of warm-up, clipped at 1.",
+        f"Every method: {2 * plan.pairs} completions a gradient step, AdamW at {plan.learning_rate:g} after "
+        f"{plan.warmup} steps of warm-up, clipped at 1.",
+        f"On pairs: {plan.steps} steps, to a rate of zero. PPO: {judged // (2 * plan.pairs)} rounds of "
+        f"samples, {PPO_EPOCHS} steps each.",
         f"Pairs: {pairs:,} of {judged:,} judged completions of {len(drawn):,} prefixes, {left_out} left out.",
         f"Labels: {labels}.",
         f"The learned reward, {REWARD_EPOCHS} epochs of the pairs, orders {results.accuracy:.0%} of "
         f"{results.pairs:,} held-out pairs rightly.",
-        f"PPO-GT: as many true rewards, of its own samples; it ended at {end:.2f}, which "
-        f"{above / judged:.1%} of the pairs' completions have.",
+        *_judged_by_steps(results),
     ]
+
+
+def _judged_by_steps(results: Results) -> list[str]:
+    """Whether trainings on pairs went on long enough: what DPO orders rightly by the end, and long before."""
+    lines = []
+    for group in results.groups:
+        if group.method.startswith("DPO"):
+            shares = group.last["accuracies"].mean(0).tolist()
+            steps = ", ".join(f"{share:.0%} ({step})" for step, share in zip(group.steps, shares))
+            lines.append(f"{group.label} orders, after so many steps: {steps}.")
+    return lines
 
 
 def comparison(results: Results) -> list[str]:
     """DPO beside PPO and best of N at equal divergence, and beside what is possible."""
     lines = ["The most reward within a divergence, of each method's best setting (95 %):"]
-    for method in ("DPO", "PPO", "PPO-GT"):
+    for method in ("DPO", "DPO in rounds", "PPO", "PPO-GT"):
         of_method, texts = [row for row in results.rows if row["method"] == method], []
-        for nats, name in WITHIN.items():
+        for nats, name in WITHIN.items() if of_method else ():
             best = max(of_method, key=itemgetter(name))
-            texts.append(f"{_plus_minus(best, name)} in {nats:g} nats ({best['setting']})")
-        lines.append(f"  {method:<12}" + "; ".join(texts))
+            most = np.interp(nats, *zip(*results.frontier))
+            share = f", {best[name] / most:.0%} of what is possible" if nats <= FRONTIER_END else ""
+            texts.append(f"{_plus_minus(best, name)} in {nats:g} nats ({best['setting']}{share})")
+        lines += [f"  {method if number == 0 else '':<14}{text}" for number, text in enumerate(texts)]
     for name, entries in results.best.items():
-        n, row = max((n, row) for n, row in entries.items() if row["kl"] <= min(WITHIN))
+        n, row = max((n, row) for n, row in entries.items() if row["kl"] <= min(WITHIN) + 0.005)
         reward = f"{_plus_minus(row, 'reward')} in {row['kl']:.2f} nats"
-        lines.append(f"  {'best of N':<12}{reward} (N {n}, by the {name} reward)")
+        lines.append(f"  {'best of N':<14}{reward} (N {n}, by the {name} reward)")
     kl, most = results.frontier[-1]
     possible = f"{most:.2f} in {kl:.2f} nats (pi_ref exp(r / beta) / Z on 128 draws a prefix)"
-    return [*lines, f"  {'possible':<12}{possible}"]
+    return [*lines, f"  {'possible':<14}{possible}"]
 
 
 def character_table(results: Results) -> list[str]:

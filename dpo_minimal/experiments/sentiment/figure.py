@@ -12,11 +12,14 @@ from ...rivals.evaluate import crossed_interval, win_interval
 from .methods import TEMPERATURES
 from .results import Group, Results, Row
 
+DARK_BLUE = "#003a5c"
 COLOURS = {  # other methods are grey, best of N is red
-    "DPO": BLUE, "PPO": ORANGE, "PPO-GT": GREEN, "Unlikelihood": PINK, "Preferred-FT": SKY, "SFT": "black",
+    "DPO": BLUE, "DPO in rounds": DARK_BLUE, "PPO": ORANGE, "PPO-GT": GREEN, "Unlikelihood": PINK,
+    "Preferred-FT": SKY, "SFT": "black",
 }  # fmt: skip
-MARKERS = {"DPO": "o", "PPO": "s", "PPO-GT": "D", "Unlikelihood": "v", "Preferred-FT": "P", "SFT": "*",
-           "IPO": "<", "cDPO": ">", "KTO": "^", "ORPO": "X", "SimPO": "p"}  # fmt: skip
+MARKERS = {"DPO": "o", "DPO in rounds": "d", "PPO": "s", "PPO-GT": "D", "Unlikelihood": "v",
+           "Preferred-FT": "P", "SFT": "*", "IPO": "<", "cDPO": ">", "KTO": "^", "ORPO": "X",
+           "SimPO": "p"}  # fmt: skip
 BY_TRUE = {"color": RED, "marker": "h", "linestyle": "-"}  # best of N
 BY_LEARNED = BY_TRUE | {"linestyle": ":", "markerfacecolor": "white"}
 LARGE = {"font.size": 17, "axes.titlesize": 19, "legend.fontsize": 14}
@@ -166,7 +169,7 @@ def _temperatures(axis, results: Results) -> None:
     axis.set_title("Over sampling temperatures (Fig. 2, right)")
     for place, group in enumerate(results.full):
         rates = _rates(results.win_rates, method=group.method, setting=group.setting, prompts="held out")
-        shift = 0.008 * (place - 2.5)  # so that the bars of six settings stay apart
+        shift = 0.008 * (place - 3)  # so that the bars of seven settings stay apart
         _win_rates(axis, [t + shift for t in TEMPERATURES], rates, **_style_of(group))
     axis.set(xlabel="sampling temperature (opponent: 1)", xticks=TEMPERATURES)
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, columnspacing=1.0)
@@ -179,8 +182,8 @@ def _training(axis, results: Results) -> None:
             rates = [win_interval(table, results.opponents) for table in group.rewards.unbind(1)]
             _win_rates(axis, group.steps, rates, **_style_of(group))
     axis.set(xlabel="gradient steps", xscale="log")
-    steps = next(group.steps for group in results.groups if group.method != "SFT")
-    axis.set_xticks(steps, [str(step) for step in steps])
+    ticks = [step for step in (3, 10, 30, 100, 300, 1000, 3000) if step <= max(results.full[1].steps) * 1.2]
+    axis.set_xticks(ticks, [str(step) for step in ticks])
     axis.minorticks_off()
 
 

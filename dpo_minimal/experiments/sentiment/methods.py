@@ -1,10 +1,12 @@
 """The methods of the sentiment experiment: how each is trained, and what is measured of it.
 
-A budget is a number of gradient steps on 64 completions each (32 pairs), one learning rate for all, and a
-number of completions with a true reward behind them: those of the pairs, four a prefix, or as many that PPO
-draws for itself. The rate was chosen once, out of 3e-4, 6e-4 and 1e-3, by results of DPO and PPO-GT on the
-grammar: from 6e-4 on DPO left the language within these steps. AdamW's steps do not depend on the scale of a
-loss, which is what makes one rate a fair one; losses that pull in another way may still deserve another.
+What every method has in common is what people tell it: a number of completions with a true reward behind
+them, those of the pairs, four a prefix, or as many that PPO with the true reward draws for itself. On pairs a
+training goes on until held-out pairs are judged no better, at a learning rate that falls to zero; DPO in
+rounds does so too, but draws the pairs of each quarter of the prefixes from the policy that it has by then.
+PPO makes its draws, and three gradient steps on each 64 of them. One rate, chosen once on the grammar by DPO
+and PPO-GT, is everybody's: from 6e-4 on DPO left the language early. AdamW's steps do not depend on the scale
+of a loss, which is what makes one rate a fair one; losses that pull in another way may still deserve another.
 
 Each job leaves arrays in RUN/methods, such as dpo-beta-0.1-seed-0.npz; `measure`, `learn_reward`,
 `draw_opponents` and `draw_best_of_n` say which.
@@ -35,17 +37,19 @@ from ...model import GPT
 from ...rivals.evaluate import draw
 from ...rivals.ppo import PPOSettings, train_ppo
 from ...rivals.reward_model import RewardModel, fit_reward_model, normalised_reward, score_completions
-from ...text.batches import split_by_prompt, windows, with_mismatched
+from ...text.batches import Example, windows, with_mismatched
 from ...text.checkpoint import read_safetensors
 from ...text.objectives import make_window, preference_objective, reference_logps, sft_objective
 from ...text.runs import write_atomically
-from ...train import Objective, Window, make_optimizer, train, warm_up
+from ...train import Objective, Window, make_optimizer, train
 from ...zoo import LOSSES
 from ..study import Job, kept
-from .world import K, Plan, World, load_world
+from .world import K, Plan, World, first_held_out, load_world, pairs_of, sample_rows
 
-BETAS, ALPHAS = (0.05, 0.1, 1.0, 5.0), (0.05, 0.1, 0.5, 1.0)
-TARGETS = (3.0, 6.0, 9.0, 12.0)  # nats, of PPO
+BETAS, ALPHAS = (0.1, 0.5, 1.0, 2.0), (0.1, 1.0)
+ROUNDS, ROUNDS_BETA = 4, 2.0
+TARGETS = (3.0, 6.0, 12.0)  # nats, of PPO
+REPEATED = ("DPO", "DPO in rounds", "PPO", "PPO-GT", "SFT")  # trained with several seeds; the others with one
 PPO_EPOCHS = 3  # gradient steps on each round's samples
 FIRST_COEFFICIENT = 0.1  # of PPO's KL penalty, before it is steered
 REWARD_EPOCHS = 3  # App. C.1
@@ -54,7 +58,8 @@ TEMPERATURES = (0.0, 0.25, 0.5, 0.75, 1.0)
 OTHER_TEMPERATURES = (0.25, 1.0)
 DRAWS = 128  # of each prompt, for best of n
 SHOWN = 8  # prompts whose samples are kept as text
-_SAMPLES, _OPPONENT, _OTHER_OPPONENT, _DRAWS = range(4)  # streams of random numbers
+_BUDGET = ("steps", "completions", "judged")
+_SAMPLES, _OPPONENT, _OTHER_OPPONENT, _DRAWS, _ROUNDS = range(5)  # streams of random numbers
 
 Arrays = dict[str, Any]  # by name: arrays, or what `kept` makes arrays of
 
@@ -64,8 +69,8 @@ class Run(NamedTuple):
 
     method: str
     setting: str  # "β 0.1"
-    kind: str  # "none" (the SFT model as it is), "sft" (on the chosen), "pairs", "ppo"
-    loss_type: str = ""  # of "pairs", with its options, as `preference_objective` takes them
+    kind: str  # "none" (the SFT model as it is), "sft" (on the chosen), "pairs", "rounds", "ppo"
+    loss_type: str = ""  # of "pairs" and "rounds", with its options, as `preference_objective` takes them
     options: tuple[tuple[str, float], ...] = ()
     target: float = math.nan  # of "ppo", nats
     learned: bool = False  # of "ppo": by the learned reward, or by the true one
@@ -88,27 +93,34 @@ def all_runs(*, seeds: int, quick: bool) -> list[Run]:
         setting = ", ".join(f"{o.symbol} {options[o.name]:g}" for o in loss.options if o.symbol)
         return Run(loss.title, setting, "pairs", name, tuple(options.items()), full=full)
 
-    betas, alphas, targets = ((0.1, 1.0), (0.1, 1.0), (6.0,)) if quick else (BETAS, ALPHAS, TARGETS)
+    betas, targets = ((0.1, 1.0), (6.0,)) if quick else (BETAS, TARGETS)
+    in_rounds = pairs("dpo", True, beta=ROUNDS_BETA)._replace(method="DPO in rounds", kind="rounds")
     distinct = [
         Run("SFT", "", "none", full=True),
         Run("Preferred-FT", "", "sft", full=True),
         *(pairs("dpo", full=b == 0.1, beta=b) for b in betas),
-        *(pairs("unlikelihood", full=a == 1, alpha=a) for a in alphas),
+        in_rounds,
+        *(pairs("unlikelihood", full=a == 1, alpha=a) for a in ALPHAS),
         pairs("ipo", beta=0.1), pairs("cdpo", beta=0.1, label_smoothing=0.1),
         pairs("kto", beta=0.1, desirable_weight=1.0, undesirable_weight=1.0), pairs("orpo", lam=1.0),
         pairs("simpo", beta=2.0, gamma=1.0),
         *(Run("PPO", f"KL {kl:g}", "ppo", target=kl, learned=True, full=kl == 6) for kl in targets),
         *(Run("PPO-GT", f"KL {kl:g}", "ppo", target=kl, full=kl == 6) for kl in targets),
     ]  # fmt: skip
-    return [run._replace(seed=seed) for run in distinct for seed in range(seeds)]
+    count = {run: seeds if run.method in REPEATED else 1 for run in distinct}
+    return [run._replace(seed=seed) for run in distinct for seed in range(count[run])]
 
 
-def budget_of(plan: Plan) -> dict[str, int]:
-    """What a method may use: gradient steps, completions in each, completions with a true reward behind them.
+def budget_of(run: Run, plan: Plan) -> dict[str, int]:
+    """What a run uses: gradient steps, completions in each, completions with a true reward behind them.
 
     PPO by the learned reward knows no more true rewards than the pairs do, however often it is asked.
     """
-    return {"steps": plan.steps, "completions": 2 * plan.pairs, "judged": K * plan.prefixes}
+    completions, judged = 2 * plan.pairs, K * plan.prefixes
+    steps = {"none": 0, "ppo": PPO_EPOCHS * (judged // completions)}.get(run.kind, plan.steps)
+    return (
+        {"steps": steps, "completions": completions, "judged": judged} if steps else dict.fromkeys(_BUDGET, 0)
+    )
 
 
 def jobs_of(folder: Path, runs: Iterable[Run], plan: Plan) -> dict[str, Job]:
@@ -147,7 +159,9 @@ def train_run(run: Run, world: World, plan: Plan, folder: Path) -> Iterator[tupl
     else:
         objective, stream = _learn_from_pairs(run, world, plan, model)
         optimizer = make_optimizer(model.parameters(), "adamw", plan.learning_rate)
-        scheduler = warm_up(optimizer, plan.learning_rate, plan.warmup)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(  # rises over the warm-up, and falls to zero
+            optimizer, lambda done: min(1, (done + 1) / plan.warmup) * (1 - done / plan.steps)
+        )
         records, each = train(objective, optimizer, stream, scheduler=scheduler, max_grad_norm=1.0), 1
     for record in records:
         yield each * int(record["step"]), model
@@ -159,6 +173,9 @@ def _learn_from_pairs(run: Run, world: World, plan: Plan, model: GPT) -> tuple[O
     An epoch's rest that makes no whole window is passed over, so that every step has the same size.
     """
     examples, reference, size, policy = world.examples, world.reference, plan.pairs, None
+    if run.kind == "rounds":
+        objective = preference_objective(model, run.loss_type, dtype="float32", **dict(run.options))
+        return objective, _in_rounds(model, run.seed, world, plan)
     if run.kind == "sft":
         objective = sft_objective(model, dtype="float32")
         examples = [row._replace(completions=row.completions[:1]) for row in examples]
@@ -169,38 +186,67 @@ def _learn_from_pairs(run: Run, world: World, plan: Plan, model: GPT) -> tuple[O
         if "kl_estimate" in LOSSES[run.loss_type].reads:  # one more completion is scored, but teaches nothing
             policy, examples = model, with_mismatched(examples, max_length=plan.context)
             reference = reference_logps(world.policy.model, examples, micro_size=16, dtype="float32")
+    return objective, _windows(examples, reference, size, plan.steps, run.seed, policy)
+
+
+def _windows(
+    examples: list[Example], reference: Tensor | None, size: int, steps: int, seed: int, policy: GPT | None
+) -> Iterator[Window]:
+    """Whole windows of so many rows, epoch after epoch."""
     size = min(size, len(examples))
     whole = (
         rows
         for epoch in itertools.count()
-        for rows in windows(examples, window_size=size, micro_size=min(16, size), seed=run.seed, epoch=epoch)
+        for rows in windows(examples, window_size=size, micro_size=min(16, size), seed=seed, epoch=epoch)
         if sum(map(len, rows)) == size
     )
-    where = {"dtype": "float32", "device": "cpu", "policy": policy}
-    of_rows = partial(make_window, examples, reference=reference, **where)
-    return objective, map(of_rows, itertools.islice(whole, plan.steps))
+    of_rows = partial(
+        make_window, examples, reference=reference, dtype="float32", device="cpu", policy=policy
+    )
+    return map(of_rows, itertools.islice(whole, steps))
+
+
+def _in_rounds(model: GPT, seed: int, world: World, plan: Plan) -> Iterator[Window]:
+    """Windows of pairs that the model itself draws: a part of the prefixes a round, labelled like the others.
+
+    It is drawn from when a round begins, as it is by then, and goes on with the pairs of all rounds so far.
+    The rounds of R have 1/R, 2/R, ... of all pairs, and steps in that proportion.
+    """
+    prompts = world.train_prompts[: first_held_out(world.train_prompts)]
+    policy = world.policy._replace(model=model)
+    examples: list[Example] = []
+    reference = torch.empty(0, 2)
+    for number in range(ROUNDS):
+        stream = sampling_generator(_ROUNDS, seed, number).initial_seed()
+        rows = sample_rows(policy, prompts[number::ROUNDS], world.truth, plan, stream)
+        whole = [Example(row["prompt"], row["completions"], "") for row in rows]
+        logps = reference_logps(world.policy.model, whole, micro_size=16, dtype="float32")
+        new, new_reference = pairs_of(rows, logps)
+        examples, reference = examples + new, torch.cat([reference, new_reference])
+        ends = [plan.steps * k * (k + 1) // (ROUNDS * (ROUNDS + 1)) for k in (number, number + 1)]
+        yield from _windows(examples, reference, plan.pairs, ends[1] - ends[0], 1000 * seed + number, None)
 
 
 def ppo_settings(run: Run, plan: Plan) -> PPOSettings:
     """PPO within the common budget: its value function learns beside the policy, at five times the rate."""
     return PPOSettings(
-        iterations=plan.steps // PPO_EPOCHS, prompts=2 * plan.pairs, epochs=PPO_EPOCHS, micro_size=16,
-        learning_rate=plan.learning_rate, value_learning_rate=5 * plan.learning_rate, clip=0.2,
+        iterations=budget_of(run, plan)["steps"] // PPO_EPOCHS, prompts=2 * plan.pairs, epochs=PPO_EPOCHS,
+        micro_size=16, learning_rate=plan.learning_rate, value_learning_rate=5 * plan.learning_rate, clip=0.2,
         kl_coefficient=FIRST_COEFFICIENT, target_kl=run.target, max_new_tokens=plan.max_new_tokens,
         max_grad_norm=1.0, seed=run.seed,
     )  # fmt: skip
 
 
 def learn_reward(folder: Path, plan: Plan, seed: int) -> Arrays:
-    """Fit a reward model to the pairs, but for a tenth of the prefixes, and keep it in the folder.
+    """Fit a reward model to the pairs, and keep it in the folder.
 
-    Returns: its accuracy on the pairs held out, how many these are, and seconds.
+    Returns: its accuracy on the held-out pairs, how many these are, and seconds.
     """
     started, world = time.perf_counter(), load_world(folder)
-    train_rows, held_out = split_by_prompt(world.examples, 0.1, seed=seed)
+    held_out = world.held_out_pairs
     model, records = fit_reward_model(
-        world.policy.model, train_rows, held_out, learning_rate=plan.learning_rate, batch_size=plan.pairs,
-        epochs=REWARD_EPOCHS, seed=seed, look_every=max(1, plan.steps // 4),
+        world.policy.model, world.examples, held_out, learning_rate=plan.learning_rate, batch_size=plan.pairs,
+        epochs=REWARD_EPOCHS, seed=seed, look_every=30,
     )  # fmt: skip
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     write_atomically(folder / REWARD_MODEL_FILE, lambda path: safetensors.torch.save_file(weights, path))
@@ -246,14 +292,23 @@ def repeated(ids: list[int]) -> float:
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
+def orders_rightly(model: GPT, world: World) -> float:
+    """Share of held-out pairs whose chosen completion gained on the rejected one; a tie counts one half."""
+    logps = reference_logps(model, world.held_out_pairs, micro_size=16, dtype="float32")
+    gained = (logps - world.held_out_reference).double()
+    return (1 + (gained[:, 0] - gained[:, 1]).sign()).mean().item() / 2
+
+
 def measured_steps(steps: int) -> list[int]:
-    """The steps after which a policy is measured: six, close together at first, multiples of PPO's epochs.
+    """The steps after which a policy is measured: six, close together at first, all but the last multiples
+    of PPO's epochs.
 
     >>> measured_steps(120)
     [6, 12, 24, 48, 84, 120]
     """
     rounds = steps // PPO_EPOCHS
-    return sorted({PPO_EPOCHS * max(1, round(rounds * share)) for share in (0.05, 0.1, 0.2, 0.4, 0.7, 1.0)})
+    early = {PPO_EPOCHS * max(1, round(rounds * share)) for share in (0.05, 0.1, 0.2, 0.4, 0.7)}
+    return sorted({min(step, steps) for step in early} | {steps})
 
 
 def measure(folder: Path, run: Run, plan: Plan) -> Arrays:
@@ -261,14 +316,15 @@ def measure(folder: Path, run: Run, plan: Plan) -> Arrays:
     world = load_world(folder)
     tokenizer = world.policy.tokenizer
     prompts, seconds, started = world.held_out, 0.0, time.perf_counter()
-    steps, rewards, log_ratios = [], [], []
+    steps, rewards, log_ratios, accuracies = [], [], [], []
     for step, model in train_run(run, world, plan, folder):
-        if step in (0, *measured_steps(plan.steps)):
+        if step in (0, *measured_steps(budget_of(run, plan)["steps"])):
             seconds += time.perf_counter() - started
             completions, logps, ref_logps = sample(model, world, prompts, plan, _SAMPLES, run.seed)
             steps.append(step)
             rewards.append(world.truth(prompts, completions))
             log_ratios.append(logps - ref_logps)
+            accuracies.append(orders_rightly(model, world))
             started = time.perf_counter()
     lengths = torch.tensor([len(y) for y in completions])
     arrays = {
@@ -276,6 +332,7 @@ def measure(folder: Path, run: Run, plan: Plan) -> Arrays:
         "seconds": seconds,
         "rewards": torch.stack(rewards),  # (L, P)
         "log_ratios": torch.stack(log_ratios),
+        "accuracies": accuracies,  # (L,)
         "lengths": lengths,  # (P,) as what follows, of the end's samples
         "ended": [y[-1] == tokenizer.eot for y in completions],
         "repeated": [repeated(y) for y in completions],

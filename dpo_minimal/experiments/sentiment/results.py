@@ -23,8 +23,10 @@ from .methods import OTHER_TEMPERATURES, TEMPERATURES, Arrays, Run, budget_of
 from .world import Plan
 
 Row = dict[str, Any]
-WITHIN = {nats: f"reward_within_{nats:g}_nats" for nats in (2.5, 8.0)}  # divergences of the comparison
-CHARACTER = ("lengths", "ended", "repeated", "reference_token_logps")  # of the samples at the end
+# Divergences of the comparison; the first is what best of 16 has at most.
+WITHIN = {nats: f"reward_within_{nats:g}_nats" for nats in (1.84, 2.5, 8.0)}
+# Of the samples at the end, and of the held-out pairs.
+CHARACTER = ("lengths", "ended", "repeated", "reference_token_logps", "accuracies")
 MOST_OF_N = (1, 4, 16, 64, 128)
 FRONTIER_END = 2.5  # nats, to which 128 draws tell the frontier: their largest KL is log 128 = 4.9
 
@@ -147,7 +149,8 @@ def results_of(found: dict[str, Arrays], runs: Sequence[Run], plan: Plan) -> Res
     best = {name: best_of(true, by, own[: len(true)]) for name, by in (("learned", learned), ("true", true))}
     groups = groups_of(found, runs)
     start = next(group for group in groups if group.method == "SFT").rewards[:, -1].mean(0)
-    rows = [_row(g, start, own, budget_of(plan)) for g in groups]
+    budgets = {(run.method, run.setting): budget_of(run, plan) for run in runs}
+    rows = [_row(g, start, own, budgets[g.method, g.setting]) for g in groups]
     for method, name in (("Best of N", "learned"), ("Best of N-GT", "true")):
         for n, row in best[name].items():
             if n > 1:
@@ -167,9 +170,9 @@ def _row(group: Group, start: Tensor, opponents: Tensor, budget: dict[str, int])
     row |= _spread("win_rate", win_interval(group.rewards[:, -1], opponents))
     for nats, name in WITHIN.items():
         row |= _spread(name, (None,) * 3 if group.method == "SFT" else reward_within(group, start, nats))
-    row |= dict.fromkeys(budget, 0) if group.method == "SFT" else budget
-    row["seconds"] = group.seconds
-    return row | {name: group.last[name].mean().item() for name in CHARACTER}
+    row |= budget | {"seconds": group.seconds}
+    last = group.last | {"accuracies": group.last["accuracies"][:, -1]}
+    return row | {name: last[name].mean().item() for name in CHARACTER}
 
 
 def _spread(name: str, interval: Iterable[float | None]) -> Row:

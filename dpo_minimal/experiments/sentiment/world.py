@@ -58,11 +58,12 @@ class Plan(NamedTuple):
     held_out: int
     other: int  # of the other distribution
     max_new_tokens: int  # where a sample is cut
-    steps: int  # gradient steps of a method
-    pairs: int  # in each (completions: twice that)
-    learning_rate: float  # of every method's policy, AdamW
+    steps: int  # gradient steps of a training on pairs
+    pairs: int  # in each, and in each of PPO's (completions: twice that)
+    learning_rate: float  # of every method's policy, AdamW; it falls to zero over the steps, but for PPO
     warmup: int
     best_of: int  # held-out prefixes of which 128 samples are drawn
+    noise: str  # of the labels, one of NOISES
 
 
 # "learn", "held_out" (for SFT's own check); "own" (the training prompts' kind), "other" (another kind)
@@ -75,8 +76,10 @@ class World(NamedTuple):
     policy: Policy  # the SFT model, which is every method's start and reference
     truth: Truth  # the true reward
     rows: list[dict[str, Any]]  # of preferences.jsonl
-    examples: list[Example]  # training pairs
+    examples: list[Example]  # training pairs: nine tenths of the prefixes'
     reference: Tensor  # the reference's log-probabilities of them
+    held_out_pairs: list[Example]  # of the last tenth, which tells what was learnt from the others
+    held_out_reference: Tensor
     train_prompts: list[list[int]]
     held_out: list[list[int]]
     other: list[list[int]]
@@ -85,7 +88,7 @@ class World(NamedTuple):
 # ------------------------------------------------------------------------------------------------- stages
 
 
-def make_world(folder: Path, plan: Plan, *, reviews: str | None, noise: str, seed: int, resume: bool) -> None:
+def make_world(folder: Path, plan: Plan, *, reviews: str | None, seed: int, resume: bool) -> None:
     """All stages before the methods, each where its file is missing; prints what each gave."""
     texts, prompts, samples = (folder / name for name in (TEXTS_FILE, PROMPTS_FILE, SAMPLES_FILE))
     if not texts.exists():  # a copy, so that a file that changes under a run does no harm
@@ -100,7 +103,7 @@ def make_world(folder: Path, plan: Plan, *, reviews: str | None, noise: str, see
         write_json(prompts, {"train": train, "held_out": held_out, "other": other})
     if not samples.exists():
         truth, prefixes = _truth(folder, policy.tokenizer), read_json_object(prompts)["train"]
-        write_records(samples, sample_rows(policy, prefixes, truth, plan, noise, seed + 2))
+        write_records(samples, sample_rows(policy, prefixes, truth, plan, seed + 2))
 
 
 @cache
@@ -110,10 +113,16 @@ def load_world(folder: Path) -> World:
     policy.model.requires_grad_(False)
     rows = [json.loads(line) for line in (folder / SAMPLES_FILE).read_text(encoding="utf-8").splitlines()]
     whole = [Example(row["prompt"], row["completions"], "") for row in rows]
-    examples, reference = pairs_of(rows, reference_logps(policy.model, whole, micro_size=16, dtype="float32"))
+    logps, cut = reference_logps(policy.model, whole, micro_size=16, dtype="float32"), first_held_out(rows)
+    pairs = *pairs_of(rows[:cut], logps[:cut]), *pairs_of(rows[cut:], logps[cut:])
     found = read_json_object(folder / PROMPTS_FILE)
     prompts = (found[name] for name in ("train", "held_out", "other"))
-    return World(policy, _truth(folder, policy.tokenizer), rows, examples, reference, *prompts)
+    return World(policy, _truth(folder, policy.tokenizer), rows, *pairs, *prompts)
+
+
+def first_held_out(prefixes: Sequence[Any]) -> int:
+    """How many of the training prefixes teach; the pairs of the others, a tenth, are held out."""
+    return len(prefixes) - max(1, len(prefixes) // 10)
 
 
 def _truth(folder: Path, tokenizer: Tokenizer) -> Truth:
@@ -251,7 +260,7 @@ def label_pairs(
 
 
 def sample_rows(
-    policy: Policy, prefixes: Sequence[list[int]], truth: Truth, plan: Plan, noise: str, seed: int
+    policy: Policy, prefixes: Sequence[list[int]], truth: Truth, plan: Plan, seed: int
 ) -> list[dict[str, Any]]:
     """Four samples of each prefix with their rewards and labelled pairs: rows of preferences.jsonl."""
     model, tokenizer = policy
@@ -262,7 +271,7 @@ def sample_rows(
     rewards = truth(each, drawn)
     for place in range(0, len(each), K):
         own, r = drawn[place : place + K], rewards[place : place + K]
-        pairs, left_out = label_pairs(r, own, noise=noise, generator=labels)
+        pairs, left_out = label_pairs(r, own, noise=plan.noise, generator=labels)
         rows.append(
             {"prompt": each[place], "completions": own, "rewards": r.tolist(), "pairs": pairs,
              "left_out": left_out, "text": tokenizer.decode(each[place]),
