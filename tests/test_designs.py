@@ -378,8 +378,6 @@ def test_the_command_compares_samplers():
         assert measured(row["kl"], row["kl/error"]) in line
     outside = rows[0] | {"outside": True}
     assert " !" in samplers.samplers_table([outside, rows[1]], 3000, measured)[2]
-    again = samplers.compare(truth, settings)
-    assert rows == again
 
 
 def test_frontier_asks_who_draws_the_pairs(monkeypatch):
@@ -390,12 +388,12 @@ def test_frontier_asks_who_draws_the_pairs(monkeypatch):
     world = FrontierWorld("table", bandit.ref_logps, bandit.rewards, torch.ones(2, 3), 1.0, lambda: None)
     args = argparse.Namespace(beta=0.7, quick=False, seed=0)
     monkeypatch.setattr(pairs, "SAMPLER_SIZES", (100_000,))
-    monkeypatch.setattr(pairs, "REPLICATES", 40)
-    monkeypatch.setattr(pairs, "STEPS", 120)
+    monkeypatch.setattr(pairs, "REPLICATES", 24)
+    monkeypatch.setattr(pairs, "STEPS", 100)
     monkeypatch.setattr(pairs, "HELD_OUT", 0.0)  # so that all labels are learnt from, to the end
     points = [point for job in pairs.sampler_plan(world, args) for point in job()]
     optimal = optimal_logps(world.ref_logps, world.rewards, beta=0.7)
-    assert len(points) == 8 * 40 == 8 * len({p.gap for p in points if p.method == "DPO, mixed"})
+    assert len(points) == 8 * 24 == 8 * len({p.gap for p in points if p.method == "DPO, mixed"})
     lines = pairs.sampler_summary(points, world, 0.7)
     for (name, (sampler, start, rounds)), line in zip(
         samplers.starts(optimal, world.ref_logps).items(), lines[2:]
@@ -403,7 +401,7 @@ def test_frontier_asks_who_draws_the_pairs(monkeypatch):
         slate = average_design(sampler, start, optimal, world.ref_logps, beta=0.7, rounds=rounds)
         expected = design_law(slate, optimal, world.ref_logps, beta=0.7).sum().item() / 100_000
         gaps = [p.gap for p in points if p.method == f"DPO, {name}" and p.pairs == 100_000]
-        assert abs(np.mean(gaps) - expected) <= Z * np.std(gaps) / math.sqrt(40) + 0.02 * expected
+        assert abs(np.mean(gaps) - expected) <= Z * np.std(gaps) / math.sqrt(24) + 0.02 * expected
         assert line.startswith(f"  {name:<18} ") and line.endswith(f" {expected:.2g}")
         assert f"{np.median(gaps):.2g} ({np.mean(gaps):.2g})" in line
 

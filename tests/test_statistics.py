@@ -602,7 +602,7 @@ def test_same_seed_same_numbers(elsewhere, capsys, monkeypatch):
     scores = [simulate(truth, 40, replace(settings, seed=seed)).sample["score"] for seed in (1, 2)]
     np.testing.assert_array_equal(scores[0], first["score"][0])
     assert not torch.equal(*scores)
-    for name in ("metrics.jsonl", "config.json"):  # no time of day, no duration
+    for name in ("metrics.jsonl", "samplers.jsonl", "config.json"):  # no time of day, no duration
         texts = [(elsewhere / folder / name).read_text() for folder in ("first", "again")]
         assert texts[0] == texts[1].replace('"again"', '"first"')
     blocks = capsys.readouterr().out.split(" data sets for each number N")
