@@ -19,6 +19,7 @@ from ..validation import InputError, check_count, check_device, check_not_negati
 
 CONFIG_FILE = "config.json"
 WARM_UP = 150  # the paper's
+LORA_RATE = 10  # times the default learning rate, where an adapter is all that learns
 HELD_OUT, MOST_HELD_OUT = 0.05, 500  # more rows would make evaluations longer than their precision is worth
 
 
@@ -166,6 +167,8 @@ def resolve(
          "{} is used only with --data, whose rows may be bad; leave it out."),
         ("rows", command is not None and data is not None,
          "{} is used only without --data, for the generated reviews; leave it out."),
+        ("lora_alpha lora_target lora_dropout", getattr(args, "lora_r", None) is None,
+         "{} is used only with --lora-r; leave it out."),
     )  # fmt: skip
     for names, refused, message in (*of_data, *rules):
         for name in names.split():
@@ -175,6 +178,8 @@ def resolve(
     for name, option in declared(groups).items():
         if values[name] is None:
             values[name] = option.reviews if data is None and option.reviews else option.default
+            if name == "learning_rate" and values.get("lora_r") is not None:
+                values[name] = float(f"{LORA_RATE * values[name]:g}")
         else:
             _check(name, option, values[name])
     return argparse.Namespace(**values)

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from ..model import GPT, GPTConfig
 from ..validation import InputError
-from .runs import read_json_object, write_atomically, write_json
+from .adapters import ADAPTER_CONFIG, adapters_of, load_adapter, merge
+from .runs import read_json_object, read_safetensors, write_atomically, write_json
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLED_WEIGHTS_FILE = "config.json", "model.safetensors", "pytorch_model.bin"
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -42,12 +43,15 @@ def load_model(folder_or_name: str | Path, *, vocab_size: int | None = None) -> 
     Args:
         folder_or_name: a folder with config.json and model.safetensors or pytorch_model.bin, whole or as an
             index and its parts; or the name of a released model ("gpt2" to "gpt2-xl"), fetched by
-            huggingface_hub where that is installed.
+            huggingface_hub where that is installed; or a LoRA adapter, which is merged into its base.
         vocab_size: of its tokenizer; embeddings beyond it stand for no token and are left out, with a note.
     Raises:
         InputError: no such folder or name, a file that is missing or damaged, a config that this GPT cannot
             follow, a tensor that is missing, unknown, of another shape or not finite, another vocabulary.
     """
+    base = base_of(folder_or_name)
+    if base != str(folder_or_name):
+        return merge(load_adapter(Path(folder_or_name), load_model(base, vocab_size=vocab_size)))
     folder = _resolve(folder_or_name)
     config = read_config(folder / CONFIG_FILE)
     surplus = config.vocab_size - (vocab_size or config.vocab_size)
@@ -71,7 +75,7 @@ def save_model(model: GPT, folder: str | Path, *, eos: int | None = None) -> Non
     """Write a GPT-2 so that `load_model` and Hugging Face's own classes read it.
 
     Args:
-        model: its weights, written as float32.
+        model: its weights, written as float32; an adapter is merged.
         folder: made where it is missing; files of an earlier model in it are replaced.
         eos: the end-of-text id to name in config.json.
     Raises:
@@ -79,6 +83,7 @@ def save_model(model: GPT, folder: str | Path, *, eos: int | None = None) -> Non
             is then as it was.
     """
     folder = Path(folder)
+    model = merge(model) if adapters_of(model) else model
     tensors = {
         f"transformer.{name}": (weight.T if name.endswith(_TRANSPOSED) else weight).float().cpu().contiguous()
         for name, weight in model.state_dict().items()
@@ -181,18 +186,32 @@ def find_folder(folder_or_name: str | Path) -> Path | None:
             path.is_file() or path.is_dir()
         ):  # reading a pipe or a device may never end
             raise InputError(f"{path}: is neither file nor folder; delete it.")
-    if any(True for name in (WEIGHTS_FILE, PICKLED_WEIGHTS_FILE) for _ in folder.glob(f"{name}*")):
+    if _has_weights(folder) or (folder / ADAPTER_CONFIG).exists():
         return folder
-    if (folder / "adapter_config.json").exists():
-        raise InputError(
-            f"{folder}: is a LoRA adapter without its model; merge the two by peft's merge_and_unload(), "
-            "save the result by save_pretrained(), and name that folder."
-        )
     steps = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()]
     if steps:
         newest = max(steps, key=lambda path: int(path.name[11:]))
         raise InputError(f"{folder}: holds a trainer's checkpoints, no weights of its own; name {newest}.")
     return folder
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(True for name in (WEIGHTS_FILE, PICKLED_WEIGHTS_FILE) for _ in folder.glob(f"{name}*"))
+
+
+def base_of(folder_or_name: str | Path) -> str:
+    """The model whose adapter lies in a folder; what holds none, itself. Raises InputError."""
+    folder = find_folder(folder_or_name)
+    if folder is None or _has_weights(folder) or not (folder / ADAPTER_CONFIG).exists():
+        return str(folder_or_name)
+    path, field = folder / ADAPTER_CONFIG, "base_model_name_or_path"
+    base = read_json_object(path).get(field)
+    is_name = isinstance(base, str) and base.removeprefix("openai-community/") in NAMES
+    if not is_name and not (isinstance(base, str) and os.path.isdir(base) and _has_weights(Path(base))):
+        raise InputError(
+            f"{path}, field {field!r}: {short(base)} is no model; write the folder of its model."
+        )
+    return base
 
 
 def _resolve(folder_or_name: str | Path) -> Path:
@@ -247,21 +266,6 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
     ):
         raise InputError(f"{path}: must hold a dictionary of tensors; save a state_dict.")
     return tensors
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file, mapped from it: copy what is to outlive the file.
-
-    Raises InputError where it is missing, truncated or damaged.
-    """
-    try:
-        return safetensors.torch.load_file(path)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; copy the folder again.") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error}); see to its permissions.") from None
-    except safetensors.SafetensorError as error:
-        raise InputError(f"{path}: is truncated or damaged ({str(error)[:150]!r}); copy it again.") from None
 
 
 def _from_hugging_face(

@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
+import safetensors.torch
 import torch
+from torch import Tensor
 
 from ..validation import InputError
 from ..version import __version__
@@ -112,6 +115,21 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is Python's, not JSON's")
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file, mapped from it: copy what is to outlive the file.
+
+    Raises InputError where it is missing, truncated or damaged.
+    """
+    try:
+        return safetensors.torch.load_file(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; copy the folder again.") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error}); see to its permissions.") from None
+    except safetensors.SafetensorError as error:
+        raise InputError(f"{path}: is truncated or damaged ({str(error)[:150]!r}); copy it again.") from None
 
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:

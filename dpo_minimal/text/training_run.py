@@ -37,6 +37,7 @@ except ImportError:  # Windows
 from ..model import GPT
 from ..train import Objective, Record, Window, average, make_optimizer, train, warm_up
 from ..validation import InputError
+from .adapters import learnt
 from .batches import Example, in_passes, windows
 from .files import read_bytes
 from .objectives import make_window
@@ -143,7 +144,7 @@ def run_training(
         Interrupted: Ctrl-C; the state after the last whole step is saved.
     """
     last_step = planned_steps(settings, data)
-    optimizer = make_optimizer(model.parameters(), settings.optimizer, settings.learning_rate)
+    optimizer = make_optimizer(learnt(model), settings.optimizer, settings.learning_rate)
     done, records = _go_on(folder, model, optimizer) if resume else (0, [])
     log = _Log(folder / METRICS_FILE, records)
     _note_a_long_warm_up(settings, last_step)

@@ -1,8 +1,8 @@
 """A run's state between two steps, so that it can go on as if nothing had happened.
 
-A state is a folder: the model in Hugging Face's layout (checkpoint.py), `optimizer.safetensors` with tensors
-named after their parameters (`h.0.ln_1.weight.exp_avg`), and `state.json` with everything that is not a
-tensor. It appears by one rename, whole or not at all, and nothing in it is unpickled.
+A state is a folder: the model in Hugging Face's layout (checkpoint.py), or its adapter alone if it has one,
+`optimizer.safetensors` with tensors named after their parameters (`h.0.ln_1.weight.exp_avg`), `state.json`
+with the rest, which are no tensors. It appears by one rename, whole or not at all; nothing is unpickled.
 
 But: no random state and no place in the data; what a run needs of these it puts into `state` itself.
 """
@@ -23,8 +23,9 @@ from torch import Tensor
 
 from ..model import GPT
 from ..validation import InputError
-from .checkpoint import load_model, read_safetensors, save_model
-from .runs import read_json_object, write_atomically, write_json
+from .adapters import adapters_of, read_adapter_weights, save_adapter
+from .checkpoint import load_model, save_model
+from .runs import read_json_object, read_safetensors, write_atomically, write_json
 
 OPTIMIZER_FILE, STATE_FILE, FORMAT = "optimizer.safetensors", "state.json", 1
 
@@ -75,7 +76,7 @@ def save_training_state(
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed while writing
     try:
         temporary.mkdir()
-        save_model(model, temporary)
+        (save_adapter if adapters_of(model) else save_model)(model, temporary)
         write_atomically(temporary / OPTIMIZER_FILE, lambda p: safetensors.torch.save_file(tensors, p))
         write_json(temporary / STATE_FILE, content)
         os.replace(temporary, folder)
@@ -99,13 +100,14 @@ def load_training_state(folder: Path, model: GPT, optimizer: torch.optim.Optimiz
     path = folder / STATE_FILE
     content = _read_content(path, optimizer)
     groups = _fitting_groups(path, content["groups"], optimizer)
-    saved = load_model(folder)
+    saved = model if adapters_of(model) else load_model(folder)
     if saved.config != model.config:
         raise InputError(
             f"{folder}: holds {saved.config}, but {model.config} is to go on; use the same model."
         )
+    weights = read_adapter_weights(folder, model) if saved is model else saved.state_dict()
     tensors = _fitting_tensors(folder / OPTIMIZER_FILE, content["tensors"], model, optimizer)
-    model.load_state_dict(saved.state_dict())
+    model.load_state_dict(weights, strict=False)  # what an adapter changes is frozen, and not saved
     optimizer.load_state_dict({"state": tensors, "param_groups": groups})
     return content["state"]
 

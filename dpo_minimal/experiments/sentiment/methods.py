@@ -38,9 +38,8 @@ from ...rivals.evaluate import draw
 from ...rivals.ppo import PPOSettings, train_ppo
 from ...rivals.reward_model import RewardModel, fit_reward_model, normalised_reward, score_completions
 from ...text.batches import Example, windows, with_mismatched
-from ...text.checkpoint import read_safetensors
 from ...text.objectives import make_window, preference_objective, reference_logps, sft_objective
-from ...text.runs import write_atomically
+from ...text.runs import read_safetensors, write_atomically
 from ...train import Objective, Window, make_optimizer, train
 from ...zoo import LOSSES
 from ..study import Job, kept

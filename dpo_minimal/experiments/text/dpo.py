@@ -12,6 +12,7 @@ and its optimum is pi_ref exp(r / beta) / Z for the reward r behind the preferen
   dpo-minimal dpo --data pairs.jsonl --model runs/sft-001    your pairs, from your SFT model
   dpo-minimal dpo --data pairs.jsonl --model gpt2 --dtype bfloat16
   dpo-minimal dpo --data pairs.jsonl --model runs/sft-001 --loss-type kto          one of DPO's relatives
+  dpo-minimal dpo --lora-r 8 --lora-alpha 16                 learn an adapter (LoRA); also with --data
   dpo-minimal dpo --resume runs/dpo-001                      go on where Ctrl-C or a crash stopped it
 
 What to watch. Before the first step every log-ratio must be 0 and so the loss ln 2 = 0.693, which is checked.
@@ -25,7 +26,8 @@ measured against it all the same. kto reads {prompt, completion, label}, true fo
 well as pairs, of which it takes each chosen completion for a good one and each rejected for a bad one.
 
 A run folder holds model/ (Hugging Face's layout), metrics.jsonl, training.png, config.json, checkpoints/, the
-reference's log-probabilities, and without --data also sft/ and preferences.jsonl.
+reference's log-probabilities, with --lora-r also adapter/ (PEFT's layout), which is merged in model/, and
+without --data also sft/ and preferences.jsonl.
 """
 
 from __future__ import annotations
@@ -78,6 +80,7 @@ GROUPS = {
         per_device_train_batch_size={"reviews": 16}, gradient_accumulation_steps={"reviews": 4},
         optimizer={"default": "rmsprop", "reviews": "adamw"},
     ),
+    "adapter (LoRA)": setup.LORA,
     "samples": {
         "eval_samples": Option(
             "samples drawn at each evaluation, at most one a held-out row; 0 draws none", int, 16, 512,
@@ -194,12 +197,15 @@ def _rows(options: argparse.Namespace, dataset: Dataset, policy: Policy) -> Rows
 def _train(
     options: argparse.Namespace, loss: dict[str, float], folder: Path, policy: Policy, rows: Rows
 ) -> Path:
-    model = policy.model.to(options.device)
-    reference = copy.deepcopy(model).requires_grad_(False)
+    reference = policy.model.to(options.device)
     fingerprint = setup.pin_start(folder, policy, rows)
     listed = ", ".join(f"{name} {value:g}" for name, value in loss.items())
-    print(f"{setup.size_of(model):,} parameters; loss {options.loss_type}, {listed}.", flush=True)
+    print(f"{setup.size_of(reference):,} parameters; loss {options.loss_type}, {listed}.", flush=True)
     logps = _reference(options, folder, policy, rows.train + rows.held_out)
+    # An adapter's reference is the model without it, of which there is no copy.
+    model = copy.deepcopy(reference) if options.lora_r is None else setup.adapted(options, reference)
+    policy = policy._replace(model=model)
+    reference.requires_grad_(False)
     record, count = LOSSES[options.loss_type], len(rows.train)
     reading = {"policy": model} if "kl_estimate" in record.reads else {}
     data = Data(rows.train, rows.held_out, logps[:count], logps[count:], **reading)

@@ -15,6 +15,7 @@ import torch
 from ...model import GPT
 from ...rivals.evaluate import Samples, sample
 from ...text import checkpoint
+from ...text.adapters import TARGETS, adapters_of, add_adapter, learnt, save_adapter
 from ...text.allocator import keep_freed_memory
 from ...text.batches import split_by_prompt, tokenize
 from ...text.data import Dataset, dataset_from_rows, load_dataset
@@ -25,10 +26,21 @@ from ...text.tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer, save_to
 from ...text.training_run import Data, Interrupted, Settings, alone_in, planned_steps, run_training
 from ...text.training_state import STATE_FILE
 from ...train import Objective, Record
-from ...validation import InputError
-from ..options import CONFIG_FILE, HELD_OUT, MOST_HELD_OUT, WARM_UP, read_run_config
+from ...validation import InputError, check_positive
+from ..options import CONFIG_FILE, HELD_OUT, LORA_RATE, MOST_HELD_OUT, WARM_UP, Option, must, read_run_config
 
-MODEL = "model"  # where a run keeps its result
+MODEL, ADAPTER = "model", "adapter"  # where a run keeps its result; what it learnt, where that is an adapter
+LORA = {
+    "lora_r": Option(
+        "freeze all weights and learn (alpha / r) B A of this rank r beside linear maps, kept in adapter/, "
+        f"merged in model/; the default learning rate is then {LORA_RATE} times as high"
+    ),
+    "lora_alpha": Option("alpha", float, 16.0, check=check_positive),
+    "lora_target": Option("which maps of a block", str, ",".join(TARGETS), metavar="NAMES", check=must(
+        lambda names: {*names.split(",")} <= {*TARGETS}, f"be one or more of {','.join(TARGETS)}")),
+    "lora_dropout": Option("0 only: it would make policy and reference differ by noise", float, check=must(
+        lambda rate: rate == 0, "be 0, because dropout makes policy and reference differ by noise")),
+}  # fmt: skip
 
 
 class Policy(NamedTuple):
@@ -43,16 +55,17 @@ def load_policy(name: str) -> Policy:
 
     Raises InputError where there is none, or where the two do not belong together.
     """
-    folder = _folder_of(name)
+    source = _folder_of(name) or name
+    folder = checkpoint.find_folder(checkpoint.base_of(source))
     if folder is not None:
         checkpoint.read_config(folder / CONFIG_FILE)  # without it, that there is no tokenizer says little
     tokenizer = load_policy_tokenizer(name)
-    return Policy(checkpoint.load_model(folder or name, vocab_size=tokenizer.vocab_size), tokenizer)
+    return Policy(checkpoint.load_model(source, vocab_size=tokenizer.vocab_size), tokenizer)
 
 
 def load_policy_tokenizer(name: str) -> Tokenizer:
     """The tokenizer alone, of the same folders, runs and names; no weights are read or fetched."""
-    folder = _folder_of(name)
+    folder = checkpoint.find_folder(checkpoint.base_of(_folder_of(name) or name))
     return gpt2_tokenizer() if folder is None else load_tokenizer(folder)
 
 
@@ -69,8 +82,23 @@ def _folder_of(name: str) -> Path | None:
     return found
 
 
-def save_policy(policy: Policy, folder: Path) -> None:
-    """Write a run's result, model/, the weights last: where they are, all is."""
+def adapted(options: argparse.Namespace, model: GPT) -> GPT:
+    """The model with the adapter that --lora-r asks for; without that, the model."""
+    if options.lora_r is None:
+        return model
+    targets = options.lora_target.split(",")
+    model = add_adapter(model, options.lora_r, options.lora_alpha, targets=targets, seed=options.seed)
+    print(
+        f"LoRA of rank {options.lora_r}: {sum(w.numel() for w in learnt(model)):,} are trained.", flush=True
+    )
+    return model
+
+
+def save_policy(policy: Policy, folder: Path, start: str = "") -> None:
+    """Write a run's result, model/, the weights last: where they are, all is. What was adapted is `start`."""
+    if adapters_of(policy.model):
+        base = _folder_of(start)
+        save_adapter(policy.model, folder / ADAPTER, str(base.resolve()) if base else start)
     save_tokenizer(policy.tokenizer, folder / MODEL)
     checkpoint.save_model(policy.model, folder / MODEL, eos=policy.tokenizer.eot)
 
@@ -231,5 +259,5 @@ def train_in(
         settings = settings._replace(warmup_steps=_warm_up(folder, planned_steps(settings, data)))
     resume = options.resume is not None
     records = run_training(folder, policy.model, objective, data, settings, resume=resume, **more)
-    save_policy(policy, folder)
+    save_policy(policy, folder, options.model or str(folder / "sft"))
     return records

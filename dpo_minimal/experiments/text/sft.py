@@ -7,6 +7,7 @@ Only the completion is scored, its one end-of-text included; the prompt is read 
   dpo-minimal sft --data rows.jsonl                    a new small GPT-2, with a vocabulary of its own
   dpo-minimal sft --data rows.jsonl --model gpt2       go on from a released GPT-2, or from any folder of one
   dpo-minimal sft --data pairs.jsonl --model FOLDER    the chosen of pairs: the paper's Preferred-FT
+  dpo-minimal sft --data rows.jsonl --model gpt2 --lora-r 8    learn an adapter (LoRA)
 
 Rows are {prompt, completion}, {instruction, input, output}, {text}, chat messages, or preference pairs. DPO
 assumes that its reference knows the completions it compares: without this step it compares answers that the
@@ -67,6 +68,7 @@ GROUPS = {
         per_device_train_batch_size={"reviews": 16}, gradient_accumulation_steps={"reviews": 2},
         warmup_steps={"reviews": 20},
     ),
+    "adapter (LoRA)": setup.LORA,
     "run": altered(RUN, eval_steps={"reviews": 100}),
 }  # fmt: skip
 add_arguments = partial(add_options, groups=GROUPS)
@@ -80,6 +82,7 @@ def run(args: argparse.Namespace) -> Path:
         args, tuning if made else GROUPS,
         ("tokenizer vocab_size n_layer n_head n_embd", made,
          "{} is given by the model of --model; leave it out."),
+        ("lora_r", not made, "{} needs --model: the weights of a new model all have to be learnt."),
         ("vocab_size", args.tokenizer not in (None, "bpe"),
          f"{{}} is used only with --tokenizer bpe, not {args.tokenizer}; leave it out."),
         ("eval_steps", args.held_out == 0, "{} is not used with --held-out 0; leave it out."),
@@ -96,8 +99,9 @@ def run(args: argparse.Namespace) -> Path:
 
 def _train(options: argparse.Namespace, folder: Path, policy: Policy, rows: Rows) -> Path:
     setup.pin_start(folder, policy, rows)
-    model = policy.model.to(options.device)
-    print(f"{setup.size_of(model):,} parameters, {policy.tokenizer.vocab_size} tokens.", flush=True)
+    policy.model.to(options.device)
+    print(f"{setup.size_of(policy.model):,} parameters, {policy.tokenizer.vocab_size} tokens.", flush=True)
+    policy = policy._replace(model=(model := setup.adapted(options, policy.model)))
     records = setup.train_in(
         folder, options, policy, sft_objective(model, dtype=options.dtype), Data(rows.train, rows.held_out),
         name="SFT",
