@@ -206,11 +206,9 @@ def base_of(folder_or_name: str | Path) -> str:
         return str(folder_or_name)
     path, field = folder / ADAPTER_CONFIG, "base_model_name_or_path"
     base = read_json_object(path).get(field)
-    is_name = isinstance(base, str) and base.removeprefix("openai-community/") in NAMES
+    is_name = str(base).removeprefix("openai-community/") in NAMES
     if not is_name and not (isinstance(base, str) and os.path.isdir(base) and _has_weights(Path(base))):
-        raise InputError(
-            f"{path}, field {field!r}: {short(base)} is no model; write the folder of its model."
-        )
+        raise InputError(f"{path}, field {field!r}: {short(base)} is no model; write where its model is.")
     return base
 
 

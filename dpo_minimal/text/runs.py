@@ -118,10 +118,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file, mapped from it: copy what is to outlive the file.
-
-    Raises InputError where it is missing, truncated or damaged.
-    """
+    """All tensors of a file, mapped from it: copy what is to outlive the file. Raises InputError."""
     try:
         return safetensors.torch.load_file(path)
     except FileNotFoundError:

@@ -107,7 +107,7 @@ def load_training_state(folder: Path, model: GPT, optimizer: torch.optim.Optimiz
         )
     weights = read_adapter_weights(folder, model) if saved is model else saved.state_dict()
     tensors = _fitting_tensors(folder / OPTIMIZER_FILE, content["tensors"], model, optimizer)
-    model.load_state_dict(weights, strict=False)  # what an adapter changes is frozen, and not saved
+    model.load_state_dict(weights, strict=saved is not model)  # what an adapter changes is frozen, not saved
     optimizer.load_state_dict({"state": tensors, "param_groups": groups})
     return content["state"]
 

@@ -26,8 +26,7 @@ measured against it all the same. kto reads {prompt, completion, label}, true fo
 well as pairs, of which it takes each chosen completion for a good one and each rejected for a bad one.
 
 A run folder holds model/ (Hugging Face's layout), metrics.jsonl, training.png, config.json, checkpoints/, the
-reference's log-probabilities, with --lora-r also adapter/ (PEFT's layout), which is merged in model/, and
-without --data also sft/ and preferences.jsonl.
+reference's log-probabilities; with --lora-r also adapter/, without --data sft/ and preferences.jsonl.
 """
 
 from __future__ import annotations

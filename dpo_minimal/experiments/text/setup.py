@@ -83,14 +83,10 @@ def _folder_of(name: str) -> Path | None:
 
 
 def adapted(options: argparse.Namespace, model: GPT) -> GPT:
-    """The model with the adapter that --lora-r asks for; without that, the model."""
-    if options.lora_r is None:
-        return model
+    """The model with the adapter that --lora-r asks for, which alone is trained."""
     targets = options.lora_target.split(",")
     model = add_adapter(model, options.lora_r, options.lora_alpha, targets=targets, seed=options.seed)
-    print(
-        f"LoRA of rank {options.lora_r}: {sum(w.numel() for w in learnt(model)):,} are trained.", flush=True
-    )
+    print(f"{sum(w.numel() for w in learnt(model)):,} parameters of an adapter are trained.", flush=True)
     return model
 
 

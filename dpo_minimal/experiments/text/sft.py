@@ -99,9 +99,10 @@ def run(args: argparse.Namespace) -> Path:
 
 def _train(options: argparse.Namespace, folder: Path, policy: Policy, rows: Rows) -> Path:
     setup.pin_start(folder, policy, rows)
-    policy.model.to(options.device)
-    print(f"{setup.size_of(policy.model):,} parameters, {policy.tokenizer.vocab_size} tokens.", flush=True)
-    policy = policy._replace(model=(model := setup.adapted(options, policy.model)))
+    model = policy.model.to(options.device)
+    print(f"{setup.size_of(model):,} parameters, {policy.tokenizer.vocab_size} tokens.", flush=True)
+    model = model if options.lora_r is None else setup.adapted(options, model)
+    policy = policy._replace(model=model)
     records = setup.train_in(
         folder, options, policy, sft_objective(model, dtype=options.dtype), Data(rows.train, rows.held_out),
         name="SFT",
