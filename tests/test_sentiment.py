@@ -171,7 +171,7 @@ def test_runs_have_files_of_their_own():
     count = {
         method: len({r.setting for r in runs if r.method == method}) for method in ("DPO", "PPO", "PPO-GT")
     }
-    assert count == {"DPO": 4, "PPO": 3, "PPO-GT": 3}
+    assert count == {"DPO": 3, "PPO": 2, "PPO-GT": 2}
     assert {run.seed for run in runs if run.method == "DPO"} == {0, 1, 2}
     assert {run.seed for run in runs if run.method == "PPO"} == {0, 1, 2}
     assert all(run.name.isascii() and " " not in run.name for run in runs)
@@ -223,7 +223,7 @@ def test_the_estimated_frontier_is_above_best_of_n():
     generator = torch.Generator().manual_seed(4)
     true = torch.randn(6, 128, generator=generator, dtype=torch.float64)
     curve = np.array(estimated_frontier(true))
-    assert (np.diff(curve[:, 0]) > 0).all() and (np.diff(curve[:, 1]) > 0).all() and curve[-1, 0] <= 2.5
+    assert (np.diff(curve[:, 0]) > 0).all() and (np.diff(curve[:, 1]) > 0).all() and curve[-1, 0] <= 3.6
     for n in (2, 4, 8, 16):
         weights = order_weights(n, 128)
         used = weights[weights > 0]

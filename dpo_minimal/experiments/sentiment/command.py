@@ -21,10 +21,11 @@ are used up. Labels are free of noise, as in the paper, so the DPO loss has no f
 those of --label-noise bradley-terry contradict each other.
 
 Columns: reward, KL and win rate (against a sample of the SFT model, a tie one half) of samples at temperature
-1 of held-out prefixes, with 95 % intervals over prompts and trainings; in 1.84, 2.5 and 8 nats, the most
-reward on a training's path within that KL; repeated, the share of runs of three tokens that a sample had
-before; orders, the share of held-out pairs whose chosen completion gained on the rejected one. Of best of N
-the KL is an upper bound; GT: by the true reward.
+1 of held-out prefixes, with 95 % intervals over prompts and trainings; possible, the share of the most reward
+that any policy has at that KL; in 2.5 and 8 nats, the most reward on a training's path within that KL;
+repeated, the share of runs of three tokens that a sample had before; orders, the share of held-out pairs
+whose chosen completion gained on the rejected one. Of best of N the KL is an upper bound; GT: by the true
+reward.
 """
 
 from __future__ import annotations
@@ -48,29 +49,30 @@ from ..study import Files, Study, carry_out, kept, table, write_csv
 from ..text.report import prompt_line, text_lines
 from ..text.setup import open_folder, resumable
 from . import figure
-from .methods import PPO_EPOCHS, REWARD_EPOCHS, SHOWN, all_runs, jobs_of, learn_reward, path_of
-from .results import CHARACTER, FRONTIER_END, WITHIN, Group, Results, Row, path_rows, results_of
+from .methods import DRAWS, PPO_EPOCHS, REWARD_EPOCHS, SHOWN, all_runs, jobs_of, learn_reward, path_of
+from .results import CHARACTER, WITHIN, Group, Results, Row, path_rows, results_of
 from .world import NOISES, K, Plan, World, load_world, make_world
 
 GRAMMAR = Plan(
     demonstrations=16000, vocab_size=704, context=64, n_layer=2, n_embd=128, sft_epochs=1,
-    sft_learning_rate=3e-3, prefixes=640, held_out=192, other=192, max_new_tokens=44, steps=900, pairs=32,
-    learning_rate=3e-4, warmup=10, best_of=96, noise=NOISES[0],
+    sft_learning_rate=3e-3, prefixes=640, held_out=192, other=192, max_new_tokens=44, steps=750, pairs=32,
+    learning_rate=3e-4, warmup=10, best_of=48, noise=NOISES[0],
 )  # fmt: skip
 QUICK = GRAMMAR._replace(demonstrations=6400, prefixes=240, steps=150, held_out=96, other=96, best_of=16)
 REVIEWS = GRAMMAR._replace(
     vocab_size=2048, context=72, n_layer=3, sft_epochs=5, sft_learning_rate=1.5e-3, max_new_tokens=56,
-    prefixes=560, steps=800,
+    prefixes=560, steps=480,
 )  # fmt: skip
 QUICK_REVIEWS = REVIEWS._replace(
     n_layer=2, sft_epochs=2, prefixes=160, steps=90, held_out=64, other=64, best_of=8
 )
 SEEDS, METHODS = 3, ("all", "dpo")
+IN_TABLE, POSSIBLE = (2.5, 8.0), (1.84, 2.5, 3.5)  # nats
 PRINTED = 2  # prompts whose samples are printed
 COLUMNS = (
     ("method", "<14", ""), ("setting", "<13", ""), ("seeds", ">5", ""), ("reward", ">13", ""),
-    ("KL, nats", ">13", ""), ("win rate, %", ">18", ""),
-    *((f"in {nats:g} nats", ">12", "") for nats in WITHIN), ("sec", ">5", ".0f"),
+    ("KL, nats", ">13", ""), ("possible", ">9", ""), ("win rate, %", ">14", ""),
+    *((f"in {nats:g} nats", ">12", "") for nats in IN_TABLE), ("sec", ">5", ".0f"),
 )  # fmt: skip
 CHARACTER_COLUMNS = (
     ("what it writes", "<26", ""), ("tokens", ">7", ".1f"), ("ended", ">7", ".0%"), ("repeated", ">9", ".1%"),
@@ -181,7 +183,8 @@ def results_table(rows: Sequence[Row]) -> list[str]:
         kl = f"<= {row['kl']:.2f}" if row["method"].startswith("Best") else _plus_minus(row, "kl")
         cells.append(
             (row["method"], row["setting"], row["seeds"], _plus_minus(row, "reward"), kl,
-             f"{win:.0f} [{low:.0f}, {high:.0f}]", *(_plus_minus(row, name) for name in WITHIN.values()),
+             "-" if row.get("possible") is None else f"{row['possible']:.0%}",
+             f"{win:.0f} [{low:.0f}, {high:.0f}]", *(_plus_minus(row, WITHIN[nats]) for nats in IN_TABLE),
              row["seconds"])
         )  # fmt: skip
     return table(COLUMNS, cells)
@@ -232,17 +235,15 @@ def comparison(results: Results) -> list[str]:
         of_method, texts = [row for row in results.rows if row["method"] == method], []
         for nats, name in WITHIN.items() if of_method else ():
             best = max(of_method, key=itemgetter(name))
-            most = np.interp(nats, *zip(*results.frontier))
-            share = f", {best[name] / most:.0%} of what is possible" if nats <= FRONTIER_END else ""
-            texts.append(f"{_plus_minus(best, name)} in {nats:g} nats ({best['setting']}{share})")
-        lines += [f"  {method if number == 0 else '':<14}{text}" for number, text in enumerate(texts)]
+            texts.append(f"{_plus_minus(best, name)} in {nats:g} nats ({best['setting']})")
+        lines += [f"  {method:<14}{'; '.join(texts)}"] * bool(texts)
     for name, entries in results.best.items():
         n, row = max((n, row) for n, row in entries.items() if row["kl"] <= min(WITHIN) + 0.005)
         reward = f"{_plus_minus(row, 'reward')} in {row['kl']:.2f} nats"
         lines.append(f"  {'best of N':<14}{reward} (N {n}, by the {name} reward)")
-    kl, most = results.frontier[-1]
-    possible = f"{most:.2f} in {kl:.2f} nats (pi_ref exp(r / beta) / Z on 128 draws a prefix)"
-    return [*lines, f"  {'possible':<14}{possible}"]
+    possible = [f"{np.interp(nats, *zip(*results.frontier)):.2f} in {nats:g} nats" for nats in POSSIBLE]
+    text = f"{'; '.join(possible)} (pi_ref exp(r / beta) / Z on {DRAWS} draws a prefix)"
+    return [*lines, f"  {'possible':<14}{text}"]
 
 
 def character_table(results: Results) -> list[str]:

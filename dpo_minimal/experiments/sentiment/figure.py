@@ -9,7 +9,7 @@ import numpy as np
 
 from ...bench.figures import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, panels, with_intervals
 from ...rivals.evaluate import crossed_interval, win_interval
-from .methods import TEMPERATURES
+from .methods import DRAWS, TEMPERATURES
 from .results import Group, Results, Row
 
 DARK_BLUE = "#003a5c"
@@ -66,7 +66,7 @@ def _best_lines(axis, results: Results) -> None:
     """The most that is possible, and best of N, whose divergence is bounded."""
     axis.plot(
         *zip(*results.frontier), color="black", linewidth=3, zorder=1,
-        label="most reward possible\n(from 128 draws a prefix)",
+        label=f"most reward possible\n({DRAWS} draws a prefix)",
     )  # fmt: skip
     for name, style, label in (
         ("true", BY_TRUE, "best of N, true reward\n(KL: its upper bound)"),

@@ -45,9 +45,8 @@ from ...zoo import LOSSES
 from ..study import Job, kept
 from .world import K, Plan, World, first_held_out, load_world, pairs_of, sample_rows
 
-BETAS, ALPHAS = (0.1, 0.5, 1.0, 2.0), (0.1, 1.0)
-ROUNDS, ROUNDS_BETA = 4, 2.0
-TARGETS = (3.0, 6.0, 12.0)  # nats, of PPO
+BETAS, TARGETS = (0.1, 1.0, 2.0), (6.0, 12.0)  # of DPO; nats, of PPO
+ROUNDS, ROUNDS_BETA = 4, 1.0
 REPEATED = ("DPO", "DPO in rounds", "PPO", "PPO-GT", "SFT")  # trained with several seeds; the others with one
 PPO_EPOCHS = 3  # gradient steps on each round's samples
 FIRST_COEFFICIENT = 0.1  # of PPO's KL penalty, before it is steered
@@ -55,7 +54,7 @@ REWARD_EPOCHS = 3  # App. C.1
 REWARD_MODEL_FILE = "reward_model.safetensors"
 TEMPERATURES = (0.0, 0.25, 0.5, 0.75, 1.0)
 OTHER_TEMPERATURES = (0.25, 1.0)
-DRAWS = 128  # of each prompt, for best of n
+DRAWS = 384  # of each prompt, for best of n
 SHOWN = 8  # prompts whose samples are kept as text
 _BUDGET = ("steps", "completions", "judged")
 _SAMPLES, _OPPONENT, _OTHER_OPPONENT, _DRAWS, _ROUNDS = range(5)  # streams of random numbers
@@ -99,8 +98,8 @@ def all_runs(*, seeds: int, quick: bool) -> list[Run]:
         Run("Preferred-FT", "", "sft", full=True),
         *(pairs("dpo", full=b == 0.1, beta=b) for b in betas),
         in_rounds,
-        *(pairs("unlikelihood", full=a == 1, alpha=a) for a in ALPHAS),
-        pairs("ipo", beta=0.1), pairs("cdpo", beta=0.1, label_smoothing=0.1),
+        pairs("unlikelihood", full=True, alpha=1.0), pairs("ipo", beta=0.1),
+        pairs("cdpo", beta=0.1, label_smoothing=0.1),
         pairs("kto", beta=0.1, desirable_weight=1.0, undesirable_weight=1.0), pairs("orpo", lam=1.0),
         pairs("simpo", beta=2.0, gamma=1.0),
         *(Run("PPO", f"KL {kl:g}", "ppo", target=kl, learned=True, full=kl == 6) for kl in targets),
@@ -363,7 +362,7 @@ def draw_opponents(folder: Path, plan: Plan) -> Arrays:
 
 
 def draw_best_of_n(folder: Path, plan: Plan) -> Arrays:
-    """True and learned rewards (P', 128) of the samples of some prompts."""
+    """True and learned rewards (P', 384) of the samples of some prompts."""
     started = time.perf_counter()
     world, stream = load_world(folder), sampling_generator(_DRAWS)
     learned = load_reward_model(folder, world)

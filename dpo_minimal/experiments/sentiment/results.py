@@ -28,7 +28,7 @@ WITHIN = {nats: f"reward_within_{nats:g}_nats" for nats in (1.84, 2.5, 8.0)}
 # Of the samples at the end, and of the held-out pairs.
 CHARACTER = ("lengths", "ended", "repeated", "reference_token_logps", "accuracies")
 MOST_OF_N = (1, 4, 16, 64, 128)
-FRONTIER_END = 2.5  # nats, to which 128 draws tell the frontier: their largest KL is log 128 = 4.9
+FRONTIER_END = 3.6  # nats, to which 384 draws tell the frontier: their largest KL is log 384 = 5.9
 
 
 class Group(NamedTuple):
@@ -117,8 +117,8 @@ def best_of(true: Tensor, chosen_by: Tensor, opponents: Tensor) -> dict[int, Row
 def estimated_frontier(true: Tensor) -> list[tuple[float, float]]:
     """(KL, reward) of pi_ref exp(r / beta) / Z for many beta: the most reward at each divergence (Eq. 4).
 
-    Each prompt's draws, equally likely, stand for pi_ref. With 128 of them that holds up to about 2.5 nats,
-    where it is cut; beyond, the true frontier is higher.
+    Each prompt's draws, equally likely, stand for pi_ref. With 384 of them that holds up to about 3.6 nats,
+    where it is cut, as 10 of them then still share most of the weight; beyond, the true frontier is higher.
     """
     uniform = torch.full(true.shape, -math.log(true.shape[-1]), dtype=torch.float64)
     betas = torch.logspace(2, -1.5, 200, dtype=torch.float64)
@@ -150,7 +150,8 @@ def results_of(found: dict[str, Arrays], runs: Sequence[Run], plan: Plan) -> Res
     groups = groups_of(found, runs)
     start = next(group for group in groups if group.method == "SFT").rewards[:, -1].mean(0)
     budgets = {(run.method, run.setting): budget_of(run, plan) for run in runs}
-    rows = [_row(g, start, own, budgets[g.method, g.setting]) for g in groups]
+    frontier = estimated_frontier(true)
+    rows = [_row(g, start, own, frontier) | budgets[g.method, g.setting] for g in groups]
     for method, name in (("Best of N", "learned"), ("Best of N-GT", "true")):
         for n, row in best[name].items():
             if n > 1:
@@ -158,19 +159,24 @@ def results_of(found: dict[str, Arrays], runs: Sequence[Run], plan: Plan) -> Res
                 rows.append(row | {"seconds": float(draws["seconds"])})
     full = [group for group in groups if "temperature_rewards" in group.last]
     return Results(
-        groups, full, start, rows, _win_rates(full, own, other), own, best, estimated_frontier(true),
+        groups, full, start, rows, _win_rates(full, own, other), own, best, frontier,
         float(reward["accuracy"]), int(reward["pairs"]),
     )  # fmt: skip
 
 
-def _row(group: Group, start: Tensor, opponents: Tensor, budget: dict[str, int]) -> Row:
+def share_of_possible(kl: float, reward: float, frontier: Sequence[tuple[float, float]]) -> float | None:
+    """A reward over the most that is possible at its divergence; None where that is not known."""
+    return reward / np.interp(kl, *zip(*frontier)).item() if 0.1 < kl <= frontier[-1][0] else None
+
+
+def _row(group: Group, start: Tensor, opponents: Tensor, frontier: list[tuple[float, float]]) -> Row:
     row = {"method": group.method, "setting": group.setting, "seeds": len(group.rewards)}
     row |= _spread("reward", crossed_interval(group.rewards[:, -1]))
     row |= _spread("kl", crossed_interval(group.log_ratios[:, -1]))
     row |= _spread("win_rate", win_interval(group.rewards[:, -1], opponents))
     for nats, name in WITHIN.items():
         row |= _spread(name, (None,) * 3 if group.method == "SFT" else reward_within(group, start, nats))
-    row |= budget | {"seconds": group.seconds}
+    row |= {"possible": share_of_possible(row["kl"], row["reward"], frontier), "seconds": group.seconds}
     last = group.last | {"accuracies": group.last["accuracies"][:, -1]}
     return row | {name: last[name].mean().item() for name in CHARACTER}
 

@@ -62,7 +62,7 @@ class Plan(NamedTuple):
     pairs: int  # in each, and in each of PPO's (completions: twice that)
     learning_rate: float  # of every method's policy, AdamW; it falls to zero over the steps, but for PPO
     warmup: int
-    best_of: int  # held-out prefixes of which 128 samples are drawn
+    best_of: int  # held-out prefixes of which 384 samples are drawn
     noise: str  # of the labels, one of NOISES
 
 
