@@ -86,7 +86,8 @@ OPTIONS = {
             check=must(lambda b: 0.01 <= b <= 100, "lie between 0.01 and 100, as rewards are about one"),
         ),
         "pairs": Option(
-            "instead of the frontier: the gap to pi* as the number of pairs grows from 100 to a million", bool
+            "instead of the frontier: the gap to pi* as the number of pairs grows from 100 to a million, and "
+            "by who draws them", bool
         ),
     },
     "run": {

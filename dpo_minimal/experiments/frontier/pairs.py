@@ -238,13 +238,8 @@ def sampler_summary(points: list[Point], world: World, beta: float) -> list[str]
     for (name, (sampler, *start)), gaps in zip(starts(optimal, world.ref_logps).items(), found.values()):
         slate = average_design(sampler, start[0], optimal, world.ref_logps, beta=beta, rounds=start[1])
         law = design_law(slate, optimal, world.ref_logps, beta=beta).sum().item() / max(gaps)
-        rows.append(
-            [
-                name,
-                *(f"{each.median:.2g} ({each.mean:.2g})" for each in gaps.values()),
-                "-" if math.isnan(law) else law,
-            ]
-        )
+        texts = (f"{each.median:.2g} ({each.mean:.2g})" for each in gaps.values())
+        rows.append([name, *texts, "-" if math.isnan(law) else law])
     columns = [("sampler", "<18", ""), *((f"{n:,} pairs", ">18", "") for n in gaps), ("its law", ">9", ".2g")]
     title = f"Who draws the pairs: DPO's gap to pi* in nats, median (mean): {world.name}, beta = {beta:g}"
     return [title, *table(columns, rows, indent="  "), "  The first six samplers know pi*."]
