@@ -15,6 +15,7 @@ from .experiments.games import command as games
 from .experiments.sentiment import command as sentiment
 from .experiments.statistics import command as statistics
 from .experiments.text import audit, dpo, sample, score, sft
+from .text import processes
 from .validation import InputError
 
 COMMANDS = {
@@ -71,23 +72,24 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or (arguments[0][:1] == "-" and arguments[0] not in ("-h", "--help", "--version")):
         arguments.insert(0, "bandit")
     options = _parser().parse_args(arguments)
-    command, _ = COMMANDS[vars(options).pop("command")]
+    name = vars(options).pop("command")
     try:
-        outcome = command.run(options)
-        sys.stdout.flush()
+        with processes.joined(name):
+            outcome = COMMANDS[name][0].run(options)
+            sys.stdout.flush()
     except BrokenPipeError:  # as after `| head -1`; what is still buffered must go somewhere at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except InputError as error:
-        print(f"dpo-minimal: error: {error}", file=sys.stderr)
+        processes.report(f"dpo-minimal: error: {error}")
         return 2
     except OSError as error:
         place = "" if error.filename is None else f"{error.filename}: "
         problem = f"{place}cannot be used ({error.strerror or error})"
-        print(f"dpo-minimal: error: {problem}; free some space or repair it.", file=sys.stderr)
+        processes.report(f"dpo-minimal: error: {problem}; free some space or repair it.")
         return 2
     except KeyboardInterrupt as interruption:
-        print(f"\ndpo-minimal: {str(interruption) or 'interrupted.'}", file=sys.stderr)
+        processes.report(f"\ndpo-minimal: {str(interruption) or 'interrupted.'}")
         return 130
     return outcome if isinstance(outcome, int) else 0
 

@@ -25,14 +25,15 @@ class Window(NamedTuple):
     Fields:
         micro_batches: what the objective is called with, one after the other.
         shares: the part of the whole that each is, summing to 1: of the rows for a loss per row, of the
-            tokens for a loss per token. Loss, gradient and metrics are averaged with them, so that the
-            pieces give what the whole would, the last and smaller window of an epoch included.
+            tokens for a loss per token. Averaged with them, the pieces give what the whole would.
         name: which rows these are, for messages.
+        mine: the pieces that are for this process; those of all processes make the whole.
     """
 
     micro_batches: list[Any]
     shares: list[float]
     name: str = ""
+    mine: slice = slice(None)
 
 
 def train(
@@ -43,6 +44,7 @@ def train(
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
     max_grad_norm: float | None = None,
     first_step: int = 1,
+    add_up: Callable[[dict[str, Tensor], list[Tensor]], dict[str, Tensor]] = lambda means, _: means,
 ) -> Iterator[Record]:
     """Minimise an objective, one optimizer step a batch [D5.2].
 
@@ -54,6 +56,8 @@ def train(
         scheduler: stepped after each step.
         max_grad_norm: clip the gradient to this norm; None leaves it alone.
         first_step: the number of the first of these steps, where a run is resumed.
+        add_up: called with a step's means and the parameters, before the gradient's norm is taken: where a
+            window is shared by processes, it sums what each has of means and gradients.
     Yields:
         After each step one record: `step`, `loss` and the metrics of the policy *before* the step,
         `grad_norm` before clipping, `learning_rate` used. Its numbers leave the device together.
@@ -71,16 +75,15 @@ def train(
         place = f"step {step}" + (f" ({window.name})" if window.name else "")
         optimizer.zero_grad(set_to_none=True)
         try:
-            means = _means(objective, window, each=Tensor.backward)
+            means = _means(objective, window, Tensor.backward)
         except InputError as error:
             raise InputError(f"{place}: {error}") from None
+        means = add_up(means, parameters)
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         numbers = _numbers({**means, "grad_norm": grad_norm})
         if not math.isfinite(numbers["loss"]) or not math.isfinite(numbers["grad_norm"]):
-            raise InputError(
-                f"{place}: loss {numbers['loss']:.4g} with gradient norm {numbers['grad_norm']:.4g}; "
-                "lower the learning rate or look for bad data."
-            )
+            found = f"loss {numbers['loss']:.4g} with gradient norm {numbers['grad_norm']:.4g}"
+            raise InputError(f"{place}: {found}; lower the learning rate or look for bad data.")
         if max_grad_norm is not None and numbers["grad_norm"] > max_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)
         record = {"step": step, **numbers, "learning_rate": optimizer.param_groups[0]["lr"]}
@@ -96,17 +99,14 @@ def average(objective: Objective, window: Window) -> Record:
         return _numbers(_means(objective, window))
 
 
-def _means(
-    objective: Objective, window: Window, *, each: Callable[[Tensor], None] | None = None
-) -> dict[str, Tensor]:
+def _means(objective: Objective, window: Window, each: Callable = Tensor.detach) -> dict[str, Tensor]:
     """Loss and metrics averaged by shares; `each` is called with every micro-batch's share of the loss."""
     if not math.isclose(sum(window.shares), 1):
         raise InputError(f"the shares of a window must sum to 1, but they sum to {sum(window.shares):.6g}.")
     means: dict[str, Tensor] = {}
-    for micro_batch, share in zip(window.micro_batches, window.shares, strict=True):
+    for micro_batch, share in [*zip(window.micro_batches, window.shares, strict=True)][window.mine]:
         loss, metrics = objective(micro_batch)
-        if each is not None:
-            each(share * loss)
+        each(share * loss)
         for name, value in {"loss": loss, **metrics}.items():
             means[name] = means.get(name, 0) + share * value.detach()
     return means
@@ -145,9 +145,7 @@ def warm_up(
 OPTIMIZERS = ("rmsprop", "adamw")
 
 
-def make_optimizer(
-    parameters: Iterable[torch.nn.Parameter], name: str, learning_rate: float
-) -> torch.optim.Optimizer:
+def make_optimizer(parameters: Iterable[Tensor], name: str, learning_rate: float) -> torch.optim.Optimizer:
     """RMSprop, the paper's (torch's defaults: decay 0.99, eps 1e-8), or AdamW without weight decay.
 
     Decay would pull towards zero weights instead of the reference and move the optimum. Raises InputError.

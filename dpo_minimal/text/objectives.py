@@ -31,6 +31,7 @@ from ..zoo import LOSSES, no_such_loss
 from ..zoo.kto import LabelLoss, kto_kl_estimate
 from .batches import Example, in_passes
 from .checkpoint import state_fingerprint
+from .processes import in_shares
 from .runs import write_atomically
 from .tokenizer import Tokenizer
 
@@ -300,7 +301,7 @@ def reference_logps(
     device: str = "cpu",
     progress: Callable[[Iterable[list[int]]], Iterable[list[int]]] = iter,
 ) -> Tensor:
-    """log pi_ref of every completion of every example, once for a data set.
+    """log pi_ref of every completion of every example, once for a data set; processes share the passes.
 
     Computed by the same code in the same dtype as the policy's, so that the two agree where the weights do.
 
@@ -312,11 +313,15 @@ def reference_logps(
     Returns: (N, K) nats in float32 on the CPU; where an example has fewer than K completions, NaN.
     """
     result = torch.full((len(examples), max(len(example.completions) for example in examples)), math.nan)
-    with torch.no_grad():
-        for rows in progress(in_passes(examples, micro_size)):
-            batch = layout([examples[index] for index in rows], dtype=dtype, device=device)
-            logps = completion_logps_of(model, batch, dtype).float().cpu()
-            result[torch.tensor(rows), : logps.shape[1]] = logps
+
+    def of_pass(rows: list[int]) -> Tensor:
+        batch = layout([examples[index] for index in rows], dtype=dtype, device=device)
+        with torch.no_grad():
+            return completion_logps_of(model, batch, dtype).float().cpu()
+
+    passes = in_passes(examples, micro_size)
+    for rows, logps in zip(passes, in_shares(of_pass, passes, progress)):
+        result[torch.tensor(rows), : logps.shape[1]] = logps
     return result
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..validation import InputError
 from ..version import __version__
 from .files import read_bytes
+from .processes import leads
 
 
 def refuse_used_folder(output_dir: str | None) -> None:
@@ -78,7 +79,12 @@ def _unwritable(folder: Path, error: OSError) -> InputError:
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place in one move, also of a link."""
+    """Let `write` fill a temporary file beside `path`, then put it in place in one move, also of a link.
+
+    Of several processes the first alone writes.
+    """
+    if not leads():
+        return
     temporary = path.with_name(f".{secrets.token_hex(8)}{path.suffix}")
     try:
         # Who may read it is for the umask to say; the files of `tempfile` are for their owner alone.

@@ -37,6 +37,7 @@ except ImportError:  # Windows
 from ..model import GPT
 from ..train import Objective, Record, Window, average, make_optimizer, train, warm_up
 from ..validation import InputError
+from . import processes
 from .adapters import learnt
 from .batches import Example, in_passes, windows
 from .files import read_bytes
@@ -107,13 +108,23 @@ def _windows_from(settings: Settings, data: Data, first_step: int, last_step: in
 
 
 def evaluate(objective: Objective, settings: Settings, data: Data) -> Record:
-    """Loss and metrics on the held-out rows, named eval_...; nothing where none are held out."""
+    """Loss and metrics on the held-out rows, named eval_...; nothing where none are held out.
+
+    Processes share the passes, whose results are added up in one order however many they are.
+    """
     if not data.held_out:
         return {}
     rows = in_passes(data.held_out, settings.per_device_train_batch_size)
     where = {"dtype": settings.dtype, "device": settings.device, "policy": data.policy}
     window = make_window(data.held_out, rows, data.held_out_reference, **where)
-    return {f"eval_{name}": value for name, value in average(objective, window).items()}
+
+    def results_of(micro: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.no_grad():
+            loss, metrics = objective(micro)
+        return loss.cpu(), {name: value.cpu() for name, value in metrics.items()}
+
+    window = window._replace(micro_batches=processes.in_shares(results_of, window.micro_batches))
+    return {f"eval_{name}": value for name, value in average(lambda results: results, window).items()}
 
 
 def run_training(
@@ -152,13 +163,15 @@ def run_training(
         if check_first is not None:
             check_first(next(_windows_from(settings, data, 1, 1)))
         log.add({"step": 0, **evaluate(objective, settings, data), **look()})
+    mine = slice(processes.number, None, processes.count)
     stream = train(
         objective,
         optimizer,
-        _windows_from(settings, data, done + 1, last_step),
+        (window._replace(mine=mine) for window in _windows_from(settings, data, done + 1, last_step)),
         scheduler=warm_up(optimizer, settings.learning_rate, settings.warmup_steps, first_step=done + 1),
         max_grad_norm=settings.max_grad_norm,
         first_step=done + 1,
+        add_up=processes.add_up,
     )
     progress = _Progress(name, done, last_step, rows=min(settings.window_size, len(data.train)))
     with _Interrupt() as interrupt, progress.bar:
@@ -228,7 +241,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 def _save(folder: Path, model: GPT, optimizer: torch.optim.Optimizer, step: int) -> None:
     target = folder / CHECKPOINTS / f"step-{step:06d}"
-    if target.exists():  # an interruption right after the planned save of the same step
+    if target.exists() or not processes.leads():  # after an interruption, or the first's to save
         return
     target.parent.mkdir(exist_ok=True)
     save_training_state(target, model, optimizer, {"step": step})
@@ -275,6 +288,8 @@ class _Log:
         if len(record) == 1:  # no held-out rows to evaluate
             return
         self.records.append(record)
+        if not processes.leads():
+            return
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(record_line(record))
@@ -291,7 +306,8 @@ class _Interrupt:
     def __enter__(self) -> _Interrupt:
         self.main = threading.current_thread() is threading.main_thread()
         if self.main:
-            self.before = signal.signal(signal.SIGINT, self._ask)
+            ask = self._ask if processes.leads() else signal.SIG_IGN  # the first decides for all
+            self.before = signal.signal(signal.SIGINT, ask)
         return self
 
     def _ask(self, number: int, frame: FrameType | None) -> None:

@@ -45,7 +45,7 @@ from tqdm import tqdm
 from ...losses import Loss
 from ...losses import Option as LossOption
 from ...rivals.evaluate import Samples, mean_of
-from ...text import objectives
+from ...text import objectives, processes
 from ...text.batches import check_limits, with_mismatched
 from ...text.checkpoint import WEIGHTS_FILE, state_fingerprint
 from ...text.data import Dataset, has_labels, load_dataset
@@ -158,6 +158,8 @@ def run(args: argparse.Namespace) -> Path:
         text = "compares the rows of a step with each other; give --gradient-accumulation-steps 1."
         raise InputError(f"--loss-type {options.loss_type} {text}")
     setup.begin(options)
+    if options.data is None and options.model is None:
+        processes.begin(options.device, sft.GROUPS["training"]["gradient_accumulation_steps"].reviews)
     # All that can be wrong with the input is checked before anything is written.
     policy = None if options.model is None else load_policy(options.model)
     dataset = None if options.data is None else _load(options)
@@ -225,6 +227,8 @@ def _train(
     )  # fmt: skip
     if state_fingerprint(reference) != fingerprint:
         raise AssertionError("the reference has moved in training, which is a bug in here")
+    if not processes.leads():
+        return folder
     if len(drawn) == 1:  # a run that was finished already, in which nothing was evaluated
         drawn.append(draw(policy))
     before, after = drawn[0], drawn[-1]
@@ -267,10 +271,13 @@ def _sample_metrics(samples: Samples | None) -> Record:
 def _fine_tune(options: argparse.Namespace, folder: Path) -> Path:
     """The SFT model of the reviews, in a run folder of its own; what is there already is used."""
     target = folder / "sft"
-    if (target / MODEL / WEIGHTS_FILE).exists():
+    finished, begun = processes.from_first(
+        lambda: [(target / name).exists() for name in (f"{MODEL}/{WEIGHTS_FILE}", CONFIG_FILE)]
+    )
+    if finished:
         return target
     given = {"resume": str(target)}
-    if not (target / CONFIG_FILE).exists():
+    if not begun:
         given = {name: getattr(options, name) for name in ("seed", "device", "dtype")}
         given["output_dir"] = str(target)
     print("Supervised fine-tuning first: the reference has to speak the language.\n", flush=True)
@@ -283,13 +290,16 @@ def _judged_reviews(options: argparse.Namespace, folder: Path, policy: Policy) -
     """Pairs (rankings) of the SFT model's own samples, kept in preferences.jsonl."""
     path = folder / PREFERENCES_FILE
     kind = LOSSES[options.loss_type].rows
-    if not path.exists():
+
+    def make() -> None:
         rows = judged_samples(
             policy, options.rows, 2 if kind == "preferences" else RANKED, reward=sentiment,
             max_new_tokens=setup.sample_length(options.max_new_tokens, policy.model.config.block_size),
             seed=options.seed,
         )  # fmt: skip
         write_records(path, as_pairs(rows) if kind == "preferences" else rows)
+
+    processes.from_first(lambda: path.exists() or make())
     return load_dataset(path, kind)
 
 
@@ -297,7 +307,7 @@ def _reference(options: argparse.Namespace, folder: Path, policy: Policy, exampl
     """log pi_ref of all rows: from the run's cache where it belongs to them, else computed and kept."""
     path = folder / REFERENCE_FILE
     key = objectives.cache_key(policy.model, policy.tokenizer, examples, options.dtype)
-    logps = objectives.load_reference_logps(path, key)
+    logps = processes.from_first(lambda: objectives.load_reference_logps(path, key))
     if logps is None:
         logps = objectives.reference_logps(
             policy.model, examples, micro_size=options.per_device_train_batch_size, dtype=options.dtype,

@@ -14,7 +14,7 @@ import torch
 
 from ...model import GPT
 from ...rivals.evaluate import Samples, sample
-from ...text import checkpoint
+from ...text import checkpoint, processes
 from ...text.adapters import TARGETS, adapters_of, add_adapter, learnt, save_adapter
 from ...text.allocator import keep_freed_memory
 from ...text.batches import split_by_prompt, tokenize
@@ -167,12 +167,13 @@ def prepare(options: argparse.Namespace, dataset: Dataset, policy: Policy) -> Ro
 def draw_samples(
     options: argparse.Namespace, policy: Policy, reference: GPT, rows: Rows, count: int, length: int
 ) -> Samples | None:
-    """A sample of each of the first prompts, of held-out rows where there are any; None for a count of 0.
+    """A sample of each of the first prompts, of held-out rows where there are any; None for a count of 0, and
+    in every process but the first.
 
     The same prompts and random numbers in every call, so that two policies can be compared.
     """
     prompts = [row.prompt for row in (rows.held_out or rows.train)[:count]]
-    if not prompts:
+    if not prompts or not processes.leads():
         return None
     return sample(
         policy.model, reference, policy.tokenizer, prompts, seed=options.seed, max_new_tokens=length,
@@ -182,7 +183,8 @@ def draw_samples(
 
 def begin(options: argparse.Namespace) -> None:
     """Refuse an unusable --output-dir before any work; set up the process."""
-    if options.resume is None:
+    processes.begin(options.device, options.gradient_accumulation_steps)
+    if options.resume is None and processes.leads():
         refuse_used_folder(options.output_dir)
     if options.data is None and options.model is None:
         torch.set_num_threads(1)  # a model this small gains little from a second core
@@ -194,7 +196,7 @@ def open_folder(options: argparse.Namespace, command: str) -> Path:
     if options.resume is not None:
         torch.set_num_threads(read_run_config(options.resume)["threads"])  # sums depend on it
         return options.resume
-    folder = new_run_folder(options.output_dir, command)
+    folder = processes.from_first(lambda: new_run_folder(options.output_dir, command))
     config = {"command": command, "options": vars(options), "threads": torch.get_num_threads(), **versions()}
     write_json(folder / CONFIG_FILE, config)
     return folder
@@ -204,7 +206,7 @@ def open_folder(options: argparse.Namespace, command: str) -> Path:
 def resumable(command: str, folder: Path) -> Iterator[Path]:
     """Says after Ctrl-C how to go on; where a run is part of another, the outer one says it."""
     try:
-        with alone_in(folder):
+        with alone_in(folder) if processes.leads() else contextlib.nullcontext():
             yield folder
     except KeyboardInterrupt as interruption:
         reason = str(interruption).partition(";")[0] or "interrupted"
@@ -219,6 +221,8 @@ def pin_start(folder: Path, policy: Policy, rows: Rows) -> str:
     """
     facts = {"data": rows.fingerprint, "vocabulary": policy.tokenizer.fingerprint}
     facts["model"] = checkpoint.state_fingerprint(policy.model)
+    if any(other != facts for other in processes.gather(facts)):
+        raise InputError("the processes do not read the same data and weights; give all the same files.")
     config = read_run_config(folder)
     before = config.setdefault("start", facts)
     for name, value in facts.items():
@@ -255,5 +259,7 @@ def train_in(
         settings = settings._replace(warmup_steps=_warm_up(folder, planned_steps(settings, data)))
     resume = options.resume is not None
     records = run_training(folder, policy.model, objective, data, settings, resume=resume, **more)
-    save_policy(policy, folder, options.model or str(folder / "sft"))
+    if processes.count > 1 and len({*processes.gather(checkpoint.state_fingerprint(policy.model))}) > 1:
+        raise AssertionError("the weights of the processes have come apart, which is a bug in here")
+    processes.from_first(lambda: save_policy(policy, folder, options.model or str(folder / "sft")))
     return records

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 from ...model import GPT, GPTConfig
+from ...text import processes
 from ...text.data import Dataset
 from ...text.objectives import sft_objective
 from ...text.tokenizer import TOKENIZERS, make_tokenizer
@@ -107,6 +108,8 @@ def _train(options: argparse.Namespace, folder: Path, policy: Policy, rows: Rows
         folder, options, policy, sft_objective(model, dtype=options.dtype), Data(rows.train, rows.held_out),
         name="SFT",
     )  # fmt: skip
+    if not processes.leads():
+        return folder
     figure.sft_figure(records, folder / "training.png")
     length = setup.sample_length(None, model.config.block_size)
     samples = setup.draw_samples(options, policy, model, rows, SHOWN, length)
