@@ -96,9 +96,7 @@ DATA: Group = {
 TRAINING: Group = {
     "learning_rate": Option("reached at the end of the warm-up, then constant", float, check=check_positive),
     "per_device_train_batch_size": Option("rows that go through the model together", int, 8),
-    "gradient_accumulation_steps": Option(
-        "such batches in an optimizer step, exact to rounding; of several processes all together", int, 8
-    ),
+    "gradient_accumulation_steps": Option("such batches a step, of all processes; exact to rounding", int, 8),
     "num_train_epochs": Option("passes over the data", int, 1),
     "max_steps": Option("optimizer steps at most (default: no limit)"),
     "warmup_steps": Option(

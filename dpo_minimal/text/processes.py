@@ -52,9 +52,8 @@ def joined(command: str) -> Iterator[None]:
 def begin(device: str, steps: int) -> None:
     """Take this process's GPU, if on GPUs. Raises InputError: fewer GPUs or micro-batches than processes."""
     if count > steps:
-        raise InputError(
-            f"--gradient-accumulation-steps {steps}: too few for {count} processes; start {steps}."
-        )
+        text = f"gives only {steps} of {count} processes work; start {steps}, or raise it."
+        raise InputError(f"--gradient-accumulation-steps {steps}: {text}")
     if count > 1 and device != "cpu":
         if device != "cuda" or (own := int(os.environ["LOCAL_RANK"])) >= torch.cuda.device_count():
             text = f"each process takes a GPU; give cuda, and start at most {torch.cuda.device_count()} here."
