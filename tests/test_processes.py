@@ -157,7 +157,8 @@ def share() -> int:
             ["dpo", "--resume", "resumed2"],
         )
         codes = [main(command) for command in commands]
-        assert codes == [0, 0, 0, 0] and not writes, (codes, writes)
+        found = processes.gather((codes, writes))
+        assert found == [([0, 0, 0, 0], [])] * 2, found
         print(SHARED, flush=True)
         return interrupted(lambda: os.kill(os.getpid(), signal.SIGKILL))
 
@@ -223,6 +224,7 @@ def test_two_processes_do_what_one_does(here):
     for line in printed.splitlines():
         text = re.sub("rows/s.*", "", line).replace("dpo1", "dpo2").replace("kto1", "kto2")
         assert text in done.stdout, text
+    assert done.stdout.count("columns read:") == 5  # for each of its commands once
     lost = "another process failed, or was silent for 0:30:00; see its report, then --resume."
     assert one_sentence(done) == lost and "SIGKILL" in done.stderr
     assert [record["step"] for record in records_of("run")] == [0, 1, 2, 2]
