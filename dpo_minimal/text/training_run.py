@@ -101,10 +101,11 @@ def _epoch(settings: Settings, data: Data, epoch: int) -> list[list[list[int]]]:
 
 def _windows_from(settings: Settings, data: Data, first_step: int, last_step: int) -> Iterator[Window]:
     """The windows of steps first_step to last_step: the same whether or not the run began earlier."""
+    mine = slice(processes.number, None, processes.count)
     all_steps = (rows for epoch in itertools.count() for rows in _epoch(settings, data, epoch))
     for rows in itertools.islice(all_steps, first_step - 1, last_step):
         where = {"dtype": settings.dtype, "device": settings.device, "policy": data.policy}
-        yield make_window(data.train, rows, data.train_reference, **where)
+        yield make_window(data.train, rows, data.train_reference, **where)._replace(mine=mine)
 
 
 def evaluate(objective: Objective, settings: Settings, data: Data) -> Record:
@@ -163,16 +164,11 @@ def run_training(
         if check_first is not None:
             check_first(next(_windows_from(settings, data, 1, 1)))
         log.add({"step": 0, **evaluate(objective, settings, data), **look()})
-    mine = slice(processes.number, None, processes.count)
     stream = train(
-        objective,
-        optimizer,
-        (window._replace(mine=mine) for window in _windows_from(settings, data, done + 1, last_step)),
+        objective, optimizer, _windows_from(settings, data, done + 1, last_step),
         scheduler=warm_up(optimizer, settings.learning_rate, settings.warmup_steps, first_step=done + 1),
-        max_grad_norm=settings.max_grad_norm,
-        first_step=done + 1,
-        add_up=processes.add_up,
-    )
+        max_grad_norm=settings.max_grad_norm, first_step=done + 1, add_up=processes.add_up,
+    )  # fmt: skip
     progress = _Progress(name, done, last_step, rows=min(settings.window_size, len(data.train)))
     with _Interrupt() as interrupt, progress.bar:
         for record in stream:
