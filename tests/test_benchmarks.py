@@ -116,7 +116,10 @@ def test_the_plan_names_every_contest_once():
         ("124M", "bfloat16", "ours", 8),
     ]
     faced = {name for _, opponents in contests for name in opponents}
-    assert faced | {"ours", "ours-sampling"} == set(tasks.CONTESTANTS)
+    ((learner, against_it),) = plan("--against", "trl-lora", "all-weights", "--dtype", "float32")
+    assert learner.contestant == "ours-lora"
+    sides = {"ours", "ours-lora", "ours-sampling"}
+    assert faced | {*against_it} | sides == set(tasks.CONTESTANTS) and not faced & {*against_it}
     (only,) = plan("--against", "plain", "--dtype", "float32", "--pairs-per-step", "4")
     assert only[1] == ["plain"] and only[0].pairs_per_step == only[0].micro_size == 4
 
@@ -217,7 +220,7 @@ def test_our_sampler_draws_what_it_counts(tiny):
 
 @pytest.mark.filterwarnings("ignore")  # other people's
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["plain", "trl", "trl-precomputed-no-checkpointing"])
+@pytest.mark.parametrize("name", ["plain", "trl", "trl-precomputed-no-checkpointing", "trl-lora"])
 def test_peers_hold_the_same_tokens_and_have_the_same_losses(tiny, monkeypatch, name, dtype):
     pytest.importorskip("trl" if name.startswith("trl") else "transformers")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -229,8 +232,8 @@ def test_peers_hold_the_same_tokens_and_have_the_same_losses(tiny, monkeypatch, 
         from tests.benchmarks import trl_dpo
 
         work, options = trl_dpo.train_trl, tasks.CONTESTANTS[name][2]
-    task = tiny._replace(dtype=dtype)
-    our_facts, our_report = play(ours.train_ours, task, (0, tasks.CHECKED_STEPS))
+    task, own = tiny._replace(dtype=dtype), {"lora": name == "trl-lora"}
+    our_facts, our_report = play(ours.train_ours, task, (0, tasks.CHECKED_STEPS), **own)
     facts, report = play(work, task, (0, tasks.CHECKED_STEPS), **options)
     duels.check_same_facts(task, our_facts, facts)
     duels.check_same_losses(task, our_report["losses"], report["losses"])

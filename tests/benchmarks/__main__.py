@@ -4,7 +4,7 @@ All contestants load the same random GPT-2 and train on the same random tokens (
 completions of 8-64) with DPO at beta 0.1: AdamW at a constant rate, no weight decay, no dropout, gradients
 clipped to norm 1. Each runs in a process of its own and loads its data itself. Ours meets one opponent after
 the other: first both take the same steps, whose losses must agree, then they take turns in blocks of whole
-epochs, and the ratio is the median of the rounds.
+epochs, and the ratio is the median of the rounds. Against trl-lora and all-weights ours learns an adapter (LoRA).
 
 TRL as it comes checkpoints gradients and runs its reference at every step; its variants precompute the
 reference's log-probabilities, as ours always does, or do without checkpointing. "epoch 1" counts that
@@ -34,7 +34,7 @@ from . import files
 from .duels import LOSS_TOLERANCE, Duel, contest, describe
 from .ours import write_weights
 from .results import rate_ratio, rows, table
-from .tasks import CHECKED_STEPS, CONTESTANTS, SHAPES, STEPS_PER_EPOCH, Task
+from .tasks import CHECKED_STEPS, CONTESTANTS, OURS_OF, SHAPES, STEPS_PER_EPOCH, Task
 
 PEERS = [name for name in CONTESTANTS if not name.startswith("ours")]
 SAMPLER = "hugging-face-sampling"
@@ -59,7 +59,8 @@ def parser() -> argparse.ArgumentParser:
     add("--shape", choices=(*SHAPES, "both"), default="small", help="of the GPT-2 (default: small)")
     add("--dtype", choices=("float32", "bfloat16", "both"), default="both", help="default: both")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
-    add("--against", nargs="+", choices=PEERS, metavar="PEER", help=f"default: all of {', '.join(PEERS)}")
+    peers = f"some of {', '.join(PEERS)} (default: all without an adapter)"
+    add("--against", nargs="+", choices=PEERS, metavar="PEER", help=peers)
     add("--rounds", type=int, default=5, help="of each duel (default: 5)")
     add("--seconds", type=float, default=3.0, help="that a block lasts at least (default: 3)")
     add("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
@@ -80,7 +81,7 @@ def planned(options: argparse.Namespace) -> list[tuple[Task, list[str]]]:
     check_positive("--seconds", options.seconds)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no GPU here; use --device cpu.")
-    against, contests = options.against or PEERS, []
+    against, contests = options.against or [name for name in PEERS if OURS_OF.get(name) != "ours-lora"], []
     for shape in SHAPES if options.shape == "both" else [options.shape]:
         for dtype in ("float32", "bfloat16") if options.dtype == "both" else [options.dtype]:
             pairs = options.pairs_per_step or SHAPES[shape].pairs_per_step
@@ -89,9 +90,10 @@ def planned(options: argparse.Namespace) -> list[tuple[Task, list[str]]]:
             if micro > pairs:
                 raise InputError(f"--micro-size {micro}: a step has only {pairs} pairs; lower it.")
             ours = Task("ours", shape, dtype, options.device, options.threads, "", pairs, micro)
-            contests.append((ours, [name for name in against if name != SAMPLER]))
-            if SAMPLER in against and (shape, dtype) == ("small", "float32"):
-                contests.append((ours._replace(contestant="ours-sampling"), [SAMPLER]))
+            for side in ("ours", "ours-lora", "ours-sampling"):
+                if side != "ours-sampling" or (shape, dtype) == ("small", "float32"):
+                    opponents = [name for name in against if OURS_OF.get(name, "ours") == side]
+                    contests.append((ours._replace(contestant=side), opponents))
     if SAMPLER in (options.against or []) and [SAMPLER] not in [names for _, names in contests]:
         raise InputError(
             f"--against {SAMPLER}: is for the small shape in float32; leave it out or add these."
@@ -146,7 +148,7 @@ def machine(options: argparse.Namespace) -> str:
     if options.device == "cuda":
         about.append(torch.cuda.get_device_name())
     about += [f"{options.threads} threads", f"load before {os.getloadavg()[0]:.1f}"]
-    for package in ("torch", "transformers", "trl", "datasets", "accelerate"):
+    for package in ("torch", "transformers", "trl", "peft", "datasets", "accelerate"):
         try:
             about.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:

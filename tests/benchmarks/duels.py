@@ -34,7 +34,7 @@ class Duel(NamedTuple):
     Fields:
         task: the opponent's.
         ours_facts, facts: what each said at its start (contestant.py).
-        disagreement: `check_same_losses`; None for sampling.
+        disagreement: `check_same_losses`; None for sampling, and for an adapter against all weights.
         rounds: (block of ours, block of the opponent's) as reported by contestant.py.
     """
 
@@ -120,7 +120,7 @@ def contest(
     Raises:
         InputError: a contestant stops, or does not do the same work as ours.
     """
-    epoch = STEPS_PER_EPOCH if ours.contestant == "ours" else 1
+    epoch = 1 if ours.contestant == "ours-sampling" else STEPS_PER_EPOCH
     duels = []
     with Contestant(ours) as us:
         our_start = us.block(0, CHECKED_STEPS)
@@ -129,8 +129,11 @@ def contest(
             with Contestant(ours._replace(contestant=name)) as them:
                 check_same_facts(them.task, us.facts, them.facts)
                 start = them.block(0, CHECKED_STEPS)
-                disagreement = check_same_losses(them.task, our_start["losses"], start["losses"])
-                them.block(seconds, 1)  # it goes round in one order, so its epochs may begin anywhere
+                disagreement = None
+                if name != "all-weights":  # which learns something else than an adapter
+                    disagreement = check_same_losses(them.task, our_start["losses"], start["losses"])
+                # A peer goes round in one order, so its epochs may begin anywhere.
+                them.block(seconds, epoch if name == "all-weights" else 1)
                 played = []
                 for number in range(rounds):
                     order = (us, them) if number % 2 == 0 else (them, us)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 from dpo_minimal.generation import generate
 from dpo_minimal.model import GPT, GPTConfig
+from dpo_minimal.text.adapters import add_adapter, learnt, save_adapter
 from dpo_minimal.text.allocator import keep_freed_memory
 from dpo_minimal.text.batches import Example, windows
 from dpo_minimal.text.checkpoint import load_model, save_model
@@ -22,11 +24,13 @@ from .tasks import Task
 
 
 def write_weights(task: Task) -> None:
-    """The folder that every contestant loads: a GPT-2 with random weights."""
+    """The folder that every contestant loads: a GPT-2 with random weights; in it that of a new adapter."""
     shape = tasks.SHAPES[task.shape]._asdict()
     del shape["pairs_per_step"]
     torch.manual_seed(task.seed)
-    save_model(GPT(GPTConfig(**shape)), task.folder, eos=tasks.end_of_text(task))
+    model = GPT(GPTConfig(**shape))
+    save_model(model, task.folder, eos=tasks.end_of_text(task))
+    save_adapter(add_adapter(model, tasks.RANK, tasks.ALPHA, seed=task.seed), Path(task.folder, "adapter"))
 
 
 def steps_of(task: Task, examples: list[Example]) -> Iterator[list[list[int]]]:
@@ -39,7 +43,7 @@ def steps_of(task: Task, examples: list[Example]) -> Iterator[list[list[int]]]:
         yield from windows(examples, window_size=size, micro_size=micro, seed=task.seed, epoch=epoch)
 
 
-def train_ours(task: Task, turns: Turns) -> None:
+def train_ours(task: Task, turns: Turns, *, lora: bool = False) -> None:
     """DPO with references cached, prompts shared and micro-batches by length."""
     keep_freed_memory()
     model = load_model(task.folder).to(task.device)
@@ -51,8 +55,10 @@ def train_ours(task: Task, turns: Turns) -> None:
     references = reference_logps(model, examples, micro_size=task.micro_size, **where)
     reference_seconds = time.perf_counter() - start
 
+    if lora:
+        model = add_adapter(model, tasks.RANK, tasks.ALPHA, seed=task.seed)
     objective = preference_objective(model, "dpo", dtype=task.dtype, beta=tasks.BETA)
-    optimizer = make_optimizer(model.parameters(), "adamw", tasks.LEARNING_RATE)
+    optimizer = make_optimizer(learnt(model), "adamw", tasks.LEARNING_RATE)
     batches = (make_window(examples, step, references, **where) for step in steps_of(task, examples))
     records = train(objective, optimizer, batches, max_grad_norm=tasks.MAX_GRAD_NORM)
     rows = [[example.prompt, *example.completions] for example in examples]

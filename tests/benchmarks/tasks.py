@@ -20,6 +20,9 @@ CONTESTANTS = {  # name: (label in the table, module and function, options of th
         "TRL, precomputed, no checkpointing", "trl_dpo.train_trl", {"precompute": True, "checkpoint": False},
     ),
     "plain": ("plain loop of tutorials", "hugging_face.train_plainly", {}),
+    "ours-lora": ("ours, LoRA", "ours.train_ours", {"lora": True}),
+    "trl-lora": ("TRL with PEFT's LoRA", "trl_dpo.train_trl", {"lora": True}),
+    "all-weights": ("ours, all weights", "ours.train_ours", {}),
     "ours-sampling": ("ours, sampling (tokens/s)", "ours.sample_ours", {}),
     "hugging-face-sampling": ("Hugging Face generate (tokens/s)", "hugging_face.sample_hugging_face", {}),
 }  # fmt: skip
@@ -40,6 +43,10 @@ SHAPES = {
     "small": Shape(n_layer=4, n_head=4, n_embd=128, vocab_size=512, block_size=256, pairs_per_step=32),
     "124M": Shape(n_layer=12, n_head=12, n_embd=768, vocab_size=50257, block_size=1024, pairs_per_step=8),
 }
+OURS_OF = {  # opponents of another side of ours than "ours"
+    "hugging-face-sampling": "ours-sampling", "trl-lora": "ours-lora", "all-weights": "ours-lora",
+}  # fmt: skip
+RANK, ALPHA = 64, 16  # of the adapters, on all four maps of a block; both start from the same file
 BETA = 0.1
 MAX_GRAD_NORM = 1.0  # TRL's default, so everybody's
 LEARNING_RATE = 1e-4  # of AdamW, constant; high enough to move the losses that are compared

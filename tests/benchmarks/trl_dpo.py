@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import tempfile
 import time
+from pathlib import Path
 
+import peft
 from datasets import Dataset
+from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -92,7 +95,17 @@ class TakeTurns(TrainerCallback):
         control.should_training_stop = not going
 
 
-def train_trl(task: Task, turns: Turns, *, precompute: bool = False, checkpoint: bool = True) -> None:
+def adapter_of(task: Task) -> tuple[dict, dict]:
+    """Options of a LoraConfig, and the tensors to start from: those of ours."""
+    folder = Path(task.folder, "adapter")
+    config = {"r": tasks.RANK, "lora_alpha": tasks.ALPHA, "task_type": "CAUSAL_LM"}
+    maps = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+    return config | {"target_modules": maps}, load_file(folder / "adapter_model.safetensors")
+
+
+def train_trl(
+    task: Task, turns: Turns, *, precompute: bool = False, checkpoint: bool = True, lora: bool = False
+) -> None:
     """Its training as a user would set it up, apart from what the module's docstring lists."""
     with tempfile.TemporaryDirectory() as folder:
         config = DPOConfig(
@@ -113,9 +126,13 @@ def train_trl(task: Task, turns: Turns, *, precompute: bool = False, checkpoint:
             disable_tqdm=True,
             seed=task.seed,
         )
+        settings, adapter = adapter_of(task) if lora else (None, None)
         trainer = TimedTrainer(
-            task.folder, args=config, train_dataset=as_text(task), processing_class=word_tokenizer(task)
-        )
+            task.folder, args=config, train_dataset=as_text(task), processing_class=word_tokenizer(task),
+            peft_config=peft.LoraConfig(**settings) if lora else None,
+        )  # fmt: skip
+        if lora:
+            peft.set_peft_model_state_dict(trainer.model, adapter)
         if turns.ready(pairs_of(trainer), reference_seconds=trainer.reference_seconds):
             trainer.add_callback(TakeTurns(turns, trainer))
             trainer.train()
