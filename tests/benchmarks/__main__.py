@@ -4,7 +4,7 @@ All contestants load the same random GPT-2 and train on the same random tokens (
 completions of 8-64) with DPO at beta 0.1: AdamW at a constant rate, no weight decay, no dropout, gradients
 clipped to norm 1. Each runs in a process of its own and loads its data itself. Ours meets one opponent after
 the other: first both take the same steps, whose losses must agree, then they take turns in blocks of whole
-epochs, and the ratio is the median of the rounds. Against trl-lora and all-weights ours learns an adapter (LoRA).
+epochs, and the ratio is the median of the rounds. Against trl-lora and all-weights ours learns an adapter.
 
 TRL as it comes checkpoints gradients and runs its reference at every step; its variants precompute the
 reference's log-probabilities, as ours always does, or do without checkpointing. "epoch 1" counts that
