@@ -269,6 +269,20 @@ def test_labelled_completions_train_by_kto(world, capsys, monkeypatch):
     assert not Path("other").exists()
 
 
+@pytest.mark.parametrize("given", [{}, {"undesirable_weight": 1.0}])
+def test_the_rarer_label_gets_the_weight_that_makes_up_for_it(world, capsys, given):
+    """90 good and 60 bad ones: 60 x 1.5 = 90. The loss where policy = reference is then 90 / 150, however the
+    rows are cut; a weight that is given is left alone, and so is the other."""
+    Path("labels.jsonl").write_text(lines(labelled(90)))
+    assert main(dpo_flags(world, loss_type="kto", data="labels.jsonl", max_steps=2, held_out=0, **given)) == 0
+    assert ("count alike" in capsys.readouterr().out) == (not given)
+    options = json.loads(Path("run/config.json").read_text())["options"]
+    weights = options["desirable_weight"], options["undesirable_weight"]
+    assert weights == ((1.0, 1.0) if given else (1.0, 1.5))
+    assert main(["dpo", "--resume", "run"]) == 0  # which keeps them
+    assert json.loads(Path("run/config.json").read_text())["options"]["undesirable_weight"] == weights[1]
+
+
 def test_the_first_sound_row_says_whether_kto_reads_labels_or_pairs():
     pair, label = pairs(1)[0], labelled(1)[0]
     for rows, labels in (

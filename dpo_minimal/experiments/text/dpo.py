@@ -23,7 +23,8 @@ limits; where it grows while samples get worse, raise beta or stop earlier.
 
 The other losses (zoo/README.md) are trained in the same way on the same pairs. Those without a reference are
 measured against it all the same. kto reads {prompt, completion, label}, true for good and false for bad, as
-well as pairs, of which it takes each chosen completion for a good one and each rejected for a bad one.
+well as pairs, of which it takes each chosen completion for a good one and each rejected for a bad one. Where
+labels of one kind are rarer and no weight is given, they get the weight that makes up for it.
 
 A run folder holds model/ (Hugging Face's layout), metrics.jsonl, training.png, config.json, checkpoints/, the
 reference's log-probabilities; with --lora-r also adapter/, without --data sft/ and preferences.jsonl.
@@ -48,7 +49,7 @@ from ...rivals.evaluate import Samples, mean_of
 from ...text import objectives, processes
 from ...text.batches import check_limits, with_mismatched
 from ...text.checkpoint import WEIGHTS_FILE, state_fingerprint
-from ...text.data import Dataset, has_labels, load_dataset
+from ...text.data import Dataset, LabelledCompletion, has_labels, load_dataset
 from ...text.examples import Examples
 from ...text.reviews import sentiment
 from ...text.runs import write_records
@@ -65,6 +66,7 @@ from .setup import CONFIG_FILE, MODEL, Policy, Rows, load_policy
 REVIEWS_BETA = 0.5  # of a loss with a reference, for the reviews: 0.1 would let the language get lost
 RANKED = 4  # samples of a generated ranking
 SHOWN = 5
+CLASS_WEIGHTS = ("desirable_weight", "undesirable_weight")
 PREFERENCES_FILE, REFERENCE_FILE = "preferences.jsonl", "reference_logps.safetensors"
 GROUPS = {
     "data": altered(DATA, rows={"reviews": 9000}, held_out={"reviews": 0.06}),
@@ -153,6 +155,7 @@ def run(args: argparse.Namespace) -> Path:
          "{} is not used with --held-out 0 and --eval-samples 0; leave it out."),
         command="dpo",
     )  # fmt: skip
+    unweighted = all(getattr(options, name, None) is None for name in CLASS_WEIGHTS)
     loss = _loss_of(options)
     if LOSSES[options.loss_type].reads_batch and options.gradient_accumulation_steps > 1:
         text = "compares the rows of a step with each other; give --gradient-accumulation-steps 1."
@@ -166,6 +169,8 @@ def run(args: argparse.Namespace) -> Path:
     context = sft.REVIEWS_CONTEXT if policy is None else policy.model.config.block_size
     setup.sample_length(options.max_new_tokens, context)
     check_limits(setup.context_of(options, context), options.max_prompt_length)
+    if dataset is not None and isinstance(dataset.rows[0], LabelledCompletion) and unweighted:
+        loss |= _balanced(options, dataset)
     rows = None if dataset is None else _rows(options, dataset, policy)
     del dataset  # its texts: from here on there are tokens
     with setup.resumable("dpo", setup.open_folder(options, "dpo")) as folder:
@@ -181,6 +186,23 @@ def _load(options: argparse.Namespace) -> Dataset:
     loss = LOSSES[options.loss_type]
     labelled = loss.labelled is not None and has_labels(options.data)
     return setup.load_rows(options, "labels" if labelled else loss.rows, options.rows)
+
+
+def _balanced(options: argparse.Namespace, dataset: Dataset) -> dict[str, float]:
+    """Weights with which good and bad completions of a file count alike, 1 for the more frequent kind.
+
+    Both are kept in `options`. Source: Ethayarajh et al. (2024), Eq. 9, whose range is 1 to 4/3.
+    """
+    good = sum(row.label for row in dataset.rows)
+    bad = len(dataset.rows) - good
+    if 0 in (good, bad):
+        return {}
+    weights = {"desirable_weight": max(1.0, bad / good), "undesirable_weight": max(1.0, good / bad)}
+    vars(options).update(weights)
+    if good != bad:
+        given = ", ".join(f"--{name.replace('_', '-')} {value:.4g}" for name, value in weights.items())
+        print(f"note: {good} completions are good and {bad} bad; with {given} both kinds count alike.\n")
+    return weights
 
 
 def _rows(options: argparse.Namespace, dataset: Dataset, policy: Policy) -> Rows:
