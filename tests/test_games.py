@@ -435,7 +435,13 @@ def test_games_of_comparisons_and_bad_files(tmp_path, capsys):
     assert [rows["equilibrium"][f"p({y})"] for y in "abcd"] == pytest.approx(star.exp().tolist(), abs=1e-12)
     for text, told in (
         ("completion,a,b\na,.5,.5\nb,.6,.5\n", "P + P'"),
-        ("completion,a,b\na,.5,x\nb,.5,.5\n", "could not convert"),
+        ("completion,a,b\na,.5,x\nb,.5,.5\n", "line 2, column 'b': 'x' is not a number"),
+        ("completion,a,a\na,.5,.5\na,.5,.5\n", "twice"),  # they would share a column of table.csv
+        ("completion,a,b,c\na,.5,.7,1\nb,.3,.5,1\n", "a row and a column of each"),
+        ("completion,a,b\na,.5,.7,.9\nb,.3,.5\n", "4 cells"),
+        ("completion,reference,a,b\na,0,.5,.5\nb,1,.5,.5\n", "positive"),
+        ("[[0.5]]", "one completion"),
+        (f"[[0.5, 1{400 * '0'}], [0.6, 0.5]]", "too large"),
         ("[[0.5, 0.4], [0.6]]", "length"),
     ):
         path.write_text(text)

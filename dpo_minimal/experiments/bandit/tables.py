@@ -146,7 +146,7 @@ class _Row(NamedTuple):
         """The number in a column, 1 where there is no such column."""
         if field not in self.cells:
             return 1.0
-        text, (kind, least, most) = self.text(field), NUMBERS[field]
+        text, (kind, least, most) = self.text(field), NUMBERS.get(field, NUMBERS["reward"])
         # A comma has one meaning only between thousands in a file with commas, and elsewhere in another file.
         thousands = bool(re.fullmatch(r"[+-]?[1-9]\d{0,2}(,\d{3})+(\.\d+)?", text))
         clear = thousands == (self.separator == ",")

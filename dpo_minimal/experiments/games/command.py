@@ -33,7 +33,7 @@ from ...text.files import read_bytes, read_rows
 from ...text.runs import new_run_folder, refuse_used_folder, versions, write_json
 from ...train import train
 from ...validation import InputError, check_positive
-from ..bandit.tables import _read, load_comparisons
+from ..bandit.tables import _read, _rows, load_comparisons
 from ..options import RUN, Option, add_options, resolve
 from ..study import table, write_csv
 from . import figure
@@ -69,11 +69,13 @@ class World(NamedTuple):
 def world_of(name: str, completions, preferences, reference=None) -> World:
     """The world of a matrix and of a reference in probabilities or counts. Raises InputError for bad ones."""
     try:
+        if len(completions) < 2:
+            raise InputError("has only one completion; give it two or more.")
         tables = reference or [1.0] * len(completions), preferences
         reference, P = (torch.tensor([t], dtype=torch.float64) for t in tables)
         world = World(name, tuple(completions), reference.log().log_softmax(-1), P)
         games.best_response(P, world.ref_logps, world.ref_logps, beta=1.0)  # checks both
-    except ValueError as error:  # rows of different lengths, and InputError
+    except (ValueError, OverflowError) as error:  # rows of different lengths, too large, and InputError
         raise InputError(f"{name}: {error}") from None
     return world
 
@@ -92,16 +94,14 @@ def load_worlds(path: str) -> list[World]:
         rows = [parse() for _, parse in read_rows(path)]
         if all(isinstance(row, list) and {*map(type, row)} <= {int, float} for row in rows):
             return [world_of(path, [f"y{y}" for y in range(len(rows))], rows)]
-    _, header, lines = _read(path)
+    _, header, _ = _read(path)
     if "completion" in header:
-        rows = [dict(zip(header, cells)) for _, cells in lines]
-        names = [str(row["completion"]) for row in rows]
-        try:
-            matrix = [[float(row[name.lower()]) for name in names] for row in rows]
-            reference = [float(row.get("reference", 1)) for row in rows]
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path}: needs a column of numbers for each completion ({error}).") from None
-        return [world_of(path, names, matrix, reference)]
+        rows = _rows(path, [tuple(header)])
+        names = [row.name("completion") for row in rows]
+        if sorted(map(str.lower, names)) != sorted({*header} - {"completion", "reference"}):
+            raise InputError(f"{path}: must have a row and a column of each completion's name; rename them.")
+        matrix = [[row.number(name.lower()) for name in names] for row in rows]
+        return [world_of(path, names, matrix, [row.number("reference") for row in rows])]
     world, data = load_comparisons(path)
     print("A pair that was never compared is taken for even, and the reference for uniform.\n")
     wins = win_counts(data, *world.exists.shape)
