@@ -37,6 +37,7 @@ SFT = ["sft", "--data", "pairs.jsonl", "--tokenizer", "bytes", "--n-layer", "1",
 DPO = ["dpo", "--data", "pairs.jsonl", "--model", "sft1", "--learning-rate", "3e-3", *STEP]
 SAMPLES = ["--save-steps", "2", "--eval-steps", "2", "--eval-samples", "3", "--max-new-tokens", "4"]
 KTO = ["--loss-type", "kto", "--data", "labels.jsonl"]
+LORA = ["--lora-r", "2", "--lora-alpha", "4"]  # all other weights have no gradient
 FIFTY = ["--gradient-accumulation-steps", "4", "--num-train-epochs", "17", "--max-steps", "50",
          "--eval-steps", "0", "--eval-samples", "0"]  # fmt: skip
 
@@ -154,11 +155,12 @@ def share() -> int:
             [*SFT, "--output-dir", "sft2"],
             [*DPO, *SAMPLES, "--output-dir", "dpo2"],
             [*DPO, *SAMPLES, *KTO, "--output-dir", "kto2"],
+            [*DPO, *SAMPLES, *LORA, "--output-dir", "lora2"],
             ["dpo", "--resume", "resumed2"],
         )
         codes = [main(command) for command in commands]
         found = processes.gather((codes, writes))
-        assert found == [([0, 0, 0, 0], [])] * 2, found
+        assert found == [([0] * 5, [])] * 2, found
         print(SHARED, flush=True)
         return interrupted(lambda: os.kill(os.getpid(), signal.SIGKILL))
 
@@ -203,28 +205,30 @@ JOBS = {
 
 
 def test_two_processes_do_what_one_does(here):
-    """SFT, DPO and KTO on labels, and runs that the other number of processes has begun: every file, so also
-    metrics, checkpoints and the reference's log-probabilities, is the same to the last bit, because a + b is
-    b + a; what is printed too, once, but for the speed. The second process writes nothing (`share`).
+    """SFT, DPO, KTO on labels, an adapter, and runs that the other number of processes has begun: every file,
+    so also metrics, checkpoints and the reference's log-probabilities, is the same to the last bit, because
+    a + b is b + a; what is printed too, once, but for the speed. The second process writes nothing (`share`).
 
     Then the second is killed in the third step of a run, as where memory runs out, which ends the first: here
     too, because each start of torch in several processes takes seconds."""
     alone([*SFT, "--output-dir", "sft1"])
-    printed = alone([*DPO, *SAMPLES, "--output-dir", "dpo1"], [*DPO, *SAMPLES, *KTO, "--output-dir", "kto1"])
+    runs = {"dpo": [], "kto": KTO, "lora": LORA}
+    printed = alone(*([*DPO, *SAMPLES, *more, "--output-dir", f"{name}1"] for name, more in runs.items()))
     as_if_killed("dpo1", "resumed2")
     done = torchrun(2, __file__, "share")
     assert SHARED in done.stdout, done.stdout + done.stderr
     as_if_killed("dpo2", "resumed1")
     alone(["dpo", "--resume", "resumed1"])
-    pairs = ("sft1", "sft2"), ("dpo1", "dpo2"), ("kto1", "kto2"), ("dpo1", "resumed1"), ("dpo1", "resumed2")
-    for one, two in pairs:
+    same = [(f"{name}1", f"{name}2") for name in ("sft", *runs)]
+    for one, two in [*same, ("dpo1", "resumed1"), ("dpo1", "resumed2")]:
         assert files(one) == files(two), two
     trained = [record for record in records_of("dpo1") if "grad_norm" in record]
     assert len(trained) == 5 and all(record["grad_norm"] > 0.1 for record in trained)
     for line in printed.splitlines():
-        text = re.sub("rows/s.*", "", line).replace("dpo1", "dpo2").replace("kto1", "kto2")
+        text = re.sub("rows/s.*", "", line)
+        text = re.sub("(dpo|kto|lora)1/", r"\g<1>2/", text)
         assert text in done.stdout, text
-    assert done.stdout.count("columns read:") == 5  # for each of its commands once
+    assert done.stdout.count("columns read:") == 6  # for each of its commands once
     lost = "another process failed, or was silent for 0:30:00; see its report, then --resume."
     assert one_sentence(done) == lost and "SIGKILL" in done.stderr
     assert [record["step"] for record in records_of("run")] == [0, 1, 2, 2]
