@@ -258,7 +258,7 @@ def sample_lines(world: World, shown: int, groups: Sequence[Group]) -> list[str]
     for place in range(min(shown, SHOWN, len(world.held_out))):
         lines += ["", prompt_line(world.policy.tokenizer.decode(world.held_out[place]))]
         for group in groups:
-            label = group.label.replace("Unlikelihood", "Unlikelih.")
+            label = group.label.replace("Unlikelihood", "Unlikelih.").replace("DPO in rounds", "DPO rounds")
             reward = group.rewards[0, -1, place].item()
             lines += text_lines(label, f"[{reward:+.2f}] {group.last['texts'][0][place]}")
     return lines[1:]
