@@ -55,7 +55,7 @@ from .world import NOISES, K, Plan, World, load_world, make_world
 
 GRAMMAR = Plan(
     demonstrations=16000, vocab_size=704, context=64, n_layer=2, n_embd=128, sft_epochs=1,
-    sft_learning_rate=3e-3, prefixes=640, held_out=192, other=192, max_new_tokens=44, steps=1000, pairs=32,
+    sft_learning_rate=3e-3, prefixes=640, held_out=192, other=192, max_new_tokens=44, steps=750, pairs=32,
     learning_rate=3e-4, warmup=10, best_of=48, noise=NOISES[0],
 )  # fmt: skip
 QUICK = GRAMMAR._replace(demonstrations=6400, prefixes=240, steps=150, held_out=96, other=96, best_of=16)
@@ -66,7 +66,7 @@ REVIEWS = GRAMMAR._replace(
 QUICK_REVIEWS = REVIEWS._replace(
     n_layer=2, sft_epochs=2, prefixes=160, steps=90, held_out=64, other=64, best_of=8
 )
-SEEDS, METHODS = 3, ("all", "dpo")
+SEEDS, METHODS = 2, ("all", "dpo")
 IN_TABLE, POSSIBLE = (2.5, 8.0), (1.84, 2.5, 3.5)  # nats
 PRINTED = 2  # prompts whose samples are printed
 COLUMNS = (
