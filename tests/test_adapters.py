@@ -211,6 +211,10 @@ def copy_structure(model, shared):
 
 def test_dpo_with_an_adapter(world, monkeypatch, capsys):
     check_run(world, monkeypatch)
+    # The base that such a folder would name is no model, so nobody could read it.
+    again = [*flags(world, "dpo", "again"), "--model", "run/adapter"]
+    assert main(again) == 2 and not Path("again").exists()
+    assert "is an adapter" in capsys.readouterr().err
     state = Path("run/checkpoints").glob("step-*/*.safetensors")
     names = [name for path in state for name in safetensors.torch.load_file(path)]
     assert names and all(".lora_" in name for name in names)  # weights and moments of nothing else
@@ -260,6 +264,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(world, command, monkeypatch)
     ("dpo --lora-r 4 --lora-target wte", ["--lora-target", "attn.c_attn"]),
     ("dpo --lora-r 4 --lora-alpha 0", ["--lora-alpha"]),
     ("dpo --lora-r 0", ["--lora-r"]),
+    ("dpo --lora-r 10001", ["--lora-r", "10000"]),
     ("sft --lora-r 4", ["--lora-r", "--model"]),
 ])  # fmt: skip
 def test_options_that_cannot_be_are_refused(given, named, capsys):

@@ -415,6 +415,7 @@ def test_training_moves_the_policy_and_the_reference_stays(finished):
         (["--seeds", "0"], "--seeds"),
         (["--seed", "-1"], "--seed"),
         (["--workers", "0"], "--workers"),
+        (["--prefixes", "3"], "--prefixes"),  # DPO in rounds parts them in four
         (["--resume", "nowhere"], "config.json"),
         (["--reviews", "nowhere.tsv"], "nowhere.tsv"),
     ],

@@ -10,7 +10,7 @@ and DPO in rounds, whose pairs the policy itself draws, a quarter of the prefixe
 
   dpo-minimal sentiment                           the package's own grammar of reviews
   dpo-minimal sentiment --quick                   the same with fewer settings, in a minute and a half
-  dpo-minimal sentiment --methods dpo --prefixes 4000 --steps 4000      24,000 labels, until nothing changes
+  dpo-minimal sentiment --methods dpo --prefixes 2500 --steps 4000      15,000 labels
   dpo-minimal sentiment --reviews FILE.tsv        your reviews, lines label<TAB>text with label 1 or 0; the
                                                   truth is then a logistic regression on their words
   dpo-minimal sentiment --resume runs/sentiment-001
@@ -44,7 +44,7 @@ from ...text.allocator import keep_freed_memory
 from ...text.runs import write_json, write_records, write_text
 from ...text.truth import read_reviews
 from ...validation import InputError, check_count, check_seed
-from ..options import RUN, Option, add_options, resolve
+from ..options import RUN, Option, add_options, at_least, resolve
 from ..study import Files, Study, carry_out, kept, table, write_csv
 from ..text.report import prompt_line, text_lines
 from ..text.setup import open_folder, resumable
@@ -90,7 +90,8 @@ OPTIONS = {
             "sigmoid of the difference in reward", str, default=NOISES[0], choices=NOISES,
         ),
         "prefixes": Option(
-            f"to train on, six labels each (default {GRAMMAR.prefixes}; fewer for reviews and with --quick)"
+            "to train on, six labels each; the grammar has some 2600, with --quick 1500 (default "
+            f"{GRAMMAR.prefixes}; fewer for reviews and with --quick)", check=at_least(20),
         ),
     },
     "training": {

@@ -227,7 +227,7 @@ def take_prefixes(texts: Sequence[Sequence[int]], count: int, *, seed: int) -> l
     if len(found) < count:
         raise InputError(
             f"{len(texts)} reviews have {len(found)} different beginnings of {SHORTEST} to {LONGEST} tokens, "
-            f"but {count} are needed; give more reviews."
+            f"but {count} are needed; give more reviews or lower --prefixes."
         )
     kept = list(found)
     draw.shuffle(kept)  # short ones are found early, because they repeat

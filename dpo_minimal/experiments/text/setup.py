@@ -26,14 +26,15 @@ from ...text.tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer, save_to
 from ...text.training_run import Data, Interrupted, Settings, alone_in, planned_steps, run_training
 from ...text.training_state import STATE_FILE
 from ...train import Objective, Record
-from ...validation import InputError, check_positive
+from ...validation import InputError, check_positive, check_range
 from ..options import CONFIG_FILE, HELD_OUT, LORA_RATE, MOST_HELD_OUT, WARM_UP, Option, must, read_run_config
 
 MODEL, ADAPTER = "model", "adapter"  # where a run keeps its result; what it learnt, where that is an adapter
 LORA = {
     "lora_r": Option(
         "freeze all weights and learn (alpha / r) B A of this rank r beside linear maps, kept in adapter/, "
-        f"merged in model/; the default learning rate is then {LORA_RATE} times as high"
+        f"merged in model/; the default learning rate is then {LORA_RATE} times as high",
+        check=lambda flag, r: check_range(flag, r, 1, 10**4, "more is no small change"),
     ),
     "lora_alpha": Option("alpha", float, 16.0, check=check_positive),
     "lora_target": Option("which maps of a block", str, ",".join(TARGETS), metavar="NAMES", check=must(
@@ -186,6 +187,13 @@ def begin(options: argparse.Namespace) -> None:
     processes.begin(options.device, options.gradient_accumulation_steps)
     if options.resume is None and processes.leads():
         refuse_used_folder(options.output_dir)
+    if options.lora_r is not None and options.model is not None:
+        source = _folder_of(options.model) or options.model
+        if checkpoint.base_of(source) != str(source):  # its base in words would be an adapter
+            raise InputError(
+                f"--model {options.model}: is an adapter, beside which --lora-r learns no other; "
+                "name the run, whose model/ is merged, or what merge_and_unload() makes of it."
+            )
     if options.data is None and options.model is None:
         torch.set_num_threads(1)  # a model this small gains little from a second core
     keep_freed_memory()
