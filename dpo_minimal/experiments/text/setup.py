@@ -187,13 +187,9 @@ def begin(options: argparse.Namespace) -> None:
     processes.begin(options.device, options.gradient_accumulation_steps)
     if options.resume is None and processes.leads():
         refuse_used_folder(options.output_dir)
-    if options.lora_r is not None and options.model is not None:
-        source = _folder_of(options.model) or options.model
-        if checkpoint.base_of(source) != str(source):  # its base in words would be an adapter
-            raise InputError(
-                f"--model {options.model}: is an adapter, beside which --lora-r learns no other; "
-                "name the run, whose model/ is merged, or what merge_and_unload() makes of it."
-            )
+    start = options.lora_r and options.model and (_folder_of(options.model) or options.model)
+    if start and checkpoint.base_of(start) != str(start):  # the new one's base would be no model
+        raise InputError(f"--model {start}: is an adapter; with --lora-r name its run, whose model/ is merged.")
     if options.data is None and options.model is None:
         torch.set_num_threads(1)  # a model this small gains little from a second core
     keep_freed_memory()
