@@ -189,7 +189,7 @@ def begin(options: argparse.Namespace) -> None:
         refuse_used_folder(options.output_dir)
     start = options.lora_r and options.model and (_folder_of(options.model) or options.model)
     if start and checkpoint.base_of(start) != str(start):  # the new one's base would be no model
-        raise InputError(f"--model {start}: is an adapter; with --lora-r name its run, whose model/ is merged.")
+        raise InputError(f"--model {start}: is an adapter; with --lora-r name its run, which has it merged.")
     if options.data is None and options.model is None:
         torch.set_num_threads(1)  # a model this small gains little from a second core
     keep_freed_memory()
