@@ -27,10 +27,8 @@ def check_positive(name: str, value: float | Tensor) -> None:
     """Require a positive finite number (or zero-dimensional tensor): beta, a temperature, ..."""
     if isinstance(value, Tensor) and value.dim() == 0:
         value = value.detach().item()
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise InputError(f"{name} must be a positive number, got {value!r}.")
-    if not 0 < float(value) < math.inf:
-        raise InputError(f"{name} must be a positive finite number, got {float(value)}.")
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
+        raise InputError(f"{name} must be a positive finite number, got {value!r}.")
 
 
 def check_not_negative(name: str, value: float) -> None:
@@ -55,8 +53,7 @@ def check_seed(name: str, value: int) -> None:
 def check_range(name: str, value: float, low: float, high: float, reason: str) -> None:
     """Require low <= value <= high; the message gives the reason."""
     if not low <= value <= high:  # NaN fails as well
-        ends = " and ".join(str(end) if isinstance(end, int) else f"{end:g}" for end in (low, high))
-        raise InputError(f"{name} must lie between {ends} ({reason}), got {value}.")
+        raise InputError(f"{name} must lie between {low} and {high} ({reason}), got {value}.")
 
 
 def check_flip_probability(value: float, name: str = "flip_probability") -> None:
@@ -89,24 +86,21 @@ def check_same_shape(**tensors: Tensor) -> None:
             raise InputError(f"{name} must be a tensor, got {type(tensor).__name__}.")
         if not tensor.is_floating_point():
             raise InputError(f"{name} must have a float dtype, got {tensor.dtype}.")
+        shape, wanted = tuple(tensor.shape), tuple(first.shape)
         if tensor.dim() == 0 or tensor.numel() == 0:
-            raise InputError(f"{name} must be a non-empty table, got shape {tuple(tensor.shape)}.")
+            raise InputError(f"{name} must be a non-empty table, got shape {shape}.")
         if tensor.device != first.device:
             raise InputError(f"{name} is on {tensor.device} but {first_name} on {first.device}; move one.")
-        if tensor.shape != first.shape:
-            raise InputError(
-                f"{name} has shape {tuple(tensor.shape)} but {first_name} has {tuple(first.shape)}; "
-                "give them the same shape."
-            )
+        if shape != wanted:
+            raise InputError(f"{name} has shape {shape} but {first_name} has {wanted}; give both the same.")
 
 
 def check_finite(**tensors: Tensor) -> None:
     """Require what `check_same_shape` requires, and every entry to be finite."""
     check_same_shape(**tensors)
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor.detach()).all():
-            bad = (~torch.isfinite(tensor.detach())).nonzero()[0].tolist()
-            raise InputError(f"{name} must be finite, but entry {bad} is {tensor[tuple(bad)].item()}.")
+        if bad := (~torch.isfinite(tensor)).nonzero()[:1].tolist():
+            raise InputError(f"{name} must be finite, but entry {bad[0]} is {tensor[tuple(bad[0])].item()}.")
 
 
 def check_log_distribution(**tables: Tensor) -> None:

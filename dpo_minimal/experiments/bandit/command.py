@@ -83,7 +83,7 @@ def _resolved(args: argparse.Namespace) -> argparse.Namespace:
     )  # fmt: skip
     options.quick = bool(options.quick)
     if not compares:
-        check_range("--beta", options.beta, 1e-4, 1e4, "float64 has too few digits beyond")
+        check_range("--beta", options.beta, 1e-4, 10_000, "float64 has too few digits beyond")
         pairs = options.prompts * math.comb(options.completions, 2)
         check_range("--prompts with --completions: the number of pairs", pairs, 1, 10**7, "all are listed")
     return options
