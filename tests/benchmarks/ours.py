@@ -55,10 +55,11 @@ def train_ours(task: Task, turns: Turns, *, lora: bool = False) -> None:
     references = reference_logps(model, examples, micro_size=task.micro_size, **where)
     reference_seconds = time.perf_counter() - start
 
+    rate = tasks.LEARNING_RATE
     if lora:
-        model = add_adapter(model, tasks.RANK, tasks.ALPHA, seed=task.seed)
+        model, rate = add_adapter(model, tasks.RANK, tasks.ALPHA, seed=task.seed), tasks.LORA_RATE * rate
     objective = preference_objective(model, "dpo", dtype=task.dtype, beta=tasks.BETA)
-    optimizer = make_optimizer(learnt(model), "adamw", tasks.LEARNING_RATE)
+    optimizer = make_optimizer(learnt(model), "adamw", rate)
     batches = (make_window(examples, step, references, **where) for step in steps_of(task, examples))
     records = train(objective, optimizer, batches, max_grad_norm=tasks.MAX_GRAD_NORM)
     rows = [[example.prompt, *example.completions] for example in examples]

@@ -50,6 +50,7 @@ RANK, ALPHA = 64, 16  # of the adapters, on all four maps of a block; both start
 BETA = 0.1
 MAX_GRAD_NORM = 1.0  # TRL's default, so everybody's
 LEARNING_RATE = 1e-4  # of AdamW, constant; high enough to move the losses that are compared
+LORA_RATE = 10  # times as high for an adapter, whose first steps move the losses less
 STEPS_PER_EPOCH = 8  # few, because a block is whole epochs: then its pairs are the same for everybody
 CHECKED_STEPS = 3  # at the start, on the first pairs in their order: everybody's losses must be the same
 SAMPLES, NEW_TOKENS = 64, 64  # of the sampling contest

@@ -115,7 +115,7 @@ def train_trl(
             use_cpu=task.device == "cpu",
             per_device_train_batch_size=task.pairs_per_step,
             train_sampling_strategy="sequential",
-            learning_rate=tasks.LEARNING_RATE,
+            learning_rate=tasks.LEARNING_RATE * (tasks.LORA_RATE if lora else 1),
             lr_scheduler_type="constant",
             max_grad_norm=tasks.MAX_GRAD_NORM,
             max_steps=10**6,
