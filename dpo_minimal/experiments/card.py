@@ -24,9 +24,10 @@ from tqdm import tqdm
 
 from ..bench.card import Card, loss_card
 from ..bench.loading import load_function
-from ..text.runs import new_run_folder, refuse_used_folder, versions, write_json, write_text
+from ..text.runs import refuse_used_folder, write_json, write_text
 from ..validation import InputError
 from ..zoo import LOSSES, no_such_loss
+from .study import run_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,13 +64,12 @@ def run(args: argparse.Namespace) -> Path:
     for name, loss in tqdm(chosen.items(), desc="measuring", disable=not args.all):
         cards[name] = loss_card(loss, reads=reads, options=options, quick=args.quick)
     page = table_of_cards(cards) if args.all else cards["card"].text()
-    folder = new_run_folder(args.output_dir, "card")  # only now: an interrupted run leaves none behind
+    folder = run_folder("card", vars(args))  # only now: an interrupted run leaves none behind
     for name, card in cards.items():
         write_json(folder / f"{name}.json", card.json())
         card.figure(folder / f"{name}.png")
     file = folder / ("table.md" if args.all else "card.txt")
     write_text(file, page + "\n")
-    write_json(folder / "config.json", {"command": "card", **vars(args), **versions()})
     print(page)
     print(f"Wrote {folder}: {file.name}, and {'for each loss' if args.all else 'card'}.json and .png.")
     return folder

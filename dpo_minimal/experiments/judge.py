@@ -22,9 +22,10 @@ import torch
 from ..rivals import judge
 from ..rivals.evaluate import Interval, win_rate
 from ..text.files import Row, read_rows
-from ..text.runs import new_run_folder, refuse_used_folder, versions, write_json, write_records
+from ..text.runs import refuse_used_folder, write_json, write_records
 from ..validation import InputError
 from .options import RUN, Option, add_options, resolve
+from .study import run_folder
 
 LEVEL = 0.01  # of the test for a position
 LABELS = {"a": 1.0, "b": -1.0, "tie": 0.0, "unparsed": 0.0}
@@ -63,10 +64,9 @@ def run(args: argparse.Namespace) -> dict:
     result = (ask(args, key, rows) if asking else {}) | agreement(rows)
     if not result:
         raise InputError(f"{args.agreement}: has no a or b in 'people' with one in 'judge'; add some.")
-    folder = new_run_folder(args.output_dir, "judge")
+    folder = run_folder("judge", vars(args))
     write_records(folder / "verdicts.jsonl", rows)
     write_json(folder / "result.json", result)
-    write_json(folder / "config.json", {"command": "judge", **vars(args), **versions()})
     for name, value in result.items():
         shown = "{:.3f}  [{:.3f}, {:.3f}]".format(*value) if isinstance(value, Interval) else value
         print(f"{name.replace('_', ' '):<32}{f'{shown:.2g}' if isinstance(shown, float) else shown}")

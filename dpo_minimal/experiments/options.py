@@ -142,9 +142,7 @@ def add_options(parser: argparse.ArgumentParser, groups: Groups) -> None:
         section = parser.add_argument_group(title)
         for name, option in group.items():
             section.add_argument(flag_of(name), **option.arguments())
-    needed = [
-        f" {flag_of(name)} {option.metavar}" for name, option in declared(groups).items() if option.required
-    ]
+    needed = [f" {flag_of(name)} {each.metavar}" for name, each in declared(groups).items() if each.required]
     parser.usage = f"%(prog)s{''.join(needed)} [options]"
 
 

@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 from ..text.allocator import keep_freed_memory
-from ..text.runs import write_arrays, write_text
+from ..text.runs import new_run_folder, versions, write_arrays, write_json, write_text
 from ..validation import InputError
 
 Job = Callable[[], Any]
@@ -125,6 +125,13 @@ def table(
 
     titles, widths, forms = zip(*columns)
     return [indent + " ".join(map(cell, row, widths, forms)) for row in (titles, *rows)]
+
+
+def run_folder(command: str, options: dict[str, Any]) -> Path:
+    """Make the folder of --output-dir, with the command, its options and the versions in config.json."""
+    folder = new_run_folder(options["output_dir"], command)
+    write_json(folder / "config.json", {"command": command, **options, **versions()})
+    return folder
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]], *, line_end: str = "\n") -> None:

@@ -19,10 +19,10 @@ from ...certificates import maximum_likelihood
 from ...closed_form import kl_divergence, optimal_logps
 from ...laws.sampling_laws import finite_data_law
 from ...preferences import Rankings, all_sets, sample_pairs
-from ...text.runs import new_run_folder, refuse_used_folder, versions, write_arrays, write_json, write_records
+from ...text.runs import refuse_used_folder, write_arrays, write_records
 from ...validation import InputError, check_positive, check_range, check_seed
 from ..options import COMMON, RUN, Option, add_options, at_least, resolve
-from ..study import table
+from ..study import run_folder, table
 from . import convergence, figure, ranking
 from .convergence import Settings
 from .fit import Outcome, expected_reward, max_distance
@@ -109,8 +109,7 @@ def run(args: argparse.Namespace) -> Path:
         missing = f"with {settings.pairs} sampled pairs {error}"
         if args.table is None:
             raise InputError(f"raise --pairs: {missing}") from None
-    folder = new_run_folder(args.output_dir, "bandit")
-    write_json(folder / "config.json", {"command": "bandit", **vars(args), **vars(settings), **versions()})
+    folder = run_folder("bandit", {**vars(args), **vars(settings)})
 
     X, Y = world.rewards.shape
     size = min(convergence.RANKED, int(world.exists.sum(-1).min()))  # what every prompt has

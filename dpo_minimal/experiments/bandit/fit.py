@@ -51,16 +51,10 @@ class Outcome(Task):
 
 
 def fit(
-    task: Task,
-    policy: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    *,
-    steps: int,
-    measure_every: int,
-    stop_at_bound: float = 0.0,
-    certified: bool = True,
+    task: Task, policy: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int, measure_every: int,
+    stop_at_bound: float = 0.0, certified: bool = True,
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
-) -> Outcome:
+) -> Outcome:  # fmt: skip
     """Train `policy` on the task's rankings for at most `steps` full-batch steps.
 
     Args:

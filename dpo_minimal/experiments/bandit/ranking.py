@@ -21,7 +21,7 @@ from ...preferences import Rankings, by_size, win_counts
 from ...text import runs
 from ...validation import InputError
 from ...zoo.ipo import ipo_estimate, ipo_objective
-from ..study import write_csv
+from ..study import run_folder, write_csv
 from . import figure
 from .fit import Task, fit_table, max_distance
 from .tables import load_comparisons
@@ -55,9 +55,8 @@ def run(args: argparse.Namespace) -> Path:
     games = _as_games(world, data, weighted, args.beta)
     _say_fit(world, data)
 
-    folder = runs.new_run_folder(args.output_dir, "ranking")
     config = {"command": "bandit", **vars(args), **dict.fromkeys(UNUSED.split()), "steps": steps}
-    runs.write_json(folder / "config.json", {**config, **runs.versions()})
+    folder = run_folder("ranking", config)
     print(
         f"{data.weight.sum():.10g} comparisons of {int(world.exists.sum())} completions "
         f"for {len(world.prompts)} prompts; training a table by {loss.upper()} with beta = {args.beta:g}.",

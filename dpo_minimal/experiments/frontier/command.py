@@ -39,10 +39,10 @@ from ...certificates import certify, maximum_likelihood
 from ...closed_form import kl_divergence, optimal_logps
 from ...preferences import expected_pairs, expected_rankings, random_cycles
 from ...rivals.baselines import natural_gradient_step
-from ...text.runs import new_run_folder, versions, write_arrays, write_json, write_records
+from ...text.runs import write_arrays, write_records
 from ...validation import check_flip_probability
 from ..options import COMMON, RUN, Option, add_options, must, resolve
-from ..study import Job, Study, carry_out, table
+from ..study import Job, Study, carry_out, run_folder, table
 from . import figure, methods, pair_methods, pairs
 from .methods import Run
 from .worlds import World, gpt_world, table_world
@@ -112,8 +112,7 @@ def run(args: argparse.Namespace) -> Path:
          "--pairs goes through its own numbers of clean pairs; leave {} out."),
     )  # fmt: skip
     args.population, args.pairs, args.quick = map(bool, (args.population, args.pairs, args.quick))
-    folder = new_run_folder(args.output_dir, "frontier")
-    write_json(folder / "config.json", {"command": "frontier", **vars(args), **versions()})
+    folder = run_folder("frontier", vars(args))
     worlds = [] if args.world == "gpt" else [table_world(args.seed)]
     worlds += [] if args.world == "table" else [gpt_world(args.seed, quick=args.quick)]
     if not args.pairs:

@@ -30,12 +30,12 @@ from ...closed_form import kl_divergence, optimal_logps
 from ...laws import games
 from ...preferences import win_counts
 from ...text.files import read_bytes, read_rows
-from ...text.runs import new_run_folder, refuse_used_folder, versions, write_json
+from ...text.runs import refuse_used_folder, write_json
 from ...train import train
 from ...validation import InputError, check_positive
 from ..bandit.tables import _read, _rows, load_comparisons
 from ..options import RUN, Option, add_options, resolve
-from ..study import table, write_csv
+from ..study import run_folder, table, write_csv
 from . import figure
 
 OPTIONS = {
@@ -126,8 +126,7 @@ def run(args: argparse.Namespace) -> Path:
         title = f"{world.name}: the probabilities are of {', '.join(world.completions[:3])}"
         print(f"{title}; beta = {options.beta:g}", *table(COLUMNS, cells, "  "), "", sep="\n", flush=True)
         rows += found
-    folder = new_run_folder(args.output_dir, "games")
-    write_json(folder / "config.json", {"command": "games", **vars(options), **versions()})
+    folder = run_folder("games", vars(options))
     write_json(folder / "result.json", rows)
     write_csv(folder / "table.csv", rows)
     figure.games_figure(worlds, ways, rows, folder / "games.png")

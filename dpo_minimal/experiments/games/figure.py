@@ -54,10 +54,8 @@ def _bars(axis, world, rows: list[dict]) -> None:
     axis.set_title(world.name[-40:])
     names, shown = world.completions[:12], [row for row in rows if "winner" not in row["policy"]]
     for k, row in enumerate(shown):
-        places, values = (
-            [y + 0.8 * k / len(shown) for y in range(len(names))],
-            [row[f"p({y})"] for y in names],
-        )
+        places = [y + 0.8 * k / len(shown) for y in range(len(names))]
+        values = [row[f"p({name})"] for name in names]
         axis.barh(places, values, 0.8 / len(shown), label=row["policy"].split(",")[0])
     axis.set_yticks([y + 0.4 for y in range(len(names))], [name[:20] for name in names])
     axis.invert_yaxis()

@@ -32,8 +32,9 @@ import numpy as np
 import torch
 
 from ...laws.sampling_laws import kl_law
-from ...text.runs import new_run_folder, refuse_used_folder, versions, write_arrays, write_json, write_records
+from ...text.runs import refuse_used_folder, write_arrays, write_records
 from ...validation import InputError, check_range, check_seed
+from ..study import run_folder
 from . import figure, samplers
 from .replicates import Law, Settings, Size, Truth, make_truth, simulate
 
@@ -90,10 +91,7 @@ def run(args: argparse.Namespace) -> Path:
     rows = samplers.compare(truth, settings) if settings.completions > 2 else []  # of two there is one pair
     print("", *samplers.samplers_table(rows, settings.pairs[-1], measured), sep="\n")
     # Only now: an interrupted run leaves no folder behind.
-    folder = new_run_folder(args.output_dir, "statistics")
-    write_json(
-        folder / "config.json", {"command": "statistics", **vars(args), **asdict(settings), **versions()}
-    )
+    folder = run_folder("statistics", {**vars(args), **asdict(settings)})
     _write(folder, truth, sizes)
     write_records(folder / "samplers.jsonl", rows)
     print(f"\nWrote {folder}/statistics.png, result.npz, metrics.jsonl, samplers.jsonl and config.json.")
@@ -217,10 +215,8 @@ def _record(size: Size) -> dict:
         "without_estimate/bound": size.bound,
     }  # fmt: skip
     for law in size.laws:
-        record |= {
-            law.key: law.measured, f"{law.key}/error": law.error, f"{law.key}/theory": law.theory,
-            f"{law.key}/slack": law.slack, f"{law.key}/judged": law.judged,
-        }  # fmt: skip
+        record[law.key] = law.measured
+        record |= {f"{law.key}/{name}": getattr(law, name) for name in ("error", "theory", "slack", "judged")}
     return record
 
 
