@@ -99,7 +99,9 @@ def run(args: argparse.Namespace) -> Path:
     others = options.seed, options.device, options.quick
     settings = Settings(options.beta, options.pairs, options.steps or 2000, gpt_steps, *others)
     refuse_used_folder(args.output_dir)
-    world = _world(options, settings)
+    stream = convergence.seeded_generator(settings, "world")
+    shape = options.prompts, options.completions
+    world = load_table(args.table) if args.table is not None else random_bandit(*shape, generator=stream)
     generator = convergence.seeded_generator(settings, "pairs")
     data = sample_pairs(world.rewards, settings.pairs, slate=all_sets(world.exists), generator=generator)
     estimate, missing = None, None
@@ -143,13 +145,6 @@ def run(args: argparse.Namespace) -> Path:
     _write(folder, outcomes)
     print(f"\nWrote {folder}/bandit.png, result.npz, metrics.jsonl and config.json.")
     return folder
-
-
-def _world(options: argparse.Namespace, settings: Settings) -> Bandit:
-    if options.table is not None:
-        return load_table(options.table)
-    generator = convergence.seeded_generator(settings, "world")
-    return random_bandit(options.prompts, options.completions, generator=generator)
 
 
 # --------------------------------------------------------------------------------------------- reporting
