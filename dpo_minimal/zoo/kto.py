@@ -141,8 +141,8 @@ KTO = Loss(
     "kto", "KTO", kto_pair_loss, "for completions labelled good or bad, or for pairs",
     (
         BETA,
-        Option("desirable_weight", "> 0", 1.0, "weight of good completions"),
-        Option("undesirable_weight", "> 0", 1.0, "weight of bad completions"),
+        Option("desirable_weight", "> 0", 1.0, "weight of good completions; of labels, by default what both kinds need to count alike"),
+        Option("undesirable_weight", "> 0", 1.0, "weight of bad completions; of labels likewise"),
     ),
     start=lambda K, beta, desirable_weight, undesirable_weight: (desirable_weight + undesirable_weight) / 4,
     proof="D12.4", source="Ethayarajh et al. (2024)", labelled=kto_loss,

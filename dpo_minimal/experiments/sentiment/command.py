@@ -4,7 +4,7 @@ A policy must continue the beginning of a film review, 2 to 8 tokens, with somet
 known, so each method is held to the true reward and to its divergence from the reference (Fig. 2, left):
 
   SFT on reviews -> four samples of each prefix -> six pairs, labelled by the true reward -> reward model
-  -> Preferred-FT, DPO, Unlikelihood, IPO, cDPO, KTO, ORPO, SimPO, PPO, PPO with the true reward, best of N
+  -> Preferred-FT, DPO, Unlikelihood, IPO, KTO, ORPO, PPO, PPO with the true reward, best of N
 
 and DPO in rounds, whose pairs the policy itself draws, a quarter of the prefixes at a time.
 
@@ -66,7 +66,7 @@ REVIEWS = GRAMMAR._replace(
 QUICK_REVIEWS = REVIEWS._replace(
     n_layer=2, sft_epochs=2, prefixes=160, steps=90, held_out=64, other=64, best_of=8
 )
-SEEDS, METHODS = 2, ("all", "dpo")
+SEEDS, METHODS = 3, ("all", "dpo")
 IN_TABLE, POSSIBLE = (2.5, 8.0), (1.84, 2.5, 3.5)  # nats
 PRINTED = 2  # prompts whose samples are printed
 COLUMNS = (
@@ -208,8 +208,8 @@ def learnt_from(results: Results, plan: Plan, drawn: Sequence[Row]) -> list[str]
     return [
         f"Every method: {2 * plan.pairs} completions a gradient step, AdamW at {plan.learning_rate:g} after "
         f"{plan.warmup} steps of warm-up, clipped at 1.",
-        f"On pairs: {plan.steps} steps, to a rate of zero. PPO: {judged // (2 * plan.pairs)} rounds of "
-        f"samples, {PPO_EPOCHS} steps each.",
+        f"On pairs: {plan.steps} steps, to a rate of zero, and a tenth of the prefixes held out. PPO: "
+        f"{judged // (2 * plan.pairs)} rounds of samples, {PPO_EPOCHS} steps each.",
         f"Pairs: {pairs:,} of {judged:,} judged completions of {len(drawn):,} prefixes, {left_out} left out.",
         f"Labels: {labels}.",
         f"The learned reward, {REWARD_EPOCHS} epochs of the pairs, orders {results.accuracy:.0%} of "

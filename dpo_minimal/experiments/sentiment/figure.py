@@ -18,8 +18,7 @@ COLOURS = {  # other methods are grey, best of N is red
     "Preferred-FT": SKY, "SFT": "black",
 }  # fmt: skip
 MARKERS = {"DPO": "o", "DPO in rounds": "d", "PPO": "s", "PPO-GT": "D", "Unlikelihood": "v",
-           "Preferred-FT": "P", "SFT": "*", "IPO": "<", "cDPO": ">", "KTO": "^", "ORPO": "X",
-           "SimPO": "p"}  # fmt: skip
+           "Preferred-FT": "P", "SFT": "*", "IPO": "<", "KTO": "^", "ORPO": "X"}  # fmt: skip
 BY_TRUE = {"color": RED, "marker": "h", "linestyle": "-"}  # best of N
 BY_LEARNED = BY_TRUE | {"linestyle": ":", "markerfacecolor": "white"}
 LARGE = {"font.size": 17, "axes.titlesize": 19, "legend.fontsize": 14}

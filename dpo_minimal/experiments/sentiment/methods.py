@@ -45,7 +45,7 @@ from ...zoo import LOSSES
 from ..study import Job, kept
 from .world import K, Plan, World, first_held_out, load_world, pairs_of, sample_rows
 
-BETAS, TARGETS = (0.1, 1.0, 2.0), (6.0, 12.0)  # of DPO; nats, of PPO
+BETAS, TARGET = (0.1, 1.0, 2.0), 6.0  # of DPO; nats, of PPO
 ROUNDS, ROUNDS_BETA = 4, 1.0
 REPEATED = ("DPO", "DPO in rounds", "PPO", "PPO-GT", "SFT")  # trained with several seeds; the others with one
 PPO_EPOCHS = 3  # gradient steps on each round's samples
@@ -91,19 +91,16 @@ def all_runs(*, seeds: int, quick: bool) -> list[Run]:
         setting = ", ".join(f"{o.symbol} {options[o.name]:g}" for o in loss.options if o.symbol)
         return Run(loss.title, setting, "pairs", name, tuple(options.items()), full=full)
 
-    betas, targets = ((0.1, 1.0), (6.0,)) if quick else (BETAS, TARGETS)
     in_rounds = pairs("dpo", True, beta=ROUNDS_BETA)._replace(method="DPO in rounds", kind="rounds")
     distinct = [
         Run("SFT", "", "none", full=True),
         Run("Preferred-FT", "", "sft", full=True),
-        *(pairs("dpo", full=b == 0.1, beta=b) for b in betas),
+        *(pairs("dpo", full=b == 0.1, beta=b) for b in ((0.1, 1.0) if quick else BETAS)),
         in_rounds,
         pairs("unlikelihood", full=True, alpha=1.0), pairs("ipo", beta=0.1),
-        pairs("cdpo", beta=0.1, label_smoothing=0.1),
         pairs("kto", beta=0.1, desirable_weight=1.0, undesirable_weight=1.0), pairs("orpo", lam=1.0),
-        pairs("simpo", beta=2.0, gamma=1.0),
-        *(Run("PPO", f"KL {kl:g}", "ppo", target=kl, learned=True, full=kl == 6) for kl in targets),
-        *(Run("PPO-GT", f"KL {kl:g}", "ppo", target=kl, full=kl == 6) for kl in targets),
+        Run("PPO", f"KL {TARGET:g}", "ppo", target=TARGET, learned=True, full=True),
+        Run("PPO-GT", f"KL {TARGET:g}", "ppo", target=TARGET, full=True),
     ]  # fmt: skip
     count = {run: seeds if run.method in REPEATED else 1 for run in distinct}
     return [run._replace(seed=seed) for run in distinct for seed in range(count[run])]
