@@ -141,7 +141,7 @@ KTO = Loss(
     "kto", "KTO", kto_pair_loss, "for completions labelled good or bad, or for pairs",
     (
         BETA,
-        Option("desirable_weight", "> 0", 1.0, "weight of good completions; of labels, by default what both kinds need to count alike"),
+        Option("desirable_weight", "> 0", 1.0, "weight of good completions; on labels both kinds count alike by default"),
         Option("undesirable_weight", "> 0", 1.0, "weight of bad completions; of labels likewise"),
     ),
     start=lambda K, beta, desirable_weight, undesirable_weight: (desirable_weight + undesirable_weight) / 4,

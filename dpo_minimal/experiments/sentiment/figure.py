@@ -216,8 +216,9 @@ def _other_prompts(axis, results: Results) -> None:
             colour = COLOURS.get(group.method, GREY)
             _win_rates(axis, [place + shift], [rate], markersize=12, color=colour, **style)
         axis.plot([], [], markersize=11, color=GREY, label=label, **style)
-    labels = [f"{group.method}\n{group.setting}".strip() for group in groups]
-    axis.set_xticks(range(len(labels)), labels, fontsize=11)
+    labels = [group.label.replace("DPO in ", "DPO in\n").replace(" β 0", "\nβ 0") for group in groups]
+    labels = [label if "\n" in label else label.replace(" ", "\n", 1) for label in labels]
+    axis.set_xticks(range(len(labels)), labels, fontsize=12)
     axis.grid(axis="x", visible=False)
     axis.legend(
         loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=4, columnspacing=0.8, handletextpad=0.2
