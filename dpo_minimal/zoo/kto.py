@@ -141,8 +141,8 @@ KTO = Loss(
     "kto", "KTO", kto_pair_loss, "for completions labelled good or bad, or for pairs",
     (
         BETA,
-        Option("desirable_weight", "> 0", 1.0, "weight of good completions; on labels both kinds count alike by default"),
-        Option("undesirable_weight", "> 0", 1.0, "weight of bad completions; of labels likewise"),
+        Option("desirable_weight", "> 0", 1.0, "weight of good completions (labels: as needed)"),
+        Option("undesirable_weight", "> 0", 1.0, "weight of bad completions (labels: as needed)"),
     ),
     start=lambda K, beta, desirable_weight, undesirable_weight: (desirable_weight + undesirable_weight) / 4,
     proof="D12.4", source="Ethayarajh et al. (2024)", labelled=kto_loss,
