@@ -375,7 +375,8 @@ def test_files_are_measured_size_by_size(monkeypatch, capsys):
 @pytest.mark.skipif(sys.platform != "linux", reason="the benchmark counts memory as Linux does")
 def test_memory_is_that_of_the_command_and_a_failure_is_no_measurement(monkeypatch, tmp_path):
     script = tmp_path / "python"
-    script.write_text(f"#!/bin/sh\nexec {sys.executable} -c 'held = bytes(2**29)'\n")  # 512 MiB
+    # 512 MiB, and written: zeros are given no memory before they are touched
+    script.write_text(f"#!/bin/sh\nexec {sys.executable} -c 'held = b\"1\" * 2**29'\n")
     script.chmod(0o755)
     with monkeypatch.context() as patch:
         patch.setattr(sys, "executable", str(script))
