@@ -47,6 +47,7 @@ from dpo_minimal.experiments.sentiment.results import (
     estimated_frontier,
     order_weights,
     reward_within,
+    share_of_possible,
 )
 from dpo_minimal.experiments.sentiment.world import Plan, label_pairs, load_world, make_world, take_prefixes
 from dpo_minimal.experiments.study import kept, run_jobs
@@ -404,6 +405,64 @@ def test_training_moves_the_policy_and_the_reference_stays(finished):
                 table.shape == (len(measured_steps(budget_of(run, TINY)["steps"])), TINY.held_out)
                 and np.abs(table[-1]).max() > 1e-2
             )
+
+
+def test_rounds_draw_from_the_policy_as_it_is_by_then(finished, monkeypatch):
+    """Each round asks the model that was trained so far for its own part of the prefixes; later windows hold
+    pairs of all rounds so far, scored by the first reference; and the rate ends near zero."""
+    world, plan = load_world(finished), TINY._replace(prefixes=80, steps=40)
+    prompts = (world.train_prompts + world.held_out) * 6  # 84, so that each round has pairs
+    world, drawn, taken = world._replace(train_prompts=prompts), [], []
+
+    def draws(policy, prefixes, *rest):
+        weights = torch.cat([w.detach().flatten() for w in policy.model.parameters()])
+        rows = sentiment_world.sample_rows(policy, prefixes, *rest)
+        drawn.append((list(prefixes), weights, rows))
+        return rows
+
+    def windows_of(examples, step, reference, **where):
+        taken.append((len(drawn), [examples[k] for rows in step for k in rows], len(examples)))
+        again = reference_logps(world.policy.model, examples[-1:], micro_size=1, dtype="float32")
+        # float32, added up in another order
+        torch.testing.assert_close(reference[-1:], again, rtol=0, atol=1e-4)
+        return made(examples, step, reference, **where)
+
+    made, rates = sentiment_methods.make_window, []
+    train = sentiment_methods.train
+    monkeypatch.setattr(sentiment_methods, "sample_rows", draws)
+    monkeypatch.setattr(sentiment_methods, "make_window", windows_of)
+    records = lambda *args, **more: (rates.append(r["learning_rate"]) or r for r in train(*args, **more))  # noqa: E731
+    monkeypatch.setattr(sentiment_methods, "train", records)
+    run = Run("DPO in rounds", "β 0.1", "rounds", "dpo", (("beta", 0.1),))
+    steps = [step for step, _ in sentiment_methods.train_run(run, world, plan, finished)]
+    assert steps == list(range(1, 41))
+    assert [prompt for part in zip(*(prefixes for prefixes, _, _ in drawn)) for prompt in part] == prompts[
+        :76
+    ]
+    reference = torch.cat([w.flatten() for w in world.policy.model.parameters()])
+    assert torch.equal(drawn[0][1], reference)
+    assert not any(torch.equal(a[1], b[1]) for a, b in combinations(drawn, 2))
+    assert [sum(round == k for round, _, _ in taken) for k in (1, 2, 3, 4)] == [4, 8, 12, 16]
+    counts = np.cumsum([sum(len(row["pairs"]) for row in rows) for _, _, rows in drawn])
+    assert all(size == counts[round - 1] for round, _, size in taken)
+    assert rates[0] == pytest.approx(1e-3 / 2) and rates[-1] == pytest.approx(1e-3 / 40)
+
+
+def test_who_has_learnt_nothing_orders_no_pair(finished):
+    """The reference: all ties, one half. One that prefers what was rejected: 0, and 1 the other way round."""
+    world = load_world(finished)
+    assert sentiment_methods.orders_rightly(world.policy.model, world) == pytest.approx(0.5)
+    for sign, expected in ((1.0, 0.0), (-1.0, 1.0)):
+        behind = world.held_out_reference + sign * torch.tensor([50.0, 0.0])
+        moved = world._replace(held_out_reference=behind)
+        assert sentiment_methods.orders_rightly(world.policy.model, moved) == pytest.approx(expected)
+
+
+def test_the_share_of_the_possible_is_at_the_same_divergence():
+    """Between two points in a straight line; not beyond the frontier, nor where all that is possible is 0."""
+    frontier = [(0.0, 0.0), (1.0, 2.0), (3.0, 3.0)]
+    assert share_of_possible(2.0, 1.0, frontier) == pytest.approx(0.4)
+    assert share_of_possible(3.1, 1.0, frontier) is None and share_of_possible(0.05, 0.1, frontier) is None
 
 
 # ------------------------------------------------------------------------------------------- command line

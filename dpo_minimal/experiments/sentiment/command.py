@@ -15,10 +15,10 @@ and DPO in rounds, whose pairs the policy itself draws, a quarter of the prefixe
                                                   truth is then a logistic regression on their words
   dpo-minimal sentiment --resume runs/sentiment-001
 
-All methods hear as much from people: four completions of each prefix with a true reward behind them. Those
-that learn from pairs take as many steps at one learning rate, which falls to zero; PPO stops when its samples
-are used up. Labels are free of noise, as in the paper, so the DPO loss has no finite optimum for any beta;
-those of --label-noise bradley-terry contradict each other.
+All methods hear as much from people: four completions of each prefix with a true reward behind them, of
+which those that learn from pairs hold a tenth out. These take as many steps at a learning rate that falls to
+zero; PPO stops when its samples are used up. Labels are free of noise, as in the paper, so the DPO loss has
+no finite optimum for any beta; those of --label-noise bradley-terry contradict each other.
 
 Columns: reward, KL and win rate (against a sample of the SFT model, a tie one half) of samples at temperature
 1 of held-out prefixes, with 95 % intervals over prompts and trainings; possible, the share of the most reward
@@ -201,6 +201,7 @@ def learnt_from(results: Results, plan: Plan, drawn: Sequence[Row]) -> list[str]
     """What every method may use, how the pairs came about, and what the learned and the true reward tell."""
     judged = K * plan.prefixes
     pairs, left_out = sum(len(row["pairs"]) for row in drawn), sum(row["left_out"] for row in drawn)
+    with_ppo = any(group.method == "PPO" for group in results.groups)
     labels = "always the better one is chosen; the DPO loss has no finite optimum for any beta [D11.6]"
     if plan.noise != "none":
         wrong = sum(row["rewards"][w] < row["rewards"][l] for row in drawn for w, l in row["pairs"])
@@ -208,8 +209,8 @@ def learnt_from(results: Results, plan: Plan, drawn: Sequence[Row]) -> list[str]
     return [
         f"Every method: {2 * plan.pairs} completions a gradient step, AdamW at {plan.learning_rate:g} after "
         f"{plan.warmup} steps of warm-up, clipped at 1.",
-        f"On pairs: {plan.steps} steps, to a rate of zero, and a tenth of the prefixes held out. PPO: "
-        f"{judged // (2 * plan.pairs)} rounds of samples, {PPO_EPOCHS} steps each.",
+        f"On pairs: {plan.steps} steps, to a rate of zero, and a tenth of the prefixes held out.",
+        *[f"PPO: {judged // (2 * plan.pairs)} rounds of samples, {PPO_EPOCHS} steps each."] * with_ppo,
         f"Pairs: {pairs:,} of {judged:,} judged completions of {len(drawn):,} prefixes, {left_out} left out.",
         f"Labels: {labels}.",
         f"The learned reward, {REWARD_EPOCHS} epochs of the pairs, orders {results.accuracy:.0%} of "
@@ -239,7 +240,7 @@ def comparison(results: Results) -> list[str]:
             texts.append(f"{_plus_minus(best, name)} in {nats:g} nats ({best['setting']})")
         lines += [f"  {method:<14}{'; '.join(texts)}"] * bool(texts)
     for name, entries in results.best.items():
-        n, row = max((n, row) for n, row in entries.items() if row["kl"] <= min(WITHIN) + 0.005)
+        n, row = max((n, row) for n, row in entries.items() if row["kl"] <= min(WITHIN))
         reward = f"{_plus_minus(row, 'reward')} in {row['kl']:.2f} nats"
         lines.append(f"  {'best of N':<14}{reward} (N {n}, by the {name} reward)")
     possible = [f"{np.interp(nats, *zip(*results.frontier)):.2f} in {nats:g} nats" for nats in POSSIBLE]

@@ -1,9 +1,10 @@
 """The methods of the sentiment experiment: how each is trained, and what is measured of it.
 
 What every method has in common is what people tell it: a number of completions with a true reward behind
-them, those of the pairs, four a prefix, or as many that PPO with the true reward draws for itself. On pairs a
-training goes on until held-out pairs are judged no better, at a learning rate that falls to zero; DPO in
-rounds does so too, but draws the pairs of each quarter of the prefixes from the policy that it has by then.
+them, those of the pairs, four a prefix, or as many that PPO with the true reward draws for itself. (A tenth
+of the pairs is held out, to tell how much was learnt from the others.) On pairs all take as many steps, at a
+learning rate that falls to zero: enough, in the default plan, for DPO to judge held-out pairs no better in
+the end. DPO in rounds draws the pairs of each quarter of the prefixes from the policy that it is by then.
 PPO makes its draws, and three gradient steps on each 64 of them. One rate, chosen once on the grammar by DPO
 and PPO-GT, is everybody's: from 6e-4 on DPO left the language early. AdamW's steps do not depend on the scale
 of a loss, which is what makes one rate a fair one; losses that pull in another way may still deserve another.
@@ -23,7 +24,7 @@ import itertools
 import math
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,10 +38,10 @@ from ...model import GPT
 from ...rivals.evaluate import draw
 from ...rivals.ppo import PPOSettings, train_ppo
 from ...rivals.reward_model import RewardModel, fit_reward_model, normalised_reward, score_completions
-from ...text.batches import Example, windows, with_mismatched
+from ...text.batches import Example, in_passes, windows, with_mismatched
 from ...text.objectives import make_window, preference_objective, reference_logps, sft_objective
 from ...text.runs import read_safetensors, write_atomically
-from ...train import Objective, Window, make_optimizer, train
+from ...train import Objective, Window, average, make_optimizer, train
 from ...zoo import LOSSES
 from ..study import Job, kept
 from .world import K, Plan, World, first_held_out, load_world, pairs_of, sample_rows
@@ -56,7 +57,6 @@ TEMPERATURES = (0.0, 0.25, 0.5, 0.75, 1.0)
 OTHER_TEMPERATURES = (0.25, 1.0)
 DRAWS = 384  # of each prompt, for best of n
 SHOWN = 8  # prompts whose samples are kept as text
-_BUDGET = ("steps", "completions", "judged")
 _SAMPLES, _OPPONENT, _OTHER_OPPONENT, _DRAWS, _ROUNDS = range(5)  # streams of random numbers
 
 Arrays = dict[str, Any]  # by name: arrays, or what `kept` makes arrays of
@@ -112,10 +112,10 @@ def budget_of(run: Run, plan: Plan) -> dict[str, int]:
     PPO by the learned reward knows no more true rewards than the pairs do, however often it is asked.
     """
     completions, judged = 2 * plan.pairs, K * plan.prefixes
-    steps = {"none": 0, "ppo": PPO_EPOCHS * (judged // completions)}.get(run.kind, plan.steps)
-    return (
-        {"steps": steps, "completions": completions, "judged": judged} if steps else dict.fromkeys(_BUDGET, 0)
-    )
+    if run.kind == "none":
+        return {"steps": 0, "completions": 0, "judged": 0}
+    steps = PPO_EPOCHS * (judged // completions) if run.kind == "ppo" else plan.steps
+    return {"steps": steps, "completions": completions, "judged": judged}
 
 
 def jobs_of(folder: Path, runs: Iterable[Run], plan: Plan) -> dict[str, Job]:
@@ -167,26 +167,26 @@ def _learn_from_pairs(run: Run, world: World, plan: Plan, model: GPT) -> tuple[O
 
     An epoch's rest that makes no whole window is passed over, so that every step has the same size.
     """
-    examples, reference, size, policy = world.examples, world.reference, plan.pairs, None
-    if run.kind == "rounds":
-        objective = preference_objective(model, run.loss_type, dtype="float32", **dict(run.options))
-        return objective, _in_rounds(model, run.seed, world, plan)
+    examples, reference = world.examples, world.reference
     if run.kind == "sft":
-        objective = sft_objective(model, dtype="float32")
         examples = [row._replace(completions=row.completions[:1]) for row in examples]
         # Two chosen completions for each pair that the others see: as many completions a step.
-        reference, size = None, 2 * plan.pairs
-    else:
-        objective = preference_objective(model, run.loss_type, dtype="float32", **dict(run.options))
-        if "kl_estimate" in LOSSES[run.loss_type].reads:  # one more completion is scored, but teaches nothing
-            policy, examples = model, with_mismatched(examples, max_length=plan.context)
-            reference = reference_logps(world.policy.model, examples, micro_size=16, dtype="float32")
-    return objective, _windows(examples, reference, size, plan.steps, run.seed, policy)
+        stream = _windows(examples, None, 2 * plan.pairs, plan.steps, run.seed)
+        return sft_objective(model, dtype="float32"), stream
+    objective = preference_objective(model, run.loss_type, dtype="float32", **dict(run.options))
+    if run.kind == "rounds":
+        return objective, _in_rounds(model, run.seed, world, plan)
+    policy = None
+    if "kl_estimate" in LOSSES[run.loss_type].reads:  # one more completion is scored, but teaches nothing
+        policy, examples = model, with_mismatched(examples, max_length=plan.context)
+        reference = reference_logps(world.policy.model, examples, micro_size=16, dtype="float32")
+    return objective, _windows(examples, reference, plan.pairs, plan.steps, run.seed, policy)
 
 
 def _windows(
-    examples: list[Example], reference: Tensor | None, size: int, steps: int, seed: int, policy: GPT | None
-) -> Iterator[Window]:
+    examples: Sequence[Example], reference: Tensor | None, size: int, steps: int, seed: int,
+    policy: GPT | None = None,
+) -> Iterator[Window]:  # fmt: skip
     """Whole windows of so many rows, epoch after epoch."""
     size = min(size, len(examples))
     whole = (
@@ -219,7 +219,7 @@ def _in_rounds(model: GPT, seed: int, world: World, plan: Plan) -> Iterator[Wind
         new, new_reference = pairs_of(rows, logps)
         examples, reference = examples + new, torch.cat([reference, new_reference])
         ends = [plan.steps * k * (k + 1) // (ROUNDS * (ROUNDS + 1)) for k in (number, number + 1)]
-        yield from _windows(examples, reference, plan.pairs, ends[1] - ends[0], 1000 * seed + number, None)
+        yield from _windows(examples, reference, plan.pairs, ends[1] - ends[0], 1000 * seed + number)
 
 
 def ppo_settings(run: Run, plan: Plan) -> PPOSettings:
@@ -288,10 +288,11 @@ def repeated(ids: list[int]) -> float:
 
 
 def orders_rightly(model: GPT, world: World) -> float:
-    """Share of held-out pairs whose chosen completion gained on the rejected one; a tie counts one half."""
-    logps = reference_logps(model, world.held_out_pairs, micro_size=16, dtype="float32")
-    gained = (logps - world.held_out_reference).double()
-    return (1 + (gained[:, 0] - gained[:, 1]).sign()).mean().item() / 2
+    """Share of held-out pairs whose chosen completion gained on the rejected one; of a tie one half."""
+    pairs = world.held_out_pairs
+    window = make_window(pairs, in_passes(pairs, 16), world.held_out_reference, dtype="float32", device="cpu")
+    found = average(preference_objective(model, "dpo", dtype="float32", beta=1.0), window)
+    return found["rewards/accuracies"] + found["dpo/ties"] / 2
 
 
 def measured_steps(steps: int) -> list[int]:

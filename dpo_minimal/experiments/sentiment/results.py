@@ -165,7 +165,10 @@ def results_of(found: dict[str, Arrays], runs: Sequence[Run], plan: Plan) -> Res
 
 
 def share_of_possible(kl: float, reward: float, frontier: Sequence[tuple[float, float]]) -> float | None:
-    """A reward over the most that is possible at its divergence; None where that is not known."""
+    """A reward over the most that is possible at its divergence.
+
+    None beyond the frontier, and so near the reference that the most possible may be 0.
+    """
     return reward / np.interp(kl, *zip(*frontier)).item() if 0.1 < kl <= frontier[-1][0] else None
 
 
