@@ -182,12 +182,7 @@ def flags(world: Path, command: str = "dpo", out: str = "run") -> list[str]:
 
 def check_run(world: Path, monkeypatch) -> None:
     """The start is ln 2, nothing is copied, and base + adapter/ = model/."""
-
-    def no_copy(*_):
-        raise AssertionError("the model was copied")
-
-    monkeypatch.setattr(dpo.copy, "deepcopy", no_copy)
-    monkeypatch.setattr(adapters.copy, "deepcopy", copy_structure)
+    monkeypatch.setattr(adapters.copy, "deepcopy", copy_structure)  # of the module `copy`, so for all
     assert main([*flags(world), "--learning-rate", "0.02"]) == 0
     records = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert records[0]["eval_loss"] == pytest.approx(math.log(2), abs=1e-5)
@@ -203,9 +198,9 @@ def check_run(world: Path, monkeypatch) -> None:
 deepcopy = adapters.copy.deepcopy
 
 
-def copy_structure(model, shared):
-    """copy.deepcopy of a model whose weights are all in `shared`."""
-    assert {id(weight) for weight in model.parameters()} <= shared.keys()
+def copy_structure(model, shared=()):
+    """copy.deepcopy of a model whose weights are all in `shared`, so that none is copied."""
+    assert {id(weight) for weight in model.parameters()} <= {*shared}
     return deepcopy(model, shared)
 
 
@@ -437,8 +432,11 @@ def test_planted_mistakes_in_files_are_caught(monkeypatch, tmp_path, name):
 
 def test_planted_mistakes_in_runs_are_caught(monkeypatch, world):
     """The reference with the adapter on; a policy that is a copy with all weights."""
-    for right, wrong in (("reference.requires_grad_(False)", "reference = model"),):
+    for right, wrong in (
+        ("reference.requires_grad_(False)", "reference = model"),
+        ("if options.lora_r is None else", "if True else"),
+    ):
         with monkeypatch.context() as patch, pytest.raises(CAUGHT):
             plant(patch, dpo._train, right, wrong)
             check_run(world, patch)
-        shutil.rmtree("run")
+        shutil.rmtree("run", ignore_errors=True)

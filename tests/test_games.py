@@ -189,6 +189,14 @@ def test_bad_input_is_refused(wrong, told):
         games.regularised_equilibrium(**good | wrong)
 
 
+@pytest.mark.parametrize("table", [torch.tensor(0.5), torch.zeros(0, 3, 3), torch.full((3,), 0.5)])
+def test_what_is_no_table_of_pairs_is_refused(table):
+    """By every function that takes preferences alone."""
+    for function in (games.von_neumann_winner, games.borda_scores, games.copeland_scores):
+        with pytest.raises(InputError, match="must be a table"):
+            function(table)
+
+
 # ------------------------------------------------------------------------------------------- what reaches it
 
 
@@ -442,7 +450,7 @@ def test_games_of_comparisons_and_bad_files(tmp_path, capsys):
         ("completion,reference,a,b\na,0,.5,.5\nb,1,.5,.5\n", "positive"),
         ("[[0.5]]", "one completion"),
         (f"[[0.5, 1{400 * '0'}], [0.6, 0.5]]", "too large"),
-        ("[[0.5, 0.4], [0.6]]", "length"),
+        ("[[0.5, 0.4], [0.6]]", "a row has 1 numbers, but there are 2 rows"),
     ):
         path.write_text(text)
         assert main(["games", "--preferences", str(path)]) == 2
@@ -463,6 +471,13 @@ def test_comparisons_name_their_cycle_and_test_the_fit(tmp_path, capsys, monkeyp
     statistic = 2 * 3 * (8 * math.log(1.6) + 2 * math.log(0.4))
     assert f"likelihood ratio {statistic:.2f}, chi-square with 1 degrees" in said
     assert "25% of the pairs fewer than 5 wins" in said  # d won 4
+    assert "p = " in said
+    # Hardly any wins of each pair: no p.
+    lines = [f"{w},{loser},{w},1" for w, loser, _ in rows] + ["c,d,c,2", "c,d,d,1"]
+    path.write_text("model_a,model_b,winner,count\n" + "\n".join(lines) + "\n")
+    assert main(["--comparisons", str(path), "--output-dir", str(tmp_path / "few"), "--beta", "0.2"]) == 0
+    few = capsys.readouterr().out
+    assert "but no p, as the law does not hold: of 100%" in few and "p = " not in few
     table = (tmp_path / "run" / "ranking.csv").read_text().splitlines()
     head = table[0].split(",")
     found = {cells[1]: dict(zip(head, cells)) for cells in (line.split(",") for line in table[1:])}
@@ -500,7 +515,7 @@ guard_rock = test_rock_paper_scissors_by_symmetry
 
 def guard_tie():
     """As test_comparisons_name_their_cycle, on what the row becomes."""
-    row = tables._Row("here", {"model_a": "a", "model_b": "b", "winner": "tie", "count": "2"}, ",")
+    row = tables.TableRow("here", {"model_a": "a", "model_b": "b", "winner": "tie", "count": "2"}, ",")
     assert tables._game(row) == ("all", "a", "b", 1.0, 1.0)
 
 

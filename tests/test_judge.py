@@ -232,8 +232,10 @@ def test_what_cannot_be_read_is_counted(serve):
 
 
 def test_nothing_that_can_be_read_is_no_win_rate(serve, capsys):
+    """And it is said."""
     found = run(serve(lambda *_: "Bananas"))
     assert found["win_rate"] is None and found["unparsed"] == 40 and found["position_p"] == 1
+    assert "No reply is A, B or tie" in capsys.readouterr().out
 
 
 def test_the_same_seed_shows_the_same_order(serve):
@@ -526,6 +528,7 @@ def test_a_key_that_is_no_header_is_refused_without_repeating_it(key):
         ({"people": "a"}, [], "field 'people'"),
         ({"people": ["A"]}, [], "field 'people'"),
         ({"people": [{}]}, [], "field 'people'"),
+        ({"people": ["unparsed"]}, [], "field 'people'"),  # a judge's reply may be that, no person's
     ],
 )
 def test_what_cannot_be_done_is_refused_before_anything_is_asked(serve, capsys, row, more, named):
@@ -543,7 +546,7 @@ def test_rows_without_answers_and_commands_without_a_server_are_refused(capsys):
     write([{"judge": "a"}, {"judge": "tie", "people": ["tie"]}])
     assert_refused(capsys, ["judge", "--agreement", "pairs.jsonl"], "no a or b in 'people'")
     write([{"judge": "A", "people": ["a"]}])
-    assert_refused(capsys, ["judge", "--agreement", "pairs.jsonl"], "line 1, field", "as 'judge' is one")
+    assert_refused(capsys, ["judge", "--agreement", "pairs.jsonl"], "line 1, field 'judge'")
 
 
 # ----------------------------------------------------------------------------------------------- agreement

@@ -676,6 +676,7 @@ def test_the_config_tells_how_many_data_sets_quick_means(elsewhere, capsys, monk
     assert main(["statistics", "--quick", "--completions", "2", "--pairs", "300"]) == 0
     config = json.loads((elsewhere / "runs/statistics-001/config.json").read_text())
     assert config.items() >= {"replicates": 2000, "quick": True, "beta": 0.5, "seed": 0}.items()
+    assert "Who draws" not in capsys.readouterr().out  # of two completions there is one pair
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """sft and dpo from the command line: what they write, what they refuse, and that they learn."""
 
+import argparse
 import errno
 import gzip
 import hashlib
@@ -20,10 +21,11 @@ import safetensors.torch
 import torch
 
 from dpo_minimal.__main__ import COMMANDS, main
-from dpo_minimal.experiments.text import figure
+from dpo_minimal.experiments.text import dpo, figure
 from dpo_minimal.experiments.text.setup import load_policy
 from dpo_minimal.model import GPT, GPTConfig
 from dpo_minimal.text import objectives, tokenizer
+from dpo_minimal.text.batches import Example
 from dpo_minimal.text.checkpoint import load_model, save_model, state_fingerprint
 from dpo_minimal.text.data import has_labels, load_dataset
 from dpo_minimal.text.objectives import reference_logps
@@ -281,6 +283,18 @@ def test_the_rarer_label_gets_the_weight_that_makes_up_for_it(world, capsys, giv
     assert weights == ((1.0, 1.0) if given else (1.0, 1.5))
     assert main(["dpo", "--resume", "run"]) == 0  # which keeps them
     assert json.loads(Path("run/config.json").read_text())["options"]["undesirable_weight"] == weights[1]
+
+
+def test_the_weights_are_those_of_the_rows_that_are_trained_on(world, monkeypatch):
+    """Not of rows that are held out; in pairs, or labels of one kind, there is nothing to weigh."""
+    seen, balanced = [], dpo._balanced
+    monkeypatch.setattr(dpo, "_balanced", lambda o, rows: seen.append(len(rows)) or balanced(o, rows))
+    Path("labels.jsonl").write_text(lines(labelled(90)))
+    assert main(dpo_flags(world, loss_type="kto", data="labels.jsonl", max_steps=1, held_out=0.2)) == 0
+    assert seen == [120]  # of 150
+    one = [Example([1], [[2]], "", label=True)]
+    two = Example([1], [[2], [3]], "")
+    assert balanced(argparse.Namespace(), one * 3) == balanced(argparse.Namespace(), [two]) == {}
 
 
 def test_the_first_sound_row_says_whether_kto_reads_labels_or_pairs():

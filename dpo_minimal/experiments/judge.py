@@ -70,6 +70,8 @@ def run(args: argparse.Namespace) -> dict:
     for name, value in result.items():
         shown = "{:.3f}  [{:.3f}, {:.3f}]".format(*value) if isinstance(value, Interval) else value
         print(f"{name.replace('_', ' '):<32}{f'{shown:.2g}' if isinstance(shown, float) else shown}")
+    if result.get("unparsed") == len(rows):
+        print("No reply is A, B or tie: see verdicts.jsonl, and name a larger model.")
     if result.get("position_p", 1) < LEVEL:
         print(f"The judge prefers a position (p < {LEVEL}), which draws win rates towards 1/2.")
     print(f"Wrote {folder}: verdicts.jsonl, result.json, config.json. Intervals are of 95 %.")
@@ -82,9 +84,11 @@ def read_pairs(path: str, *fields: str) -> list[dict]:
     for number, (place, parse) in enumerate(read_rows(path), start=1):
         row = Row(place, parse())
         found = {name: row.text(name, row.get(name)) for name in fields}
-        people, known = row.columns.get("people", []), [*LABELS]
-        if not isinstance(people, list) or any(l not in known for l in [*people, found.get("judge", "a")]):
-            raise row.error("people", f"must be a list of the labels {', '.join(known)}, as 'judge' is one")
+        people, known = row.columns.get("people") or [], [l for l in LABELS if l != "unparsed"]
+        if found.get("judge", "a") not in LABELS:
+            raise row.error("judge", f"must be one of the labels {', '.join(LABELS)}")
+        if not isinstance(people, list) or any(label not in known for label in people):
+            raise row.error("people", f"must be a list of the labels {', '.join(known)}")
         rows.append({"id": row.columns.get("id", number)} | found | {"people": people})
     return rows
 

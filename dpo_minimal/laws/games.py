@@ -65,9 +65,8 @@ def regularised_equilibrium(preferences: Tensor, ref_logps: Tensor, *, beta: flo
         z, level = _newton(game, ref, z, level, within=0.01), max(beta, level / 2)
     logps = (ref + _newton(game, ref, z, beta, within=2 * EPS * (1 + 1 / beta))).log_softmax(-1)
     size = torch.where(ref > -math.inf, logps.abs() + ref.abs(), 0).amax(-1)
-    rounding = (
-        8 * EPS * (1 + size + 1 / beta)
-    )  # of log pi - log best response; beta times its square is a gap
+    # Of log pi - log best response; beta times its square is a gap.
+    rounding = 8 * EPS * (1 + size + 1 / beta)
     gap = (duality_gap(preferences, logps, ref, beta=beta).sqrt() + beta**0.5 * rounding) ** 2
     if not (gap <= 1e-10 * beta).all():
         raise InputError(f"beta = {beta:g} is too small for float64 to find the equilibrium; raise it.")
@@ -109,6 +108,7 @@ def von_neumann_winner(preferences: Tensor) -> Tensor:
     """log of the policy that nothing beats in more than half of the games: the equilibrium for beta -> 0; it
     is that of beta = 1e-6 and a uniform reference, which nothing beats by more than 1e-6 log Y [D11.15].
     Args, Raises: preferences as `best_response`. Returns (..., Y)."""
+    _checked(preferences)
     uniform = torch.zeros_like(preferences[..., 0], dtype=torch.float64).log_softmax(-1)
     return regularised_equilibrium(preferences, uniform, beta=1e-6)[0]
 
@@ -191,7 +191,13 @@ def _checked(preferences: Tensor, ref_logps: Tensor | None = None, beta=1.0, log
     check_positive("beta", beta)
     check_finite(preferences=preferences)
     P = preferences.double()
-    if P.shape[-2:-1] != P.shape[-1:] or P.min() < 0 or not ((P + P.mT - 1).abs() <= 1e-4).all():
+    if (
+        P.dim() < 2
+        or P.numel() == 0
+        or P.shape[-2:-1] != P.shape[-1:]
+        or P.min() < 0
+        or not ((P + P.mT - 1).abs() <= 1e-4).all()
+    ):
         raise InputError("preferences must be a table (..., Y, Y) with P + P' = 1, one half on the diagonal.")
     for name, table in (("ref_logps", ref_logps), ("logps", logps)):
         if table is not None:

@@ -128,13 +128,15 @@ def _say_fit(world: Bandit, data: Rankings) -> None:
         return print("Test of fit: none, because without a prior no maximum-likelihood estimate exists.")
     if fit.degrees == 0:
         return print("Test of fit: none, because rewards can fit the win rates of these pairs exactly.")
+    few = f"of {fit.rare:.0%} of the pairs fewer than 5 wins are expected on one side."
+    chance = f"p = {fit.p_value:.2g}; ties, where there are any, make it reject less."
     print(
         f"Test of fit, Bradley-Terry against one probability a pair: likelihood ratio {fit.statistic:.2f}, "
         f"chi-square with {fit.degrees} degrees of freedom (pairs - completions + components), "
-        f"p = {fit.p_value:.2g}; ties, half a win each way, make it reject less."
+        f"{chance if fit.rare <= 0.5 else f'but no p, as the law does not hold: {few}'}"
     )
-    if fit.rare:
-        print(f"Its law is rough: of {fit.rare:.0%} of the pairs fewer than 5 wins are expected on one side.")
+    if 0 < fit.rare <= 0.5:
+        print(f"Its law is rough: {few}")
 
 
 def _write_csv(path: Path, world: Bandit, data: Rankings, prior, tables: dict[str, Tensor]) -> None:

@@ -40,7 +40,7 @@ def load_table(path: str | Path) -> Bandit:
     fewer than two completions.
     """
     cells: dict[str, dict[str, tuple[float, float]]] = {}
-    for row in _rows(path, [("prompt", "completion", "reward")], "reference"):
+    for row in table_rows(path, [("prompt", "completion", "reward")], "reference"):
         prompt, completion = row.name("prompt"), row.name("completion")
         if completion in cells.setdefault(prompt, {}):
             raise row.error("completion", f"{completion!r} is listed twice for prompt {prompt!r}")
@@ -63,7 +63,7 @@ def load_comparisons(path: str | Path) -> tuple[Bandit, Rankings]:
     Raises InputError naming file, row and field: a missing column, an empty name, a completion compared
     with itself, an unknown winner, a count that is not between 0 and 1e15.
     """
-    rows = _rows(path, [GAMES, ARENA], "prompt", "count")
+    rows = table_rows(path, [GAMES, ARENA], "prompt", "count")
     games = [_game(row) for row in rows]
     if ties := sum(won == lost > 0 for *_, won, lost in games):
         print(f"Ties, which are half a win each way: {ties}.")
@@ -100,7 +100,7 @@ def load_comparisons(path: str | Path) -> tuple[Bandit, Rankings]:
     return world, tally(torch.tensor(prompts), order, counts)
 
 
-def _game(row: _Row) -> tuple[str, str, str, float, float]:
+def _game(row: TableRow) -> tuple[str, str, str, float, float]:
     """Prompt, two completions, how often the first won and how often the second."""
     prompt = row.name("prompt") if "prompt" in row.cells else "all"
     columns = GAMES if "loser" in row.cells else ARENA
@@ -121,7 +121,7 @@ def _say_alike(names: Iterable[str]) -> None:
         print(f"Names that differ only by case or white space are kept apart: {same[:200]}.")
 
 
-class _Row(NamedTuple):
+class TableRow(NamedTuple):
     """One row of a file, which knows where it stands when something is wrong with it."""
 
     place: str
@@ -159,9 +159,9 @@ class _Row(NamedTuple):
         return value
 
 
-def _rows(path: str | Path, layouts: list[tuple[str, ...]], *optional: str) -> list[_Row]:
+def table_rows(path: str | Path, layouts: list[tuple[str, ...]], *optional: str) -> list[TableRow]:
     """Rows that have all columns of one of the layouts, the first of them where they have several."""
-    separator, header, lines = _read(path)
+    separator, header, lines = read_table(path)
     needed = min(layouts, key=lambda layout: len({*layout} - {*header}))
     if missing := [column for column in needed if column not in header]:
         there, wanted = ", ".join(header)[:90], " or ".join(map(", ".join, layouts))
@@ -181,10 +181,10 @@ def _rows(path: str | Path, layouts: list[tuple[str, ...]], *optional: str) -> l
         print(f"Columns are separated by {SEPARATORS[separator]}.")
     if unread := [column for column in header if column and column not in (*needed, *optional)]:
         print(f"Columns not read: {', '.join(repr(name)[1:-1] for name in unread)[:200]}.")
-    return [_Row(place, dict(zip(header, cells)), separator) for place, cells in lines]
+    return [TableRow(place, dict(zip(header, cells)), separator) for place, cells in lines]
 
 
-def _read(path: str | Path) -> tuple[str, list[str], list[tuple[str, list[Any]]]]:
+def read_table(path: str | Path) -> tuple[str, list[str], list[tuple[str, list[Any]]]]:
     """The separator, the names of the columns in lower case, and the rows with their places."""
     data = read_bytes(path)
     if data.lstrip()[:1] in (b"[", b"{"):

@@ -15,14 +15,16 @@ a log-odds is four times a win probability. `bound` is what a policy itself prov
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
+from collections.abc import Iterator
 from functools import partial
+from itertools import accumulate, repeat
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ...bandit import TabularPolicy, dpo_objective, safe_learning_rate
 from ...certificates import maximum_likelihood
@@ -33,7 +35,7 @@ from ...text.files import read_bytes, read_rows
 from ...text.runs import refuse_used_folder, write_json
 from ...train import train
 from ...validation import InputError, check_positive
-from ..bandit.tables import _read, _rows, load_comparisons
+from ..bandit.tables import load_comparisons, read_table, table_rows
 from ..options import RUN, Option, add_options, resolve
 from ..study import run_folder, table, write_csv
 from . import figure
@@ -71,11 +73,13 @@ def world_of(name: str, completions, preferences, reference=None) -> World:
     try:
         if len(completions) < 2:
             raise InputError("has only one completion; give it two or more.")
+        if uneven := [row for row in preferences if len(row) != len(completions)]:
+            raise InputError(f"a row has {len(uneven[0])} numbers, but there are {len(completions)} rows.")
         tables = reference or [1.0] * len(completions), preferences
         reference, P = (torch.tensor([t], dtype=torch.float64) for t in tables)
         world = World(name, tuple(completions), reference.log().log_softmax(-1), P)
         games.best_response(P, world.ref_logps, world.ref_logps, beta=1.0)  # checks both
-    except (ValueError, OverflowError) as error:  # rows of different lengths, too large, and InputError
+    except (ValueError, OverflowError) as error:  # too large a number, and InputError
         raise InputError(f"{name}: {error}") from None
     return world
 
@@ -94,9 +98,9 @@ def load_worlds(path: str) -> list[World]:
         rows = [parse() for _, parse in read_rows(path)]
         if all(isinstance(row, list) and {*map(type, row)} <= {int, float} for row in rows):
             return [world_of(path, [f"y{y}" for y in range(len(rows))], rows)]
-    _, header, _ = _read(path)
+    _, header, _ = read_table(path)
     if "completion" in header:
-        rows = _rows(path, [tuple(header)])
+        rows = table_rows(path, [tuple(header)])
         names = [row.name("completion") for row in rows]
         if sorted(map(str.lower, names)) != sorted({*header} - {"completion", "reference"}):
             raise InputError(f"{path}: must have a row and a column of each completion's name; rename them.")
@@ -141,17 +145,22 @@ def policies_of(world: World, beta: float, steps: int) -> tuple[dict[str, Tensor
     def bound(logps: Tensor) -> float:
         return games.duality_gap(P, logps, ref, beta=beta).item() / (2 * beta)
 
-    path, pairs, most = [ref], games.game_pairs(P), games.copeland_scores(P)
-    while len(path) <= steps and bound(path[-1]) > ENOUGH:
-        path.append(games.nash_md_step(P, path[-1], ref, beta=beta))
+    pairs, most = games.game_pairs(P), games.copeland_scores(P)
+    mirrored = accumulate(
+        repeat(None), lambda logps, _: games.nash_md_step(P, logps, ref, beta=beta), initial=ref
+    )
     online = partial(games.online_ipo_objective, ref_logps=ref, preferences=P, beta=beta)
     rate = 4 * beta**2 / (1 + 4 * beta**2)  # beta times the step of Nash-MD, which has this direction
-    paths = {"Nash-MD": torch.cat(path), "online IPO": _descend(ref, online, rate, steps, bound)}
+    paths = {
+        "Nash-MD": _path("Nash-MD", mirrored, steps, bound),
+        "online IPO": _path("online IPO", _descent(ref, online, rate), steps, bound),
+    }
     try:
         projection = optimal_logps(ref, maximum_likelihood(pairs, ref > -math.inf), beta=4 * beta)
         rate = safe_learning_rate(pairs, beta=4 * beta) / 10  # slow, for a path that can be seen
         dpo = lambda logps: dpo_objective(logps, ref, pairs, beta=4 * beta)[0]  # noqa: E731
-        paths["DPO"] = _descend(ref, dpo, rate, steps, lambda logps: kl_divergence(logps, projection).item())
+        to_end = lambda logps: kl_divergence(logps, projection).item()  # noqa: E731
+        paths["DPO"] = _path("DPO", _descent(ref, dpo, rate), steps, to_end)
     except InputError as error:
         print(f"{world.name}: no row for DPO, because {error}")
     policies = {
@@ -161,16 +170,25 @@ def policies_of(world: World, beta: float, steps: int) -> tuple[dict[str, Tensor
         "von Neumann's winner": games.von_neumann_winner(P),
         "equilibrium": games.regularised_equilibrium(P, ref, beta=beta)[0],
     }
-    return policies | {f"{name}, {len(p) - 1} steps": p[-1:] for name, p in paths.items()}, paths
+    return policies | {f"{name}, steps: {len(p) - 1}": p[-1:] for name, p in paths.items()}, paths
 
 
-def _descend(ref: Tensor, objective, rate: float, steps: int, distance) -> Tensor:
-    """The path of gradient descent on a table, from the reference to a distance of `ENOUGH` (T, Y)."""
-    policy, path = TabularPolicy(ref), [ref]
+def _descent(ref: Tensor, objective, rate: float) -> Iterator[Tensor]:
+    """Gradient descent on a table: the reference, and the policy after each step."""
+    policy = TabularPolicy(ref)
     optimizer = torch.optim.SGD(policy.parameters(), lr=rate)
-    stream = train(lambda _: (objective(policy()), {}), optimizer, itertools.repeat(None, steps))
-    while distance(path[-1]) > ENOUGH and next(stream, None) is not None:
-        path.append(policy().detach())
+    yield ref
+    for _ in train(lambda _: (objective(policy()), {}), optimizer, repeat(None)):
+        yield policy().detach()
+
+
+def _path(name: str, policies: Iterator[Tensor], steps: int, distance) -> Tensor:
+    """The policies up to the first within a distance of `ENOUGH`, or of so many steps (T, Y)."""
+    path = [next(policies)]
+    with tqdm(total=steps, desc=name, disable=None, leave=False) as bar:
+        while len(path) <= steps and distance(path[-1]) > ENOUGH:
+            path.append(next(policies))
+            bar.update()
     return torch.cat(path)
 
 

@@ -89,7 +89,8 @@ def run(args: argparse.Namespace) -> Path:
     print("\n" + results_table(truth, sizes) + "\n")
     print("\n".join(verdict(sizes)))
     rows = samplers.compare(truth, settings) if settings.completions > 2 else []  # of two there is one pair
-    print("", *samplers.samplers_table(rows, settings.pairs[-1], measured), sep="\n")
+    if rows:
+        print("", *samplers.samplers_table(rows, settings.pairs[-1], measured), sep="\n")
     # Only now: an interrupted run leaves no folder behind.
     folder = run_folder("statistics", {**vars(args), **asdict(settings)})
     _write(folder, truth, sizes)

@@ -49,7 +49,7 @@ from ...rivals.evaluate import Samples, mean_of
 from ...text import objectives, processes
 from ...text.batches import check_limits, with_mismatched
 from ...text.checkpoint import WEIGHTS_FILE, state_fingerprint
-from ...text.data import Dataset, LabelledCompletion, has_labels, load_dataset
+from ...text.data import Dataset, has_labels, load_dataset
 from ...text.examples import Examples
 from ...text.reviews import sentiment
 from ...text.runs import write_records
@@ -169,9 +169,9 @@ def run(args: argparse.Namespace) -> Path:
     context = sft.REVIEWS_CONTEXT if policy is None else policy.model.config.block_size
     setup.sample_length(options.max_new_tokens, context)
     check_limits(setup.context_of(options, context), options.max_prompt_length)
-    if dataset is not None and isinstance(dataset.rows[0], LabelledCompletion) and unweighted:
-        loss |= _balanced(options, dataset)
     rows = None if dataset is None else _rows(options, dataset, policy)
+    if rows is not None and unweighted:
+        loss |= _balanced(options, rows.train)
     del dataset  # its texts: from here on there are tokens
     with setup.resumable("dpo", setup.open_folder(options, "dpo")) as folder:
         if rows is None:
@@ -188,20 +188,21 @@ def _load(options: argparse.Namespace) -> Dataset:
     return setup.load_rows(options, "labels" if labelled else loss.rows, options.rows)
 
 
-def _balanced(options: argparse.Namespace, dataset: Dataset) -> dict[str, float]:
-    """Weights with which good and bad completions of a file count alike, 1 for the more frequent kind.
+def _balanced(options: argparse.Namespace, examples: Examples) -> dict[str, float]:
+    """Weights with which the good and the bad ones of labelled training rows count alike, 1 for the more
+    frequent kind; none for pairs, and where there is one kind only.
 
     Both are kept in `options`. Source: Ethayarajh et al. (2024), Eq. 9, whose range is 1 to 4/3.
     """
-    good = sum(row.label for row in dataset.rows)
-    bad = len(dataset.rows) - good
+    labels = [row.label for row in examples]
+    good, bad = labels.count(True), labels.count(False)
     if 0 in (good, bad):
         return {}
     weights = {"desirable_weight": max(1.0, bad / good), "undesirable_weight": max(1.0, good / bad)}
     vars(options).update(weights)
     if good != bad:
         given = ", ".join(f"--{name.replace('_', '-')} {value:.4g}" for name, value in weights.items())
-        print(f"note: {good} completions are good and {bad} bad; with {given} both kinds count alike.\n")
+        print(f"note: {good} training rows are good and {bad} bad; with {given} both kinds count alike.\n")
     return weights
 
 
