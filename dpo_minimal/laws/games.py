@@ -191,13 +191,7 @@ def _checked(preferences: Tensor, ref_logps: Tensor | None = None, beta=1.0, log
     check_positive("beta", beta)
     check_finite(preferences=preferences)
     P = preferences.double()
-    if (
-        P.dim() < 2
-        or P.numel() == 0
-        or P.shape[-2:-1] != P.shape[-1:]
-        or P.min() < 0
-        or not ((P + P.mT - 1).abs() <= 1e-4).all()
-    ):
+    if P.shape[-2:-1] != P.shape[-1:] or P.min() < 0 or not ((P + P.mT - 1).abs() <= 1e-4).all():
         raise InputError("preferences must be a table (..., Y, Y) with P + P' = 1, one half on the diagonal.")
     for name, table in (("ref_logps", ref_logps), ("logps", logps)):
         if table is not None:
