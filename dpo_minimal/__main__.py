@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # as after `| head -1`; what is still buffered must go somewhere at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except InputError as error:
+    except (InputError, processes.Lost) as error:
         processes.report(f"dpo-minimal: error: {error}")
         return 2
     except OSError as error:

@@ -29,6 +29,11 @@ TIMEOUT = timedelta(minutes=30)  # of waiting for another process; the first may
 number, count, store = 0, 1, None  # of this process; of all; what all of them can read
 
 
+class Lost(BaseException):
+    """Another process has ended, or is silent. No InputError: SIGTERM may raise it anywhere, so that an
+    `except InputError` that adds a place would name an innocent one."""
+
+
 @contextlib.contextmanager
 def joined(command: str) -> Iterator[None]:
     """Join the processes that torchrun has started. Raises InputError for a command that does not train."""
@@ -90,7 +95,7 @@ def _all(collective: Callable[..., Any], result: Any, *arguments: Any) -> Any:
 
 
 def _give_up(*_: Any) -> None:
-    raise InputError(f"another process failed, or was silent for {TIMEOUT}; see its report, then --resume.")
+    raise Lost(f"another process failed, or was silent for {TIMEOUT}; see its report, then --resume.")
 
 
 def from_first(work: Callable[[], Any]) -> Any:
