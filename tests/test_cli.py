@@ -319,6 +319,7 @@ def test_the_verdict_is_earned():
 # ---------------------------------------------------------------------------------- the command as a program
 
 
+@pytest.mark.slow  # a start of torch, which .ci/run and other tests have too
 def test_program_without_a_command_runs_bandit(tmp_path):
     """`python -m dpo_minimal` must work from any folder, in a process of its own, and number its output. On
     a table of one's own, because the GPT's whole world takes seconds (`run` has a GPT)."""

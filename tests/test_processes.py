@@ -204,6 +204,7 @@ JOBS = {
 # ------------------------------------------------------------------------------------------ as one process
 
 
+@pytest.mark.slow  # several starts of torch; .ci/run compares two processes with one as well
 def test_two_processes_do_what_one_does(here):
     """SFT, DPO, KTO on labels, an adapter, and runs that the other number of processes has begun: every file,
     so also metrics, checkpoints and the reference's log-probabilities, is the same to the last bit, because
