@@ -58,7 +58,7 @@ def generate(
     _check(model, prompts, max_new_tokens, eos, temperature, top_k, top_p)
     cut, rows = (temperature, top_k, top_p), []
     together = rows_at_once(model, max(map(len, prompts)) + max_new_tokens)
-    with torch.no_grad():
+    with torch.inference_mode():
         for start in range(0, len(prompts), together):
             some = prompts[start : start + together]
             rows += _generate(model, some, max_new_tokens, eos, cut, generator).tolist()

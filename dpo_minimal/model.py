@@ -76,18 +76,20 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None, cache: LayerCache | None = None) -> Tensor:
         B, T, C = x.shape
         heads = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = heads.permute(2, 0, 3, 1, 4)  # (B, T, 3, H, D) -> three of (B, H, T, D)
+        q, *kv = heads = heads.permute(2, 0, 3, 1, 4)  # (B, T, 3, H, D) -> three of (B, H, T, D)
         if cache is not None:
-            k, v = cache.append(k, v)  # (B, H, filled, D): what came before, and this
-        y = _attend(q, k, v, mask)
+            kv = cache.append(heads[1:])  # (B, H, filled, D): what came before, and this
+        y = _attend(q, *kv, mask)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, H, T, D) -> (B, T, C)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q k' / sqrt(D)) v over what the mask allows; without a mask, causal."""
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+    one = mask is not None and q.shape[-2] == 1
+    if q.device.type != "cpu" or (q.dtype != torch.bfloat16 and not one):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-    # In bfloat16 on a CPU the fused kernel's backward pass takes five times as long as these three lines.
+    # On a CPU the fused kernel takes longer than these lines for one query, as in sampling; and in bfloat16
+    # its backward pass five times as long.
     if mask is None:
         mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
     bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
@@ -98,25 +100,23 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 class LayerCache:
     """One layer's keys and values of the tokens read so far, so that sampling reads each token once [D9.1].
 
-    Keys and values are (B, H, S, D), for S = `slots` tokens a row, of which the first `filled` are read.
+    Keys and values are (2, B, H, S, D), for S = `slots` tokens a row, of which the first `filled` are read.
     """
 
     def __init__(self, config: GPTConfig, rows: int, slots: int, like: Tensor):
-        shape = (rows, config.n_head, slots, config.n_embd // config.n_head)
-        self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
+        width = config.n_embd // config.n_head
+        self.keys_values = like.new_empty(2, rows, config.n_head, slots, width)
         self.filled = 0
 
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add (B, H, T, D) of T more tokens; return those of all tokens so far."""
-        end = self.filled + keys.shape[2]
-        self.keys[:, :, self.filled : end] = keys
-        self.values[:, :, self.filled : end] = values
-        self.filled = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+    def append(self, keys_values: Tensor) -> Tensor:
+        """Add (2, B, H, T, D) of T more tokens; return those of all tokens so far."""
+        start, self.filled = self.filled, self.filled + keys_values.shape[3]
+        self.keys_values[..., start : self.filled, :] = keys_values
+        return self.keys_values[..., : self.filled, :]
 
     def keep(self, rows: Tensor) -> None:
         """Go on with some rows only: (B,) true for those."""
-        self.keys, self.values = self.keys[rows], self.values[rows]
+        self.keys_values = self.keys_values[:, rows]
 
 
 class MLP(nn.Module):

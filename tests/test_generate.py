@@ -147,7 +147,7 @@ def test_rare_tokens_are_drawn():
 def test_rows_together_fill_a_gigabyte():
     """Keys and values of every layer, as they are laid out; and one row goes through, however large it is."""
     large = GPT(GPTConfig(vocab_size=8, block_size=4096, n_layer=1, n_head=2, n_embd=512))
-    each = sum(cache.keys.nbytes + cache.values.nbytes for cache in large.empty_caches(1, 4096))
+    each = sum(cache.keys_values.nbytes for cache in large.empty_caches(1, 4096))
     rows = generation.rows_at_once(large, 4096)
     assert rows * each <= 2**30 < (rows + 1) * each
     assert generation.rows_at_once(large, 2**31) == 1
@@ -311,11 +311,11 @@ MUTANTS = {
         every_greedy_loop,
     ),
     "keys are kept as values": (
-        LayerCache.append, "self.filled : end] = values", "self.filled : end] = keys",
+        LayerCache.append, "] = keys_values", "] = keys_values[:1]",
         every_greedy_loop,
     ),
     "who goes on alone keeps another's keys": (
-        LayerCache.keep, "self.keys[rows]", "self.keys[: rows.sum()]",
+        LayerCache.keep, "[:, rows]", "[:, : rows.sum()]",
         test_rows_that_go_on_alone_are_what_they_were,
     ),
     "who goes on alone takes another's numbers": (
