@@ -34,10 +34,8 @@ from dpo_minimal.experiments.sentiment.methods import (
     all_runs,
     budget_of,
     jobs_of,
-    learn_reward,
     measure,
     measured_steps,
-    path_of,
     ppo_settings,
 )
 from dpo_minimal.experiments.sentiment.results import (
@@ -46,12 +44,22 @@ from dpo_minimal.experiments.sentiment.results import (
     best_of,
     estimated_frontier,
     order_weights,
+    results_of,
     reward_within,
     share_of_possible,
 )
-from dpo_minimal.experiments.sentiment.world import Plan, label_pairs, load_world, make_world, take_prefixes
-from dpo_minimal.experiments.study import kept, run_jobs
+from dpo_minimal.experiments.sentiment.rewards import DRAWS, draws_of, first_jobs, load_reward_model
+from dpo_minimal.experiments.sentiment.world import (
+    Plan,
+    label_pairs,
+    load_world,
+    make_world,
+    path_of,
+    take_prefixes,
+)
+from dpo_minimal.experiments.study import run_jobs
 from dpo_minimal.rivals.baselines import best_of_n_reward
+from dpo_minimal.rivals.reward_model import score_completions
 from dpo_minimal.text.objectives import reference_logps
 from dpo_minimal.text.runs import write_atomically
 from dpo_minimal.validation import InputError
@@ -210,7 +218,7 @@ def test_best_of_n_by_another_reward():
     generator = torch.Generator().manual_seed(2)
     true = torch.randn(4, 128, generator=generator, dtype=torch.float64)
     opponents = torch.zeros(4, dtype=torch.float64)
-    best, worst = best_of(true, true, opponents), best_of(true, -true, opponents)
+    best, worst = (best_of(true, by.unsqueeze(0), opponents) for by in (true, -true))
     for n in MOST_OF_N:
         assert best[n]["reward"] == pytest.approx(best_of_n_reward(true, n=n).mean().item())
         assert worst[n]["reward"] == pytest.approx(-best_of_n_reward(-true, n=n).mean().item())
@@ -251,7 +259,7 @@ RUNS = [
 
 def make(folder: Path, *, resume: bool) -> None:
     make_world(folder, TINY, reviews=None, seed=7, resume=resume)
-    kept(path_of(folder, "reward-model"), learn_reward, folder, TINY, 7)
+    run_jobs(first_jobs(folder, TINY, 7), "first", workers=1)
     run_jobs(list(jobs_of(folder, RUNS, TINY).values()), "methods", workers=1)
 
 
@@ -386,11 +394,42 @@ def test_an_interrupted_run_goes_on_to_the_same_result(finished, monkeypatch):
     make(folder, resume=True)
     assert kept == {run.name: path_of(folder, run.name).stat().st_mtime_ns for run in made}  # not made twice
     ours, theirs = arrays_of(folder), arrays_of(finished)
-    assert set(ours) == set(theirs) and len(ours) == len(RUNS) + 3
+    assert set(ours) == set(theirs) and len(ours) == len(RUNS) + 4
     for name, arrays in theirs.items():
         for key, table in arrays.items():
             if key != "seconds":
                 np.testing.assert_array_equal(ours[name][key], table, err_msg=f"{name} {key}")
+
+
+def test_the_draws_for_best_of_n_are_judged_each_with_its_own_prompt(finished):
+    """One by one: 384 of each, ended or as long as may be, true and learned reward, log pi_ref."""
+    world, found = load_world(finished), arrays_of(finished)["best-of-n.npz"]
+    draws = draws_of(finished, world)
+    assert [draw.prompt for draw in draws[::DRAWS]] == world.held_out[: TINY.best_of]
+    assert len(draws) == TINY.best_of * DRAWS
+    model, end = load_reward_model(finished, world), world.policy.tokenizer.eot
+    for place in (0, DRAWS - 1, DRAWS, 2 * DRAWS - 1):
+        (prompt, (ids,), *_), at = draws[place], divmod(place, DRAWS)
+        assert end not in ids[:-1] and (ids[-1] == end or len(ids) == TINY.max_new_tokens)
+        assert found["true"][at] == world.truth([prompt], [ids]).item()
+        assert found["learned"][at] == pytest.approx(
+            score_completions(model, [prompt], [ids]).item(), abs=1e-4
+        )
+        logps = reference_logps(world.policy.model, draws[place : place + 1], micro_size=1, dtype="float32")
+        assert found["reference"][at] == pytest.approx(logps.item(), abs=1e-3)  # float32, in another batch
+
+
+def test_dpo_chooses_by_its_own_reward(finished):
+    """Where log pi - log pi_ref is the true reward, its best of n is that by the true reward."""
+    found = {name.removesuffix(".npz"): arrays for name, arrays in arrays_of(finished).items()}
+    draws, run = found["best-of-n"], RUNS[1]
+    assert run.method == "DPO"
+    found[run.name] |= {"draw_logps": draws["reference"] + draws["true"].astype("float64")}
+    results = results_of(found, RUNS, TINY)
+    for n in MOST_OF_N:
+        for name in ("reward", "win_rate", "kl"):
+            implicit, true = (results.best[by][n][name] for by in ("DPO β 0.1 implicit", "true"))
+            assert implicit == pytest.approx(true, abs=1e-9), (n, name)
 
 
 def test_training_moves_the_policy_and_the_reference_stays(finished):

@@ -34,6 +34,7 @@ from ..text.runs import new_run_folder, versions, write_arrays, write_json, writ
 from ..validation import InputError
 
 Job = Callable[[], Any]
+Arrays = dict[str, Any]  # by name: arrays, or what `kept` makes arrays of
 Files = dict[str, Callable[[Path], None]]  # by name
 
 
@@ -96,7 +97,7 @@ def _call(job: Job) -> Any:
         os._exit(130)  # else the pool would give it the next job
 
 
-def kept(path: Path, job: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, np.ndarray]:
+def kept(path: Path, job: Callable[..., Arrays], *arguments: Any) -> dict[str, np.ndarray]:
     """What a job returns, as arrays in an .npz file; where that is there the job is not run again."""
     if not path.exists():
         path.parent.mkdir(exist_ok=True)

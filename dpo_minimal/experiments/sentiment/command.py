@@ -45,12 +45,13 @@ from ...text.runs import write_json, write_records, write_text
 from ...text.truth import read_reviews
 from ...validation import InputError, check_count, check_seed
 from ..options import RUN, Option, add_options, at_least, resolve
-from ..study import Files, Study, carry_out, kept, table, write_csv
+from ..study import Files, Study, carry_out, run_jobs, table, write_csv
 from ..text.report import prompt_line, text_lines
 from ..text.setup import open_folder, resumable
 from . import figure
-from .methods import DRAWS, PPO_EPOCHS, REWARD_EPOCHS, SHOWN, all_runs, jobs_of, learn_reward, path_of
+from .methods import PPO_EPOCHS, SHOWN, all_runs, jobs_of
 from .results import CHARACTER, WITHIN, Group, Results, Row, path_rows, results_of
+from .rewards import DRAWS, REWARD_EPOCHS, first_jobs
 from .world import NOISES, K, Plan, World, load_world, make_world
 
 GRAMMAR = Plan(
@@ -137,17 +138,18 @@ def run(args: argparse.Namespace) -> Path:
         make_world(
             folder, plan, reviews=options.reviews, seed=options.seed, resume=options.resume is not None
         )  # fmt: skip
-        carry_out(_study(folder, plan, options), folder, workers=workers or min(2, os.cpu_count() or 1))
+        workers = workers or min(2, os.cpu_count() or 1)
+        carry_out(_study(folder, plan, options, workers), folder, workers=workers)
     return folder
 
 
-def _study(folder: Path, plan: Plan, options: argparse.Namespace) -> Study:
+def _study(folder: Path, plan: Plan, options: argparse.Namespace, workers: int) -> Study:
     """Every training of the plan, from the world in the folder to tables, figures and files."""
     folder = folder.resolve()  # one name for what a process keeps of it
     runs = all_runs(seeds=options.seeds, quick=options.quick)
     if options.methods == "dpo":
         runs = [run for run in runs if run.method in ("SFT", "DPO", "DPO in rounds")]
-    reward = kept(path_of(folder, "reward-model"), learn_reward, folder, plan, options.seed)
+    reward, _ = run_jobs(first_jobs(folder, plan, options.seed), "reward model, draws", workers)
     jobs, world = jobs_of(folder, runs, plan), load_world(folder)
     what = "film reviews of a file" if options.reviews else "the grammar's film reviews"
 

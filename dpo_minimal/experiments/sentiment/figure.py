@@ -9,8 +9,9 @@ import numpy as np
 
 from ...bench.figures import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, panels, with_intervals
 from ...rivals.evaluate import crossed_interval, win_interval
-from .methods import DRAWS, TEMPERATURES
+from .methods import TEMPERATURES
 from .results import Group, Results, Row
+from .rewards import DRAWS
 
 DARK_BLUE = "#003a5c"
 COLOURS = {  # other methods are grey, best of N is red

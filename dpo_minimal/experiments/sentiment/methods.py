@@ -9,8 +9,8 @@ PPO makes its draws, and three gradient steps on each 64 of them. One rate, chos
 and PPO-GT, is everybody's: from 6e-4 on DPO left the language early. AdamW's steps do not depend on the scale
 of a loss, which is what makes one rate a fair one; losses that pull in another way may still deserve another.
 
-Each job leaves arrays in RUN/methods, such as dpo-beta-0.1-seed-0.npz; `measure`, `learn_reward`,
-`draw_opponents` and `draw_best_of_n` say which.
+Each job leaves arrays in RUN/methods, such as dpo-beta-0.1-seed-0.npz; `measure`, `draw_opponents` and those
+of rewards.py say which.
 
 But: no averages over seeds (results.py).
 
@@ -27,39 +27,42 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from ...generation import generate
 from ...model import GPT
 from ...rivals.evaluate import draw
 from ...rivals.ppo import PPOSettings, train_ppo
-from ...rivals.reward_model import RewardModel, fit_reward_model, normalised_reward, score_completions
+from ...rivals.reward_model import normalised_reward
 from ...text.batches import Example, in_passes, windows, with_mismatched
 from ...text.objectives import make_window, preference_objective, reference_logps, sft_objective
-from ...text.runs import read_safetensors, write_atomically
 from ...train import Objective, Window, average, make_optimizer, train
 from ...zoo import LOSSES
-from ..study import Job, kept
-from .world import K, Plan, World, first_held_out, load_world, pairs_of, sample_rows
+from ..study import Arrays, Job, kept
+from .rewards import draws_of, judge_draws, load_reward_model, logps_of_draws
+from .world import (
+    K,
+    Plan,
+    Stream,
+    World,
+    first_held_out,
+    load_world,
+    pairs_of,
+    path_of,
+    sample_rows,
+    sampling_generator,
+)
 
 BETAS, TARGET = (0.1, 1.0, 2.0), 6.0  # of DPO; nats, of PPO
 ROUNDS, ROUNDS_BETA = 4, 1.0
 REPEATED = ("DPO", "DPO in rounds", "PPO", "PPO-GT", "SFT")  # trained with several seeds; the others with one
 PPO_EPOCHS = 3  # gradient steps on each round's samples
 FIRST_COEFFICIENT = 0.1  # of PPO's KL penalty, before it is steered
-REWARD_EPOCHS = 3  # App. C.1
-REWARD_MODEL_FILE = "reward_model.safetensors"
 TEMPERATURES = (0.0, 0.25, 0.5, 0.75, 1.0)
 OTHER_TEMPERATURES = (0.25, 1.0)
-DRAWS = 384  # of each prompt, for best of n
 SHOWN = 8  # prompts whose samples are kept as text
-_SAMPLES, _OPPONENT, _OTHER_OPPONENT, _DRAWS, _ROUNDS = range(5)  # streams of random numbers
-
-Arrays = dict[str, Any]  # by name: arrays, or what `kept` makes arrays of
 
 
 class Run(NamedTuple):
@@ -121,16 +124,11 @@ def budget_of(run: Run, plan: Plan) -> dict[str, int]:
 def jobs_of(folder: Path, runs: Iterable[Run], plan: Plan) -> dict[str, Job]:
     """File's name -> the job that returns its arrays, and makes it where it is missing.
 
-    The longest come first, so that none is last alone. Each needs what `make_world` and `learn_reward` left.
+    The longest come first, so that none is last alone. Each needs what `first_jobs` left.
     """
-    jobs = {"best-of-n": (draw_best_of_n, folder, plan), "opponents": (draw_opponents, folder, plan)}
+    jobs = {"best-of-n": (judge_draws, folder, plan), "opponents": (draw_opponents, folder, plan)}
     jobs |= {run.name: (measure, folder, run, plan) for run in sorted(runs, key=lambda r: r.kind != "ppo")}
     return {name: partial(kept, path_of(folder, name), *job) for name, job in jobs.items()}
-
-
-def path_of(folder: Path, name: str) -> Path:
-    """The file of a job."""
-    return folder / "methods" / f"{name}.npz"
 
 
 # ----------------------------------------------------------------------------------------------- training
@@ -212,7 +210,7 @@ def _in_rounds(model: GPT, seed: int, world: World, plan: Plan) -> Iterator[Wind
     examples: list[Example] = []
     reference = torch.empty(0, 2)
     for number in range(ROUNDS):
-        stream = sampling_generator(_ROUNDS, seed, number).initial_seed()
+        stream = sampling_generator(Stream.ROUNDS, seed, number).initial_seed()
         rows = sample_rows(policy, prompts[number::ROUNDS], world.truth, plan, stream)
         whole = [Example(row["prompt"], row["completions"], "") for row in rows]
         logps = reference_logps(world.policy.model, whole, micro_size=16, dtype="float32")
@@ -232,39 +230,7 @@ def ppo_settings(run: Run, plan: Plan) -> PPOSettings:
     )  # fmt: skip
 
 
-def learn_reward(folder: Path, plan: Plan, seed: int) -> Arrays:
-    """Fit a reward model to the pairs, and keep it in the folder.
-
-    Returns: its accuracy on the held-out pairs, how many these are, and seconds.
-    """
-    started, world = time.perf_counter(), load_world(folder)
-    held_out = world.held_out_pairs
-    model, records = fit_reward_model(
-        world.policy.model, world.examples, held_out, learning_rate=plan.learning_rate, batch_size=plan.pairs,
-        epochs=REWARD_EPOCHS, seed=seed, look_every=30,
-    )  # fmt: skip
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    write_atomically(folder / REWARD_MODEL_FILE, lambda path: safetensors.torch.save_file(weights, path))
-    accuracy = max(record.get("eval_rewards/accuracies", 0.0) for record in records)
-    return {"accuracy": accuracy, "pairs": len(held_out), "seconds": time.perf_counter() - started}
-
-
-def load_reward_model(folder: Path, world: World) -> RewardModel:
-    """The reward model of this run."""
-    model = RewardModel(copy.deepcopy(world.policy.model))
-    model.load_state_dict(read_safetensors(folder / REWARD_MODEL_FILE))
-    return model.requires_grad_(False)
-
-
 # ----------------------------------------------------------------------------------------------- measuring
-
-
-def sampling_generator(*parts: int) -> torch.Generator:
-    """Random numbers of a stage of their own: streams of different parts never meet."""
-    seed = 0
-    for part in parts:
-        seed = (seed * 1_000_003 + part + 1) % 2**62
-    return torch.Generator().manual_seed(seed)
 
 
 def sample(
@@ -316,7 +282,7 @@ def measure(folder: Path, run: Run, plan: Plan) -> Arrays:
     for step, model in train_run(run, world, plan, folder):
         if step in (0, *measured_steps(budget_of(run, plan)["steps"])):
             seconds += time.perf_counter() - started
-            completions, logps, ref_logps = sample(model, world, prompts, plan, _SAMPLES, run.seed)
+            completions, logps, ref_logps = sample(model, world, prompts, plan, Stream.SAMPLES, run.seed)
             steps.append(step)
             rewards.append(world.truth(prompts, completions))
             log_ratios.append(logps - ref_logps)
@@ -335,6 +301,8 @@ def measure(folder: Path, run: Run, plan: Plan) -> Arrays:
         "reference_token_logps": ref_logps / lengths,
         "texts": [tokenizer.decode(y) for y in completions[:SHOWN]],
     }
+    if run.method == "DPO":  # for its own reward of the draws, beta log pi / pi_ref
+        arrays["draw_logps"] = logps_of_draws(model, draws_of(folder, world))
     if run.full:  # (M, P) and (2, Q)
         for name, prompts, temperatures in (
             ("temperature_rewards", world.held_out, TEMPERATURES),
@@ -342,7 +310,7 @@ def measure(folder: Path, run: Run, plan: Plan) -> Arrays:
         ):
             rewards = []
             for t in temperatures:
-                parts = _SAMPLES, run.seed, 1 + round(100 * t), len(prompts)
+                parts = Stream.SAMPLES, run.seed, 1 + round(100 * t), len(prompts)
                 completions, _, _ = sample(model, world, prompts, plan, *parts, temperature=t)
                 rewards.append(world.truth(prompts, completions))
             arrays[name] = torch.stack(rewards)
@@ -352,25 +320,8 @@ def measure(folder: Path, run: Run, plan: Plan) -> Arrays:
 def draw_opponents(folder: Path, plan: Plan) -> Arrays:
     """True rewards of a sample of each prompt, which all others are compared with."""
     world = load_world(folder)
-    both = {"held_out": (world.held_out, _OPPONENT), "other": (world.other, _OTHER_OPPONENT)}
+    both = {"held_out": (world.held_out, Stream.OPPONENT), "other": (world.other, Stream.OTHER_OPPONENT)}
     return {
         name: world.truth(prompts, sample(world.policy.model, world, prompts, plan, stream)[0])
         for name, (prompts, stream) in both.items()
     }
-
-
-def draw_best_of_n(folder: Path, plan: Plan) -> Arrays:
-    """True and learned rewards (P', 384) of the samples of some prompts."""
-    started = time.perf_counter()
-    world, stream = load_world(folder), sampling_generator(_DRAWS)
-    learned = load_reward_model(folder, world)
-    model, tokenizer = world.policy
-    rewards = []
-    for prompt in world.held_out[: plan.best_of]:
-        prompts = [prompt] * DRAWS
-        drawn = generate(
-            model, prompts, max_new_tokens=plan.max_new_tokens, eos=tokenizer.eot, generator=stream
-        )
-        rewards.append((world.truth(prompts, drawn), score_completions(learned, prompts, drawn)))
-    true, by_model = map(torch.stack, zip(*rewards))
-    return {"true": true, "learned": by_model, "seconds": time.perf_counter() - started}

@@ -19,7 +19,8 @@ from torch import Tensor
 from ...closed_form import reward_kl_frontier
 from ...rivals.baselines import best_of_n_kl_bound, best_of_n_reward
 from ...rivals.evaluate import Interval, crossed_interval, win_interval
-from .methods import OTHER_TEMPERATURES, TEMPERATURES, Arrays, Run, budget_of
+from ..study import Arrays
+from .methods import OTHER_TEMPERATURES, TEMPERATURES, Run, budget_of
 from .world import Plan
 
 Row = dict[str, Any]
@@ -100,17 +101,18 @@ def order_weights(n: int, m: int) -> Tensor:
 def best_of(true: Tensor, chosen_by: Tensor, opponents: Tensor) -> dict[int, Row]:
     """For every N its true reward and win rate with intervals over prompts, and the bound of its KL, nats.
 
-    Args: true, chosen_by (P', m): the true reward of all draws, and the one that chooses; opponents (P',).
+    Args: true (P', m), chosen_by (S, P', m): the true reward of all draws, and the one that chooses, of each
+        training; opponents (P',).
     """
     order = chosen_by.argsort(dim=-1, stable=True)
-    rewards = true.double().gather(-1, order)
+    rewards = true.double().expand_as(order).gather(-1, order)
     wins = (1 + (rewards - opponents.double().unsqueeze(-1)).sign()) / 2
     found = {}
     for n in MOST_OF_N:
         weights = order_weights(n, true.shape[-1])
-        found[n] = _spread("reward", crossed_interval((rewards @ weights).unsqueeze(0)))
+        found[n] = _spread("reward", crossed_interval(rewards @ weights))
         found[n] |= _spread("kl", [best_of_n_kl_bound(n)] * 3)
-        found[n] |= _spread("win_rate", crossed_interval((wins @ weights).unsqueeze(0), within=(0.0, 1.0)))
+        found[n] |= _spread("win_rate", crossed_interval(wins @ weights, within=(0.0, 1.0)))
     return found
 
 
@@ -135,7 +137,7 @@ class Results(NamedTuple):
     rows: list[Row]  # of table.csv, one for each method and setting
     win_rates: list[Row]  # of win_rates.csv
     opponents: Tensor  # (P,) rewards of samples of the SFT model, to win against
-    best: dict[str, dict[int, Row]]  # best of N by the "learned" and by the "true" reward
+    best: dict[str, dict[int, Row]]  # best of N by the "learned", the "true" and DPO's "... implicit" reward
     frontier: list[tuple[float, float]]  # estimated, (KL, reward)
     accuracy: float  # of the reward model, on so many held-out pairs
     pairs: int
@@ -146,8 +148,14 @@ def results_of(found: dict[str, Arrays], runs: Sequence[Run], plan: Plan) -> Res
     own, other = (torch.from_numpy(found["opponents"][key]).double() for key in ("held_out", "other"))
     draws, reward = found["best-of-n"], found["reward-model"]
     true, learned = (torch.from_numpy(draws[key]) for key in ("true", "learned"))
-    best = {name: best_of(true, by, own[: len(true)]) for name, by in (("learned", learned), ("true", true))}
     groups = groups_of(found, runs)
+    choosers = {"learned": learned.unsqueeze(0), "true": true.unsqueeze(0)}
+    for group in groups:
+        if "draw_logps" in group.last:
+            choosers[f"{group.label} implicit"] = group.last["draw_logps"] - torch.from_numpy(
+                draws["reference"]
+            )
+    best = {name: best_of(true, by, own[: len(true)]) for name, by in choosers.items()}
     start = next(group for group in groups if group.method == "SFT").rewards[:, -1].mean(0)
     budgets = {(run.method, run.setting): budget_of(run, plan) for run in runs}
     frontier = estimated_frontier(true)

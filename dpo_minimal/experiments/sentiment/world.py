@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from enum import IntEnum
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -42,6 +43,12 @@ SHORTEST, LONGEST = 2, 8  # tokens of a prefix
 NOISES = ("none", "bradley-terry")
 TEXTS_FILE, TRUTH_FILE, PROMPTS_FILE = "texts.json", "truth.json", "prompts.json"
 SAMPLES_FILE = "preferences.jsonl"
+
+
+class Stream(IntEnum):
+    """What random numbers are for, see `sampling_generator`."""
+
+    SAMPLES, OPPONENT, OTHER_OPPONENT, DRAWS, ROUNDS = range(5)
 
 
 class Plan(NamedTuple):
@@ -295,3 +302,16 @@ def pairs_of(rows: Sequence[dict[str, Any]], logps: Tensor) -> tuple[list[Exampl
     if not examples:
         raise InputError("no two samples differ in reward, so there is nothing to prefer; use more prefixes.")
     return examples, torch.stack(reference)
+
+
+def sampling_generator(*parts: int) -> torch.Generator:
+    """Random numbers of a stage of their own: streams of different parts never meet."""
+    seed = 0
+    for part in parts:
+        seed = (seed * 1_000_003 + part + 1) % 2**62
+    return torch.Generator().manual_seed(seed)
+
+
+def path_of(folder: Path, name: str) -> Path:
+    """The file of a job, see `kept`."""
+    return folder / "methods" / f"{name}.npz"
