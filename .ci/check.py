@@ -88,7 +88,7 @@ def sentiment(folder: Path) -> None:
     """DPO has raised the true reward."""
     with (folder / "table.csv").open(encoding="utf-8") as file:
         rows = {(row["method"], row["setting"]): row for row in csv.DictReader(file)}
-    start, end = (float(rows[key]["reward"]) for key in (("SFT", ""), ("DPO", "β 0.1")))
+    start, end = (float(rows[key]["reward"]) for key in (("SFT", ""), ("DPO", "β 1")))
     print(f"true reward in sentiment: {start:.2f} -> {end:.2f}")
     assert end > start + 0.2, "DPO has not raised the reward"
 

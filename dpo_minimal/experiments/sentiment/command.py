@@ -49,20 +49,20 @@ from ..study import Files, Study, carry_out, run_jobs, table, write_csv
 from ..text.report import prompt_line, text_lines
 from ..text.setup import open_folder, resumable
 from . import figure
-from .methods import PPO_EPOCHS, SHOWN, all_runs, jobs_of
+from .methods import PPO_BATCH, PPO_EPOCHS, SHOWN, all_runs, jobs_of
 from .results import CHARACTER, WITHIN, Group, Results, Row, path_rows, results_of
 from .rewards import DRAWS, REWARD_EPOCHS, first_jobs
 from .world import NOISES, K, Plan, World, load_world, make_world
 
 GRAMMAR = Plan(
     demonstrations=16000, vocab_size=704, context=64, n_layer=2, n_embd=128, sft_epochs=1,
-    sft_learning_rate=3e-3, prefixes=640, held_out=192, other=192, max_new_tokens=44, steps=750, pairs=32,
+    sft_learning_rate=3e-3, prefixes=640, held_out=192, other=192, max_new_tokens=44, steps=750, batch=8,
     learning_rate=3e-4, warmup=10, best_of=48, noise=NOISES[0],
 )  # fmt: skip
 QUICK = GRAMMAR._replace(demonstrations=6400, prefixes=240, steps=150, held_out=96, other=96, best_of=16)
 REVIEWS = GRAMMAR._replace(
     vocab_size=2048, context=72, n_layer=3, sft_epochs=5, sft_learning_rate=1.5e-3, max_new_tokens=56,
-    prefixes=560, steps=480,
+    prefixes=560, steps=600,
 )  # fmt: skip
 QUICK_REVIEWS = REVIEWS._replace(
     n_layer=2, sft_epochs=2, prefixes=160, steps=90, held_out=64, other=64, best_of=8
@@ -201,7 +201,7 @@ def _plus_minus(row: Row, name: str) -> str:
 
 def learnt_from(results: Results, plan: Plan, drawn: Sequence[Row]) -> list[str]:
     """What every method may use, how the pairs came about, and what the learned and the true reward tell."""
-    judged = K * plan.prefixes
+    judged, at_once = K * plan.prefixes, PPO_BATCH * plan.batch
     pairs, left_out = sum(len(row["pairs"]) for row in drawn), sum(row["left_out"] for row in drawn)
     with_ppo = any(group.method == "PPO" for group in results.groups)
     labels = "always the better one is chosen; the DPO loss has no finite optimum for any beta [D11.6]"
@@ -209,10 +209,10 @@ def learnt_from(results: Results, plan: Plan, drawn: Sequence[Row]) -> list[str]
         wrong = sum(row["rewards"][w] < row["rewards"][l] for row in drawn for w, l in row["pairs"])
         labels = f"Bradley-Terry's; {wrong / pairs:.0%} choose the worse one"
     return [
-        f"Every method: {2 * plan.pairs} completions a gradient step, AdamW at {plan.learning_rate:g} after "
-        f"{plan.warmup} steps of warm-up, clipped at 1.",
-        f"On pairs: {plan.steps} steps, to a rate of zero, and a tenth of the prefixes held out.",
-        *[f"PPO: {judged // (2 * plan.pairs)} rounds of samples, {PPO_EPOCHS} steps each."] * with_ppo,
+        f"Every method: AdamW at {plan.learning_rate:g} after {plan.warmup} steps of warm-up, clipped at 1.",
+        f"On pairs: {plan.steps} steps of {K * plan.batch} completions, to a rate of zero, and a tenth of "
+        "the prefixes held out.",
+        *[f"PPO: {judged // at_once} rounds of {at_once} samples, {PPO_EPOCHS} steps each."] * with_ppo,
         f"Pairs: {pairs:,} of {judged:,} judged completions of {len(drawn):,} prefixes, {left_out} left out.",
         f"Labels: {labels}.",
         f"The learned reward, {REWARD_EPOCHS} epochs of the pairs, orders {results.accuracy:.0%} of "

@@ -4,7 +4,9 @@ What every method has in common is what people tell it: a number of completions 
 them, those of the pairs, four a prefix, or as many that PPO with the true reward draws for itself. (A tenth
 of the pairs is held out, to tell how much was learnt from the others.) On pairs all take as many steps, at a
 learning rate that falls to zero: enough, in the default plan, for DPO to judge held-out pairs no better in
-the end. DPO in rounds draws the pairs of each quarter of the prefixes from the policy that it is by then.
+the end. A step takes prefixes with all their pairs, so that a completion is scored once for three of them.
+DPO in rounds draws the pairs of each quarter of the prefixes from the policy that it is by then; it takes
+twice as many steps, as most of its pairs come late.
 PPO makes its draws, and three gradient steps on each 64 of them. One rate, chosen once on the grammar by DPO
 and PPO-GT, is everybody's: from 6e-4 on DPO left the language early. AdamW's steps do not depend on the scale
 of a loss, which is what makes one rate a fair one; losses that pull in another way may still deserve another.
@@ -33,32 +35,43 @@ import torch
 from torch import Tensor
 
 from ...model import GPT
+from ...policy import SharedPromptBatch
 from ...rivals.evaluate import draw
 from ...rivals.ppo import PPOSettings, train_ppo
 from ...rivals.reward_model import normalised_reward
 from ...text.batches import Example, in_passes, windows, with_mismatched
-from ...text.objectives import make_window, preference_objective, reference_logps, sft_objective
+from ...text.objectives import (
+    PreferenceBatch,
+    completion_logps_of,
+    layout,
+    loss_of,
+    make_window,
+    preference_objective,
+    reference_logps,
+    sft_objective,
+)  # fmt: skip
 from ...train import Objective, Window, average, make_optimizer, train
 from ...zoo import LOSSES
 from ..study import Arrays, Job, kept
 from .rewards import draws_of, judge_draws, load_reward_model, logps_of_draws
 from .world import (
     K,
+    Labelled,
     Plan,
     Stream,
     World,
     first_held_out,
+    labelled_of,
     load_world,
-    pairs_of,
     path_of,
     sample_rows,
     sampling_generator,
 )
 
 BETAS, TARGET = (0.1, 1.0, 2.0), 6.0  # of DPO; nats, of PPO
-ROUNDS, ROUNDS_BETA = 4, 1.0
-REPEATED = ("DPO", "DPO in rounds", "PPO", "PPO-GT", "SFT")  # trained with several seeds; the others with one
-PPO_EPOCHS = 3  # gradient steps on each round's samples
+ROUNDS, ROUNDS_BETA, ROUNDS_STEPS = 4, 2.0, 2  # these are so often as many as on pairs that are there at once
+REPEATED = ("DPO", "DPO in rounds", "PPO", "PPO-GT", "SFT")  # if `full`, with several seeds; others with one
+PPO_EPOCHS, PPO_BATCH = 3, 8  # gradient steps on each round's samples; these are so often as many as a batch
 FIRST_COEFFICIENT = 0.1  # of PPO's KL penalty, before it is steered
 TEMPERATURES = (0.0, 0.25, 0.5, 0.75, 1.0)
 OTHER_TEMPERATURES = (0.25, 1.0)
@@ -98,14 +111,14 @@ def all_runs(*, seeds: int, quick: bool) -> list[Run]:
     distinct = [
         Run("SFT", "", "none", full=True),
         Run("Preferred-FT", "", "sft", full=True),
-        *(pairs("dpo", full=b == 0.1, beta=b) for b in ((0.1, 1.0) if quick else BETAS)),
+        *(pairs("dpo", full=b == BETAS[-1], beta=b) for b in (BETAS[1:] if quick else BETAS)),
         in_rounds,
         pairs("unlikelihood", full=True, alpha=1.0), pairs("ipo", beta=0.1),
         pairs("kto", beta=0.1, desirable_weight=1.0, undesirable_weight=1.0), pairs("orpo", lam=1.0),
         Run("PPO", f"KL {TARGET:g}", "ppo", target=TARGET, learned=True, full=True),
         Run("PPO-GT", f"KL {TARGET:g}", "ppo", target=TARGET, full=True),
     ]  # fmt: skip
-    count = {run: seeds if run.method in REPEATED else 1 for run in distinct}
+    count = {run: seeds if run.full and run.method in REPEATED else 1 for run in distinct}
     return [run._replace(seed=seed) for run in distinct for seed in range(count[run])]
 
 
@@ -114,10 +127,14 @@ def budget_of(run: Run, plan: Plan) -> dict[str, int]:
 
     PPO by the learned reward knows no more true rewards than the pairs do, however often it is asked.
     """
-    completions, judged = 2 * plan.pairs, K * plan.prefixes
+    steps, completions, judged = plan.steps, K * plan.batch, K * plan.prefixes
     if run.kind == "none":
         return {"steps": 0, "completions": 0, "judged": 0}
-    steps = PPO_EPOCHS * (judged // completions) if run.kind == "ppo" else plan.steps
+    if run.kind == "rounds":
+        steps *= ROUNDS_STEPS
+    if run.kind == "ppo":
+        completions = PPO_BATCH * plan.batch
+        steps = PPO_EPOCHS * (judged // completions)
     return {"steps": steps, "completions": completions, "judged": judged}
 
 
@@ -150,80 +167,131 @@ def train_run(run: Run, world: World, plan: Plan, folder: Path) -> Iterator[tupl
             eos=world.policy.tokenizer.eot,
         )  # fmt: skip
     else:
-        objective, stream = _learn_from_pairs(run, world, plan, model)
+        steps = budget_of(run, plan)["steps"]
+        objective, stream = _learn_from_pairs(run, world, plan, model, steps)
         optimizer = make_optimizer(model.parameters(), "adamw", plan.learning_rate)
         scheduler = torch.optim.lr_scheduler.LambdaLR(  # rises over the warm-up, and falls to zero
-            optimizer, lambda done: min(1, (done + 1) / plan.warmup) * (1 - done / plan.steps)
+            optimizer, lambda done: min(1, (done + 1) / plan.warmup) * (1 - done / steps)
         )
         records, each = train(objective, optimizer, stream, scheduler=scheduler, max_grad_norm=1.0), 1
     for record in records:
         yield each * int(record["step"]), model
 
 
-def _learn_from_pairs(run: Run, world: World, plan: Plan, model: GPT) -> tuple[Objective, Iterator[Window]]:
-    """The objective of a run, and its windows of pairs, epoch after epoch, as many as steps.
+class PairsOfPrefixes(NamedTuple):
+    """A micro-batch of B prefixes with all their pairs: a completion is scored once, and is in several."""
+
+    batch: SharedPromptBatch
+    reference: Tensor  # (B, K) log pi_ref, nats
+    pairs: Tensor  # (N, 3) prefix, chosen, rejected
+
+
+def pairwise_objective(model: GPT, loss_type: str, **options: float) -> Objective:
+    """`PairsOfPrefixes` -> (mean loss of the pairs, no metrics), like `preference_objective`."""
+    loss = LOSSES[loss_type]
+
+    def objective(micro: PairsOfPrefixes) -> tuple[Tensor, dict[str, Tensor]]:
+        logps, where = (
+            completion_logps_of(model, micro.batch, "float32"),
+            (micro.pairs[:, :1], micro.pairs[:, 1:]),
+        )
+        lengths = micro.batch.completion_lengths[where]  # of the batch a loss reads no more
+        pairs = PreferenceBatch(micro.batch._replace(completion_lengths=lengths), micro.reference[where])
+        return loss_of(loss, logps[where], pairs, options).losses.mean(), {}
+
+    return objective
+
+
+def _learn_from_pairs(
+    run: Run, world: World, plan: Plan, model: GPT, steps: int
+) -> tuple[Objective, Iterator[Window]]:
+    """The objective of a run, and its windows, epoch after epoch, as many as steps.
 
     An epoch's rest that makes no whole window is passed over, so that every step has the same size.
     """
-    examples, reference = world.examples, world.reference
+    size, options = K * plan.batch, dict(run.options)
     if run.kind == "sft":
-        examples = [row._replace(completions=row.completions[:1]) for row in examples]
-        # Two chosen completions for each pair that the others see: as many completions a step.
-        stream = _windows(examples, None, 2 * plan.pairs, plan.steps, run.seed)
-        return sft_objective(model, dtype="float32"), stream
-    objective = preference_objective(model, run.loss_type, dtype="float32", **dict(run.options))
-    if run.kind == "rounds":
-        return objective, _in_rounds(model, run.seed, world, plan)
-    policy = None
+        chosen = [row._replace(completions=row.completions[:1]) for row in world.examples]
+        return sft_objective(model, dtype="float32"), _windows(chosen, None, size, steps, run.seed)
     if "kl_estimate" in LOSSES[run.loss_type].reads:  # one more completion is scored, but teaches nothing
-        policy, examples = model, with_mismatched(examples, max_length=plan.context)
+        examples = with_mismatched(world.examples, max_length=plan.context)
         reference = reference_logps(world.policy.model, examples, micro_size=16, dtype="float32")
-    return objective, _windows(examples, reference, plan.pairs, plan.steps, run.seed, policy)
+        objective = preference_objective(model, run.loss_type, dtype="float32", **options)
+        return objective, _windows(examples, reference, size // 2, steps, run.seed, model)
+    objective = pairwise_objective(model, run.loss_type, **options)
+    if run.kind == "rounds":
+        return objective, _in_rounds(model, run.seed, world, plan, steps)
+    return objective, _windows_of_prefixes(world.labelled, plan.batch, steps, run.seed)
 
 
 def _windows(
     examples: Sequence[Example], reference: Tensor | None, size: int, steps: int, seed: int,
     policy: GPT | None = None,
 ) -> Iterator[Window]:  # fmt: skip
-    """Whole windows of so many rows, epoch after epoch."""
+    """Windows of so many rows, each by itself."""
+    of_rows = partial(
+        make_window, examples, reference=reference, dtype="float32", device="cpu", policy=policy
+    )
+    return map(of_rows, _whole_windows(examples, size, 16, steps, seed))
+
+
+def _windows_of_prefixes(labelled: Sequence[Labelled], size: int, steps: int, seed: int) -> Iterator[Window]:
+    """Windows of so many prefixes with all their pairs."""
+    some = [row for row in labelled if row.pairs]
+    whole = _whole_windows([row.example for row in some], size, 4, steps, seed)
+    return map(partial(window_of_prefixes, some), whole)
+
+
+def window_of_prefixes(labelled: Sequence[Labelled], step: list[list[int]]) -> Window:
+    """Micro-batches of prefixes by their numbers; every pair of the window counts alike."""
+    micro_batches = []
+    for rows in ([labelled[n] for n in numbers] for numbers in step):
+        batch = layout([row.example for row in rows], dtype="float32", device="cpu")
+        pairs = torch.tensor([(n, *pair) for n, row in enumerate(rows) for pair in row.pairs])
+        reference = torch.stack([row.reference for row in rows])
+        micro_batches.append(PairsOfPrefixes(batch, reference, pairs))
+    count = sum(len(micro.pairs) for micro in micro_batches)
+    return Window(micro_batches, [len(micro.pairs) / count for micro in micro_batches])
+
+
+def _whole_windows(
+    examples: Sequence[Example], size: int, micro_size: int, steps: int, seed: int
+) -> Iterator[list[list[int]]]:
+    """The rows of so many steps, epoch after epoch, all of one size."""
     size = min(size, len(examples))
     whole = (
         rows
         for epoch in itertools.count()
-        for rows in windows(examples, window_size=size, micro_size=min(16, size), seed=seed, epoch=epoch)
+        for rows in windows(
+            examples, window_size=size, micro_size=min(micro_size, size), seed=seed, epoch=epoch
+        )
         if sum(map(len, rows)) == size
     )
-    of_rows = partial(
-        make_window, examples, reference=reference, dtype="float32", device="cpu", policy=policy
-    )
-    return map(of_rows, itertools.islice(whole, steps))
+    return itertools.islice(whole, steps)
 
 
-def _in_rounds(model: GPT, seed: int, world: World, plan: Plan) -> Iterator[Window]:
-    """Windows of pairs that the model itself draws: a part of the prefixes a round, labelled like the others.
+def _in_rounds(model: GPT, seed: int, world: World, plan: Plan, steps: int) -> Iterator[Window]:
+    """Windows of prefixes whose completions the model itself draws: a part of them a round, labelled alike.
 
     It is drawn from when a round begins, as it is by then, and goes on with the pairs of all rounds so far.
     The rounds of R have 1/R, 2/R, ... of all pairs, and steps in that proportion.
     """
     prompts = world.train_prompts[: first_held_out(world.train_prompts)]
     policy = world.policy._replace(model=model)
-    examples: list[Example] = []
-    reference = torch.empty(0, 2)
+    labelled: list[Labelled] = []
     for number in range(ROUNDS):
         stream = sampling_generator(Stream.ROUNDS, seed, number).initial_seed()
         rows = sample_rows(policy, prompts[number::ROUNDS], world.truth, plan, stream)
-        whole = [Example(row["prompt"], row["completions"], "") for row in rows]
-        logps = reference_logps(world.policy.model, whole, micro_size=16, dtype="float32")
-        new, new_reference = pairs_of(rows, logps)
-        examples, reference = examples + new, torch.cat([reference, new_reference])
-        ends = [plan.steps * k * (k + 1) // (ROUNDS * (ROUNDS + 1)) for k in (number, number + 1)]
-        yield from _windows(examples, reference, plan.pairs, ends[1] - ends[0], 1000 * seed + number)
+        labelled += labelled_of(rows, world.policy.model)
+        ends = [steps * k * (k + 1) // (ROUNDS * (ROUNDS + 1)) for k in (number, number + 1)]
+        yield from _windows_of_prefixes(labelled, plan.batch, ends[1] - ends[0], 1000 * seed + number)
 
 
 def ppo_settings(run: Run, plan: Plan) -> PPOSettings:
     """PPO within the common budget: its value function learns beside the policy, at five times the rate."""
     return PPOSettings(
-        iterations=budget_of(run, plan)["steps"] // PPO_EPOCHS, prompts=2 * plan.pairs, epochs=PPO_EPOCHS,
+        iterations=budget_of(run, plan)["steps"] // PPO_EPOCHS, prompts=PPO_BATCH * plan.batch,
+        epochs=PPO_EPOCHS,
         micro_size=16, learning_rate=plan.learning_rate, value_learning_rate=5 * plan.learning_rate, clip=0.2,
         kl_coefficient=FIRST_COEFFICIENT, target_kl=run.target, max_new_tokens=plan.max_new_tokens,
         max_grad_norm=1.0, seed=run.seed,

@@ -26,7 +26,7 @@ from ...text.batches import Example
 from ...text.objectives import reference_logps
 from ...text.runs import read_safetensors, write_atomically
 from ..study import Arrays, Job, kept
-from .world import Plan, Stream, World, load_world, path_of, sampling_generator
+from .world import K, Plan, Stream, World, load_world, path_of, sampling_generator
 
 REWARD_EPOCHS = 3  # App. C.1
 REWARD_MODEL_FILE = "reward_model.safetensors"
@@ -47,8 +47,8 @@ def learn_reward(folder: Path, plan: Plan, seed: int) -> Arrays:
     started, world = time.perf_counter(), load_world(folder)
     held_out = world.held_out_pairs
     model, records = fit_reward_model(
-        world.policy.model, world.examples, held_out, learning_rate=plan.learning_rate, batch_size=plan.pairs,
-        epochs=REWARD_EPOCHS, seed=seed, look_every=30,
+        world.policy.model, world.examples, held_out, learning_rate=plan.learning_rate,
+        batch_size=K * plan.batch, epochs=REWARD_EPOCHS, seed=seed, look_every=30,
     )  # fmt: skip
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     write_atomically(folder / REWARD_MODEL_FILE, lambda path: safetensors.torch.save_file(weights, path))

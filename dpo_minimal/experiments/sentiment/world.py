@@ -66,11 +66,19 @@ class Plan(NamedTuple):
     other: int  # of the other distribution
     max_new_tokens: int  # where a sample is cut
     steps: int  # gradient steps of a training on pairs
-    pairs: int  # in each, and in each of PPO's (completions: twice that)
+    batch: int  # prefixes in each, with their K completions
     learning_rate: float  # of every method's policy, AdamW; it falls to zero over the steps, but for PPO
     warmup: int
     best_of: int  # held-out prefixes of which 384 samples are drawn
     noise: str  # of the labels, one of NOISES
+
+
+class Labelled(NamedTuple):
+    """A prefix with K completions, and what is known of them."""
+
+    example: Example
+    reference: Tensor  # (K,) log pi_ref, nats
+    pairs: list[tuple[int, int]]  # which completion is preferred to which
 
 
 # "learn", "held_out" (for SFT's own check); "own" (the training prompts' kind), "other" (another kind)
@@ -83,8 +91,9 @@ class World(NamedTuple):
     policy: Policy  # the SFT model, which is every method's start and reference
     truth: Truth  # the true reward
     rows: list[dict[str, Any]]  # of preferences.jsonl
-    examples: list[Example]  # training pairs: nine tenths of the prefixes'
-    reference: Tensor  # the reference's log-probabilities of them
+    labelled: list[Labelled]  # nine tenths of the training prefixes
+    examples: list[Example]  # their pairs one by one
+    reference: Tensor  # the reference's log-probabilities of these
     held_out_pairs: list[Example]  # of the last tenth, which tells what was learnt from the others
     held_out_reference: Tensor
     train_prompts: list[list[int]]
@@ -119,12 +128,11 @@ def load_world(folder: Path) -> World:
     policy = load_policy(str(folder / "sft"))
     policy.model.requires_grad_(False)
     rows = [json.loads(line) for line in (folder / SAMPLES_FILE).read_text(encoding="utf-8").splitlines()]
-    whole = [Example(row["prompt"], row["completions"], "") for row in rows]
-    logps, cut = reference_logps(policy.model, whole, micro_size=16, dtype="float32"), first_held_out(rows)
-    pairs = *pairs_of(rows[:cut], logps[:cut]), *pairs_of(rows[cut:], logps[cut:])
+    labelled, cut = labelled_of(rows, policy.model), first_held_out(rows)
+    pairs = *pairs_of(labelled[:cut]), *pairs_of(labelled[cut:])
     found = read_json_object(folder / PROMPTS_FILE)
     prompts = (found[name] for name in ("train", "held_out", "other"))
-    return World(policy, _truth(folder, policy.tokenizer), rows, *pairs, *prompts)
+    return World(policy, _truth(folder, policy.tokenizer), rows, labelled[:cut], *pairs, *prompts)
 
 
 def first_held_out(prefixes: Sequence[Any]) -> int:
@@ -287,18 +295,22 @@ def sample_rows(
     return rows
 
 
-def pairs_of(rows: Sequence[dict[str, Any]], logps: Tensor) -> tuple[list[Example], Tensor]:
-    """Rows as training pairs: P examples [chosen, rejected] and the reference's log-probabilities (P, 2).
+def labelled_of(rows: Sequence[dict[str, Any]], reference: GPT) -> list[Labelled]:
+    """Rows of preferences.jsonl with the reference's log-probabilities."""
+    places = [f"prefix {number}" for number in range(1, len(rows) + 1)]
+    examples = [Example(row["prompt"], row["completions"], place) for row, place in zip(rows, places)]
+    logps = reference_logps(reference, examples, micro_size=16, dtype="float32")
+    return [Labelled(example, own, row["pairs"]) for example, own, row in zip(examples, logps, rows)]
 
-    Args: logps (N, K) of all completions under the reference.
-    """
+
+def pairs_of(labelled: Sequence[Labelled]) -> tuple[list[Example], Tensor]:
+    """Every pair by itself: P examples [chosen, rejected] and the reference's log-probabilities (P, 2)."""
     examples, reference = [], []
-    for number, row in enumerate(rows):
-        for chosen, rejected in row["pairs"]:
-            two = [row["completions"][chosen], row["completions"][rejected]]
-            place = f"prefix {number + 1}, samples {chosen + 1} and {rejected + 1}"
-            examples.append(Example(row["prompt"], two, place))
-            reference.append(logps[number, [chosen, rejected]])
+    for (prompt, completions, place, *_), logps, pairs in labelled:
+        for chosen, rejected in pairs:
+            where = f"{place}, samples {chosen + 1} and {rejected + 1}"
+            examples.append(Example(prompt, [completions[chosen], completions[rejected]], where))
+            reference.append(logps[[chosen, rejected]])
     if not examples:
         raise InputError("no two samples differ in reward, so there is nothing to prefer; use more prefixes.")
     return examples, torch.stack(reference)
