@@ -488,7 +488,7 @@ def test_rounds_draw_from_the_policy_as_it_is_by_then(finished, monkeypatch):
     assert [sum(round == k for round, _ in taken) for k in (1, 2, 3, 4)] == [6, 12, 18, 24]
     counts = np.cumsum([sum(bool(row["pairs"]) for row in rows) for _, _, rows in drawn])
     assert all(size == counts[round - 1] for round, size in taken)
-    assert rates[0] == pytest.approx(1e-3 / 2) and rates[-1] == pytest.approx(1e-3 / 60)
+    assert rates[0] == pytest.approx(2e-3 / 2) and rates[-1] == pytest.approx(2e-3 / 60)
 
 
 @pytest.mark.parametrize(

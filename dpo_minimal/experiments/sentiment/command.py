@@ -10,7 +10,7 @@ and DPO in rounds, whose pairs the policy itself draws, a quarter of the prefixe
 
   dpo-minimal sentiment                           the package's own grammar of reviews
   dpo-minimal sentiment --quick                   the same with fewer settings, in a minute and a half
-  dpo-minimal sentiment --methods dpo --prefixes 2500 --steps 4000      15,000 labels
+  dpo-minimal sentiment --methods dpo --prefixes 2500 --steps 3000      15,000 labels
   dpo-minimal sentiment --reviews FILE.tsv        your reviews, lines label<TAB>text with label 1 or 0; the
                                                   truth is then a logistic regression on their words
   dpo-minimal sentiment --resume runs/sentiment-001
@@ -49,7 +49,7 @@ from ..study import Files, Study, carry_out, run_jobs, table, write_csv
 from ..text.report import prompt_line, text_lines
 from ..text.setup import open_folder, resumable
 from . import figure
-from .methods import PPO_BATCH, PPO_EPOCHS, SHOWN, all_runs, jobs_of
+from .methods import PPO_BATCH, PPO_EPOCHS, ROUNDS_RATE, ROUNDS_STEPS, SHOWN, all_runs, jobs_of
 from .results import CHARACTER, WITHIN, Group, Results, Row, path_rows, results_of
 from .rewards import DRAWS, REWARD_EPOCHS, first_jobs
 from .world import NOISES, K, Plan, World, load_world, make_world
@@ -211,7 +211,7 @@ def learnt_from(results: Results, plan: Plan, drawn: Sequence[Row]) -> list[str]
     return [
         f"Every method: AdamW at {plan.learning_rate:g} after {plan.warmup} steps of warm-up, clipped at 1.",
         f"On pairs: {plan.steps} steps of {K * plan.batch} completions, to a rate of zero, and a tenth of "
-        "the prefixes held out.",
+        f"the prefixes held out; in rounds {ROUNDS_STEPS:g} times as many at {ROUNDS_RATE:g} times the rate.",
         *[f"PPO: {judged // at_once} rounds of {at_once} samples, {PPO_EPOCHS} steps each."] * with_ppo,
         f"Pairs: {pairs:,} of {judged:,} judged completions of {len(drawn):,} prefixes, {left_out} left out.",
         f"Labels: {labels}.",

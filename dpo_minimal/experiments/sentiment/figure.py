@@ -22,6 +22,7 @@ MARKERS = {"DPO": "o", "DPO in rounds": "d", "PPO": "s", "PPO-GT": "D", "Unlikel
            "Preferred-FT": "P", "SFT": "*", "IPO": "<", "KTO": "^", "ORPO": "X"}  # fmt: skip
 BY_TRUE = {"color": RED, "marker": "h", "linestyle": "-"}  # best of N
 BY_LEARNED = BY_TRUE | {"linestyle": ":", "markerfacecolor": "white"}
+BY_IMPLICIT = BY_LEARNED | {"color": BLUE}
 LARGE = {"font.size": 17, "axes.titlesize": 19, "legend.fontsize": 14}
 
 
@@ -68,9 +69,11 @@ def _best_lines(axis, results: Results) -> None:
         *zip(*results.frontier), color="black", linewidth=3, zorder=1,
         label=f"most reward possible\n({DRAWS} draws a prefix)",
     )  # fmt: skip
+    own = [*results.best][-1]  # of the DPO setting that stays nearest to the reference
     for name, style, label in (
         ("true", BY_TRUE, "best of N, true reward\n(KL: its upper bound)"),
         ("learned", BY_LEARNED, "best of N, learned reward"),
+        (own, BY_IMPLICIT, f"best of N, {own.removesuffix(' implicit')}'s reward"),
     ):
         points = [(row["kl"], row["reward"]) for row in results.best[name].values()]
         axis.plot(*zip(*points), markersize=10, linewidth=2, zorder=4, label=label, **style)

@@ -6,10 +6,11 @@ of the pairs is held out, to tell how much was learnt from the others.) On pairs
 learning rate that falls to zero: enough, in the default plan, for DPO to judge held-out pairs no better in
 the end. A step takes prefixes with all their pairs, so that a completion is scored once for three of them.
 DPO in rounds draws the pairs of each quarter of the prefixes from the policy that it is by then; it takes
-twice as many steps, as most of its pairs come late.
-PPO makes its draws, and three gradient steps on each 64 of them. One rate, chosen once on the grammar by DPO
-and PPO-GT, is everybody's: from 6e-4 on DPO left the language early. AdamW's steps do not depend on the scale
-of a loss, which is what makes one rate a fair one; losses that pull in another way may still deserve another.
+twice as many steps, as most of its pairs come late, at twice the rate, because its own draws show what went
+astray. PPO makes its draws, and three gradient steps on each 64 of them. One rate, chosen once on the grammar
+by DPO and PPO-GT, is everybody else's: from 6e-4 on DPO left the language early. AdamW's steps do not depend
+on the scale of a loss, which is what makes one rate a fair one; losses that pull in another way may still
+deserve another.
 
 Each job leaves arrays in RUN/methods, such as dpo-beta-0.1-seed-0.npz; `measure`, `draw_opponents` and those
 of rewards.py say which.
@@ -69,7 +70,8 @@ from .world import (
 )
 
 BETAS, TARGET = (0.1, 1.0, 2.0), 6.0  # of DPO; nats, of PPO
-ROUNDS, ROUNDS_BETA, ROUNDS_STEPS = 4, 2.0, 2  # these are so often as many as on pairs that are there at once
+ROUNDS, ROUNDS_BETA = 4, 4.0
+ROUNDS_STEPS, ROUNDS_RATE = 2, 2.0  # times what it is on pairs that are there at once
 REPEATED = ("DPO", "DPO in rounds", "PPO", "PPO-GT", "SFT")  # if `full`, with several seeds; others with one
 PPO_EPOCHS, PPO_BATCH = 3, 8  # gradient steps on each round's samples; these are so often as many as a batch
 FIRST_COEFFICIENT = 0.1  # of PPO's KL penalty, before it is steered
@@ -169,7 +171,8 @@ def train_run(run: Run, world: World, plan: Plan, folder: Path) -> Iterator[tupl
     else:
         steps = budget_of(run, plan)["steps"]
         objective, stream = _learn_from_pairs(run, world, plan, model, steps)
-        optimizer = make_optimizer(model.parameters(), "adamw", plan.learning_rate)
+        rate = plan.learning_rate * (ROUNDS_RATE if run.kind == "rounds" else 1.0)
+        optimizer = make_optimizer(model.parameters(), "adamw", rate)
         scheduler = torch.optim.lr_scheduler.LambdaLR(  # rises over the warm-up, and falls to zero
             optimizer, lambda done: min(1, (done + 1) / plan.warmup) * (1 - done / steps)
         )
