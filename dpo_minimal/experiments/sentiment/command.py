@@ -10,7 +10,7 @@ and DPO in rounds, whose pairs the policy itself draws, a quarter of the prefixe
 
   dpo-minimal sentiment                           the package's own grammar of reviews
   dpo-minimal sentiment --quick                   the same with fewer settings, in a minute and a half
-  dpo-minimal sentiment --methods dpo --prefixes 2500 --steps 3000      15,000 labels
+  dpo-minimal sentiment --methods dpo --prefixes 2500 --steps 3000 --seeds 1      15,000 labels
   dpo-minimal sentiment --reviews FILE.tsv        your reviews, lines label<TAB>text with label 1 or 0; the
                                                   truth is then a logistic regression on their words
   dpo-minimal sentiment --resume runs/sentiment-001
@@ -25,7 +25,7 @@ Columns: reward, KL and win rate (against a sample of the SFT model, a tie one h
 that any policy has at that KL; in 2.5 and 8 nats, the most reward on a training's path within that KL;
 repeated, the share of runs of three tokens that a sample had before; orders, the share of held-out pairs
 whose chosen completion gained on the rejected one. Of best of N the KL is an upper bound; GT: by the true
-reward.
+reward; implicit: by beta log pi/pi_ref of DPO's policy.
 """
 
 from __future__ import annotations
@@ -97,7 +97,8 @@ OPTIONS = {
     },
     "training": {
         "steps": Option(
-            f"of a training on pairs (default {GRAMMAR.steps}; fewer for reviews and with --quick)"
+            f"of a training on pairs; in rounds {ROUNDS_STEPS} times as many (default {GRAMMAR.steps}; fewer "
+            "for reviews and with --quick)"
         ),
         "methods": Option("all, or dpo: only DPO and DPO in rounds", str, default="all", choices=METHODS),
     },

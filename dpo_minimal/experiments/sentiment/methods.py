@@ -372,7 +372,7 @@ def measure(folder: Path, run: Run, plan: Plan) -> Arrays:
         "reference_token_logps": ref_logps / lengths,
         "texts": [tokenizer.decode(y) for y in completions[:SHOWN]],
     }
-    if run.method == "DPO":  # for its own reward of the draws, beta log pi / pi_ref
+    if run.method == "DPO":  # for its implicit reward of the draws, beta log pi / pi_ref
         arrays["draw_logps"] = logps_of_draws(model, draws_of(folder, world))
     if run.full:  # (M, P) and (2, Q)
         for name, prompts, temperatures in (
