@@ -24,6 +24,7 @@ import torch
 from dpo_minimal.__main__ import main
 from dpo_minimal.experiments.text import figure
 from dpo_minimal.text import objectives, processes, training_run
+from dpo_minimal.train import Window, train
 from dpo_minimal.validation import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -233,6 +234,19 @@ def test_two_processes_do_what_one_does(here):
     lost = "another process failed, or was silent for 0:30:00; see its report, then --resume."
     assert one_sentence(done) == lost and "SIGKILL" in done.stderr
     assert [record["step"] for record in records_of("run")] == [0, 1, 2, 2]
+
+
+def test_who_is_told_to_end_blames_no_row():
+    """SIGTERM comes where it may, here while a micro-batch is read, whose rows are innocent."""
+    weight = torch.ones(1, requires_grad=True)
+    rows = Window([None], [1.0], "pairs.jsonl, line 35")
+    told = train(lambda _: os.kill(os.getpid(), signal.SIGTERM), torch.optim.SGD([weight]), [rows])
+    before = signal.signal(signal.SIGTERM, processes._give_up)
+    try:
+        with pytest.raises(processes.Lost, match=r"^another process failed"):
+            next(told)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.slow  # four starts of torch on two cores, and fifty steps
