@@ -10,7 +10,7 @@ and DPO in rounds, whose pairs the policy itself draws, a quarter of the prefixe
 
   dpo-minimal sentiment                           the package's own grammar of reviews
   dpo-minimal sentiment --quick                   the same with fewer settings, in a minute and a half
-  dpo-minimal sentiment --methods dpo --prefixes 2500 --steps 3000 --seeds 1      15,000 labels
+  dpo-minimal sentiment --methods dpo --prefixes 2500 --steps 3000 --seeds 1      14,000 labels
   dpo-minimal sentiment --reviews FILE.tsv        your reviews, lines label<TAB>text with label 1 or 0; the
                                                   truth is then a logistic regression on their words
   dpo-minimal sentiment --resume runs/sentiment-001
