@@ -67,6 +67,7 @@ from .world import (
     path_of,
     sample_rows,
     sampling_generator,
+    with_pairs,
 )
 
 BETAS, TARGET = (0.1, 1.0, 2.0), 6.0  # of DPO; nats, of PPO
@@ -194,10 +195,8 @@ def pairwise_objective(model: GPT, loss_type: str, **options: float) -> Objectiv
     loss = LOSSES[loss_type]
 
     def objective(micro: PairsOfPrefixes) -> tuple[Tensor, dict[str, Tensor]]:
-        logps, where = (
-            completion_logps_of(model, micro.batch, "float32"),
-            (micro.pairs[:, :1], micro.pairs[:, 1:]),
-        )
+        logps = completion_logps_of(model, micro.batch, "float32")
+        where = micro.pairs[:, :1], micro.pairs[:, 1:]  # (N, 2) out of (B, K)
         lengths = micro.batch.completion_lengths[where]  # of the batch a loss reads no more
         pairs = PreferenceBatch(micro.batch._replace(completion_lengths=lengths), micro.reference[where])
         return loss_of(loss, logps[where], pairs, options).losses.mean(), {}
@@ -240,7 +239,7 @@ def _windows(
 
 def _windows_of_prefixes(labelled: Sequence[Labelled], size: int, steps: int, seed: int) -> Iterator[Window]:
     """Windows of so many prefixes with all their pairs."""
-    some = [row for row in labelled if row.pairs]
+    some = with_pairs(labelled)
     whole = _whole_windows([row.example for row in some], size, 4, steps, seed)
     return map(partial(window_of_prefixes, some), whole)
 
@@ -294,8 +293,8 @@ def ppo_settings(run: Run, plan: Plan) -> PPOSettings:
     """PPO within the common budget: its value function learns beside the policy, at five times the rate."""
     return PPOSettings(
         iterations=budget_of(run, plan)["steps"] // PPO_EPOCHS, prompts=PPO_BATCH * plan.batch,
-        epochs=PPO_EPOCHS,
-        micro_size=16, learning_rate=plan.learning_rate, value_learning_rate=5 * plan.learning_rate, clip=0.2,
+        epochs=PPO_EPOCHS, micro_size=16, learning_rate=plan.learning_rate,
+        value_learning_rate=5 * plan.learning_rate, clip=0.2,
         kl_coefficient=FIRST_COEFFICIENT, target_kl=run.target, max_new_tokens=plan.max_new_tokens,
         max_grad_norm=1.0, seed=run.seed,
     )  # fmt: skip

@@ -303,16 +303,22 @@ def labelled_of(rows: Sequence[dict[str, Any]], reference: GPT) -> list[Labelled
     return [Labelled(example, own, row["pairs"]) for example, own, row in zip(examples, logps, rows)]
 
 
+def with_pairs(labelled: Sequence[Labelled]) -> list[Labelled]:
+    """Those that have any. Raises InputError where none has."""
+    found = [row for row in labelled if row.pairs]
+    if not found:
+        raise InputError("no two samples differ in reward, so there is nothing to prefer; use more prefixes.")
+    return found
+
+
 def pairs_of(labelled: Sequence[Labelled]) -> tuple[list[Example], Tensor]:
     """Every pair by itself: P examples [chosen, rejected] and the reference's log-probabilities (P, 2)."""
     examples, reference = [], []
-    for (prompt, completions, place, *_), logps, pairs in labelled:
+    for (prompt, completions, place, *_), logps, pairs in with_pairs(labelled):
         for chosen, rejected in pairs:
             where = f"{place}, samples {chosen + 1} and {rejected + 1}"
             examples.append(Example(prompt, [completions[chosen], completions[rejected]], where))
             reference.append(logps[[chosen, rejected]])
-    if not examples:
-        raise InputError("no two samples differ in reward, so there is nothing to prefer; use more prefixes.")
     return examples, torch.stack(reference)
 
 
