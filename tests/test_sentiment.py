@@ -598,7 +598,8 @@ def test_the_whole_command(reviews, monkeypatch, capsys):
         flags += ["--reviews", "r.tsv", "--label-noise", "bradley-terry"]
     assert main([*flags, "--workers", "1", "--output-dir", "one"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "DPO β 0.1" in printed and "On pairs: 6 steps" in printed
+    assert "DPO β 1" in printed and "On pairs: 6 steps of 8 completions" in printed
+    assert "by the DPO β 2 implicit reward" in printed
     assert ("Bradley-Terry" in printed) == reviews and ("no finite optimum" in printed) != reviews
     assert main([*flags, "--workers", "2", "--output-dir", "two"]) == 0
     for name in ("metrics.jsonl", "samples.txt"):
