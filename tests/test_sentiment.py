@@ -172,7 +172,7 @@ def test_every_method_has_the_same_budget(plan):
             assert settings.iterations * settings.prompts == judged  # rewards asked for = rewards of pairs
             assert settings.learning_rate == plan.learning_rate
         else:
-            assert steps == plan.steps * (2 if run.kind == "rounds" else 1)
+            assert steps == plan.steps * (2 if run.kind == "rounds" else 1) and completions == 4 * plan.batch
         measured = measured_steps(steps)
         assert all(step % 3 == 0 for step in measured[:-1]) and measured[-1] == steps
 
