@@ -1,1 +1,1 @@
-"""The course: ten notebooks, their exercises and what checks them."""
+"""The course: its notebooks, their sources, and what builds the one from the other."""

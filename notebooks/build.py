@@ -3,7 +3,9 @@
 A source is a text file in jupytext's percent format. Two things in it are ours:
 - lines between `### BEGIN SOLUTION` and `### END SOLUTION` stand in the solved notebook only; the student
   finds `raise NotImplementedError` there;
-- a cell tagged `answer` stands in the solved notebook only.
+- a cell tagged `answer` stands in the solved notebook only;
+- a cell tagged `outcome`, what happened after a prediction, is folded in the student's notebook, below a cell
+  in which the prediction can be written down.
 Tags such as [D3.4] become links to their sections in the derivations, and headings become slides.
 
 The student's notebook has no outputs. The solved one is executed, and its outputs are kept. What a source
@@ -31,7 +33,9 @@ from . import syllabus
 
 FOLDER = Path(__file__).parent
 SOLUTION = re.compile(r"^( *)### BEGIN SOLUTION\n(.*?)^ *### END SOLUTION(?:\n|\Z)", re.MULTILINE | re.DOTALL)
-HERE, THERE = 'sys.path.insert(0, "..")', 'sys.path.insert(0, "../..")'  # solutions lie one folder deeper
+QUESTION = "**Predict before you run.**"
+PREDICTION = "**My prediction:** *(double-click here and write it down)*"
+OPEN = "What happened? Open this after you have predicted, and run the cell above."
 SECONDS = 600  # no cell takes longer, unless something hangs
 
 
@@ -65,11 +69,13 @@ def solved_notebook(source: Path) -> NotebookNode:
 
 def _notebook(source: Path, *, solved: bool) -> NotebookNode:
     written = jupytext.reads(source.read_text(encoding="utf-8"), fmt="py:percent")
-    cells = [
-        _cell(cell, f"{source.stem}-{place}", solved=solved)
-        for place, cell in enumerate(written.cells)
-        if solved or "answer" not in cell.metadata.get("tags", [])
-    ]
+    cells = []
+    for place, cell in enumerate(written.cells):
+        name = f"{source.stem}-{place}"
+        if solved or "answer" not in cell.metadata.get("tags", []):
+            cells.append(_cell(cell, name, solved=solved))
+        if not solved and QUESTION in cell.source:
+            cells.append(to_write_in(name))
     metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
@@ -85,11 +91,22 @@ def _cell(cell: NotebookNode, name: str, *, solved: bool) -> NotebookNode:
     metadata["slideshow"] = {"slide_type": _slide_type(cell, tags)}
     if cell.cell_type == "markdown":
         text = link_tags(text, FOLDER / "solutions" if solved else FOLDER)
+        if "outcome" in tags and not solved:
+            text = folded(text)
         return nbformat.v4.new_markdown_cell(text, metadata=metadata, id=name)
     text = solution(text) if solved else stub(text)
-    return nbformat.v4.new_code_cell(
-        text.replace(HERE, THERE) if solved else text, metadata=metadata, id=name
-    )
+    return nbformat.v4.new_code_cell(text, metadata=metadata, id=name)
+
+
+def folded(text: str) -> str:
+    """Prose that a click opens. Between empty lines Jupyter, VS Code, Colab and GitHub read it as Markdown."""
+    return f"<details><summary>{OPEN}</summary>\n\n{text}\n\n</details>"
+
+
+def to_write_in(name: str) -> NotebookNode:
+    """The cell below a question, for the student's prediction."""
+    metadata = {"tags": ["prediction"], "slideshow": {"slide_type": "skip"}}
+    return nbformat.v4.new_markdown_cell(PREDICTION, metadata=metadata, id=f"{name}-prediction")
 
 
 def stub(code: str) -> str:
@@ -123,7 +140,7 @@ def link_tags(text: str, folder: Path) -> str:
 
 def _slide_type(cell: NotebookNode, tags: list[str]) -> str:
     """Headings begin a slide; code stands on a slide below it; set-up and answers are not shown."""
-    if "setup" in tags or "answer" in tags:
+    if {"setup", "answer"} & set(tags):
         return "skip"
     if cell.cell_type == "code":
         return "subslide"

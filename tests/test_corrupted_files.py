@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 import pytest
 import safetensors.torch
 import torch
+from dpo_course import examine
+from dpo_course.grade import submissions
 
 from dpo_minimal.experiments.bandit.tables import load_comparisons, load_table
 from dpo_minimal.experiments.options import declared, resolve
@@ -38,8 +40,7 @@ from dpo_minimal.text.training_state import save_training_state
 from dpo_minimal.text.truth import read_reviews
 from dpo_minimal.text.vocabulary import END_OF_TEXT
 from dpo_minimal.validation import InputError
-from notebooks import build, examine
-from notebooks.grade import submissions
+from notebooks import build
 
 pytestmark = pytest.mark.slow
 

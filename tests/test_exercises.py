@@ -7,12 +7,12 @@ import warnings
 import pytest
 import student_answers
 import torch
+from dpo_course.checks import check, find_exercise, judge
+from dpo_course.exercises import CHAPTERS, all_exercises
 
 from dpo_minimal.bench.checks import agrees, complain, copy, recognise, show
 from dpo_minimal.bench.exercises import samples
 from notebooks import build
-from notebooks.checks import check, find_exercise, judge
-from notebooks.exercises import CHAPTERS, all_exercises
 
 EXERCISES = all_exercises()
 MISTAKES = [(number, name) for number, exercise in EXERCISES.items() for name in exercise.mistakes]

@@ -9,13 +9,14 @@ import sys
 
 import nbformat
 import pytest
+from dpo_course import checks
+from dpo_course.examine import Session, cells_to_run, chapter_of, code_cells, examine, read
+from dpo_course.exercises import all_exercises, of_chapter
+from dpo_course.grade import Result, grade, gradebook, main, submissions, summary, write_csv
 
 from dpo_minimal.bench.checks import Verdict, complain
 from dpo_minimal.bench.exercises import samples
-from notebooks import build, checks
-from notebooks.examine import Session, cells_to_run, chapter_of, code_cells, examine, read
-from notebooks.exercises import all_exercises, of_chapter
-from notebooks.grade import Result, grade, gradebook, main, submissions, summary, write_csv
+from notebooks import build
 
 (SOURCE,) = build.FOLDER.glob("source/03_*.py")
 RIGHT = "def dpo_loss(a, b, c, d, beta):\n    return -F.logsigmoid(beta * (a - c - b + d))"

@@ -184,7 +184,9 @@ def test_the_pattern(source):
     assert headings == [re.search(r'check\("(\d+\.\d)"', cell.source)[1] for cell in checks]
     assert len(headings) == len(exercises) >= 3
     assert all("raise NotImplementedError" in cell.source for cell in exercises)
-    assert not tagged(student, "answer") and tagged(solved, "answer")
+    assert not tagged(student, "answer") and tagged(solved, "outcome")
+    assert len(tagged(student, "prediction")) == text.count("**Predict before you run.**")
+    assert all(cell.source.startswith("<details>") for cell in tagged(student, "outcome"))
     assert not re.search(r"!\[|<img", text), "equations and figures are not pasted pictures"
 
 
@@ -292,27 +294,27 @@ def test_notebooks_can_be_presented(tmp_path):
 
 def test_figures_without_labels_or_description_are_refused(monkeypatch):
     import matplotlib.pyplot as plt
-
-    from notebooks import figures
+    from dpo_course import figures
 
     shown = []
     monkeypatch.setattr(figures, "display", lambda bundle, **_: shown.append(bundle))
+    monkeypatch.setattr(figures, "descriptions", lambda: {"1.a": "a line", "1.b": " "})
     figure, axes = plt.subplots()
     with pytest.raises(ValueError, match="needs a label"):
-        figures.show(figure, "a line")
+        figures.show(figure, "1.a")
     axes.set(xlabel="step")
     with pytest.raises(ValueError, match="needs a label"):
-        figures.show(figure, "a line")
+        figures.show(figure, "1.a")
     axes.set(ylabel="loss (nats)")
     with pytest.raises(ValueError, match="describe the figure"):
-        figures.show(figure, " ")
-    figures.show(figure, "a line")
+        figures.show(figure, "1.b")
+    figures.show(figure, "1.a")
     assert shown[0]["text/plain"] == "a line" and shown[0]["image/png"].startswith("iVBOR")
 
 
 def test_the_slider_is_an_extra(monkeypatch, capsys):
     """Without ipywidgets, or where outputs are kept, it says what would stand there, and draws nothing."""
-    from notebooks import figures
+    from dpo_course import figures
 
     monkeypatch.setenv("COURSE_STATIC", "1")
     figures.slide(lambda value: pytest.fail("drawn"), [1.0, 2.0], "β", "bars")
@@ -336,7 +338,9 @@ def test_the_exhibits_on_show_are_those_that_are_tested():
 
     notebook = student_notebook(SOURCES[8])
     shown = exhibits("\n\n".join(cell.source for cell in code_cells(notebook)))
-    tested = exhibits((build.FOLDER / "exercises" / "what_goes_wrong.py").read_text(encoding="utf-8"))
+    tested = exhibits(
+        (build.FOLDER / "dpo_course" / "exercises" / "what_goes_wrong.py").read_text(encoding="utf-8")
+    )
     assert len(shown) == 6
     assert shown == tested
 
@@ -353,8 +357,7 @@ def test_the_readmes_tables_are_those_of_the_sources():
 def test_the_readmes_show_what_a_check_says():
     """Those of the course and of the engine behind it quote a refusal; it is the real one."""
     import torch
-
-    from notebooks.checks import judge
+    from dpo_course.checks import judge
 
     def loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
         margin = beta * (policy_chosen - policy_rejected) - (ref_chosen - ref_rejected)

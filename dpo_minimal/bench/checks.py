@@ -36,8 +36,16 @@ class Verdict(NamedTuple):
 
     __bool__ = passed.fget  # a tuple would always be true
 
+    def require(self) -> None:
+        """Raise AssertionError with the message unless it is right: for pytest, nbgrader and the like."""
+        if not self.passed:
+            raise AssertionError(self.message)
+
     def __str__(self) -> str:
         return self.message
+
+    def _ipython_display_(self) -> None:
+        """Nothing: at a cell's end in Jupyter, what `check` has printed stands there already."""
 
 
 def judge(

@@ -8,18 +8,15 @@
 
 # %% tags=["setup"]
 import math
-import sys
-
-sys.path.insert(0, "..")  # the folder of the repository
 
 import torch
 import torch.nn.functional as F
+from dpo_course import figures
+from dpo_course.checks import check
 from matplotlib import pyplot as plt
 
 import dpo_minimal as dpo
 from dpo_minimal.laws.finite_data import standard_errors
-from notebooks import figures
-from notebooks.checks import check
 
 figures.use_style()
 
@@ -54,10 +51,10 @@ axes.plot(line, torch.sigmoid(line), color=figures.BLACK, label="σ(r₁ - r₂)
 axes.errorbar(gaps, fractions, errors, fmt="o", capsize=5, label=f"in {choices} choices")
 axes.set(xlabel="difference of rewards r₁ - r₂ (nats)", ylabel="share that chose y₁")
 axes.legend(loc="upper left")
-figures.show(figure, "An S-shaped curve from 0 to 1; nine observed shares with error bars are near it.")
+figures.show(figure, "1.a")
 print(f"{((fractions - chances).abs() > errors).sum()} of 9 points miss the curve by more than their bar")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** In the long run about one point in three misses its curve by more than one standard error. That is chance, and no fault of the model. At a difference of zero people toss a coin. Far out they almost always agree, and a choice tells little.
 
 # %% [markdown]
@@ -103,9 +100,9 @@ for name, matrix, marker in (("exact", exact, "o"), ("one in ten flipped", 0.9 *
 axes.axline((0, 0), slope=1, color=figures.BLACK, linewidth=1)
 axes.set(xlabel="i over j, plus j over k (nats)", ylabel="i over k (nats)")
 axes.legend()
-figures.show(figure, "Log-odds of chains: exact ones lie on the diagonal, flipped ones bend away from it.")
+figures.show(figure, "1.b")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** The exact log-odds add, so all blue points lie on the diagonal. The orange ones do not: a completion's chance of winning never exceeds nine in ten, however far ahead it is. No reward explains all of them exactly: Bradley–Terry is an assumption, and data can contradict it.
 
 # %% [markdown]
@@ -134,10 +131,10 @@ axes.plot(line, unanimous, "--", color=figures.ORANGE, label="7 wins, 0 losses")
 axes.plot(line[best], even[best], "o", color=figures.BLUE)
 axes.set(xlabel="difference of rewards r₁ - r₂ (nats)", ylabel="loss (nats)", ylim=(0, 2.5))
 axes.legend(loc="upper center")
-figures.show(figure, "The loss of 5 wins and 2 losses has a minimum; that of 7 wins to none falls for ever.")
+figures.show(figure, "1.c")
 print(f"5 wins, 2 losses: least at {line[best]:.2f} nats; log(5/2) = {math.log(5 / 2):.2f}")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** With 5 wins and 2 losses the loss is least where the model's odds are the observed ones, five to two. With 7 wins to none it falls for ever: whatever the difference of rewards, a larger one explains the data better. There is no best reward.
 
 # %% [markdown]
@@ -222,9 +219,9 @@ for (number, data), shift, marker in zip(samples.items(), (-0.12, 0.12), "os"):
     print(f"{number:6,} choices: standard errors from {error.min():.3f} to {error.max():.3f} nats")
 axes.set(xlabel="completion", xticks=places, xticklabels=names, ylabel="reward (nats)")
 axes.legend(loc="upper left")
-figures.show(figure, "Five true rewards and two fits with error bars; 1,600 choices have the shorter ones.")
+figures.show(figure, "1.d")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** Sixteen times as many choices make the bars about four times shorter: errors shrink like one over the square root of the number of choices ([D11.3]).
 
 # %% [markdown]
@@ -242,7 +239,7 @@ for name, candidate in candidates.items():
     change = (preferences - true).abs().max()
     print(f"{name:12} y₃ beats y₁: {preferences[2, 0]:.4f}   largest change: {change:.4f}")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** Doubling changes the differences, and so the preferences: the scale of a reward is determined, its zero is not.
 
 # %% [markdown]
@@ -291,7 +288,7 @@ axes.semilogx(steps, trained(7.5, 0.5), ":", label="7 : 0 with a prior, 7½ : ½
 axes.semilogx(steps, trained(5, 2), label="5 : 2")
 axes.set(xlabel="gradient step", ylabel="r₁ - r₂ (nats)")
 axes.legend(loc="upper left")
-figures.show(figure, "Two of three differences settle; that of 7 wins to none rises in a line over log time.")
+figures.show(figure, "1.e")
 
 # %%
 unanimous = dpo.tally(torch.zeros(7, dtype=torch.long), torch.tensor([[0, 1]] * 7))
@@ -300,7 +297,7 @@ try:
 except dpo.InputError as error:
     print("refused:", str(error).partition("(")[2].partition(";")[0])
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** The dashed line never stops: each time the number of steps doubles, it rises by about as much again, $\log2$ ([D11.6]). Where it stands when training ends says how long we trained, not what people think. The library refuses such data, and names a completion at fault (it counts from 0). With the prior the odds stay finite.
 
 # %% [markdown]

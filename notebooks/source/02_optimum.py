@@ -7,16 +7,13 @@
 # **The claim.** We want high reward, and we want to stay close to the model we started from. Put a price β on each nat of distance. Then exactly one policy is best, and it can be written down: π\* = π_ref · exp(r/β) / Z, the reference tilted towards reward. No search and no training is needed to know it.
 
 # %% tags=["setup"]
-import sys
-
-sys.path.insert(0, "..")  # the folder of the repository
 
 import torch
+from dpo_course import figures
+from dpo_course.checks import check
 from matplotlib import pyplot as plt
 
 import dpo_minimal as dpo
-from notebooks import figures
-from notebooks.checks import check
 
 figures.use_style()
 
@@ -50,9 +47,9 @@ axes.axvline(0.2, color=figures.REFERENCE, linestyle=":")
 axes.text(0.21, 2.2, "π_ref")
 axes.set(xlabel="p, the probability of y₂ under π", ylabel="divergence (nats)", ylim=(0, 2.5))
 axes.legend(loc="upper center")
-figures.show(figure, "Two curves are zero at the reference; at the sides one of them leaves the picture.")
+figures.show(figure, "2.a")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** Both are zero where $\pi=\pi_{\rm ref}$. Elsewhere they differ, but for one point where they happen to cross: the divergence is not symmetric. $\mathrm{KL}(\pi\Vert\pi_{\rm ref})$ stays finite where $\pi$ gives up a completion, because $0\log0=0$. $\mathrm{KL}(\pi_{\rm ref}\Vert\pi)$ does not: it averages under the reference, which goes on saying what $\pi$ never says.
 
 # %% [markdown]
@@ -94,9 +91,9 @@ for beta, colour, style in ((0.25, figures.BLUE, "-"), (0.5, figures.ORANGE, "--
     axes.plot(p[J.argmax()], J.max(), "o", color=colour)
     axes.text(1.02, J[-1], f"β = {beta}", color=colour, va="center")
 axes.set(xlabel="p, the probability of y₂ under π", ylabel="J (units of reward)", xlim=(0, 1.18))
-figures.show(figure, "The objective for three β: hills with their tops between the reference and p = 1.")
+figures.show(figure, "2.b")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** Each hill has its top between the reference ($p=0.2$, where moving costs nothing and all curves meet) and the best completion ($p=1$). The larger $\beta$, the closer the top is to the reference.
 
 # %% [markdown]
@@ -151,10 +148,10 @@ axes.plot(dpo.kl_divergence(others, optimal.expand_as(others)), J, ".", color=fi
 axes.plot(0, best, "*", color=figures.OPTIMUM, markersize=20)
 axes.text(0.1, best, "π*", color=figures.OPTIMUM)
 axes.set(xlabel="KL(π‖π*) (nats)", ylabel="J (units of reward)")
-figures.show(figure, "All 400 random policies lie on one falling line, which begins at the optimum.")
+figures.show(figure, "2.c")
 print(f"J(π*) = {best:.4f}, the best of 400 random policies has {J.max():.4f}")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** It is no cloud: all points lie on a line that begins at $\pi^\ast$, at height $\beta\log Z$, and falls with slope $-\beta$. Every policy falls short of $\pi^\ast$ by exactly $\beta$ times its divergence from it. There was no need for calculus, and no lower hilltop to get stuck on.
 
 # %% [markdown]
@@ -202,7 +199,7 @@ for axes, price in zip(panels, (5, 0.5, 0.1)):
     axes.label_outer()
 panels[0].legend()
 print("rewards", dict(zip(names, rewards.tolist())))
-figures.show(figure, "Reference and optimum for β = 5, 0.5 and 0.1: from nearly the same to one completion.")
+figures.show(figure, "2.d")
 
 # %% [markdown]
 # With `ipywidgets` you can move $\beta$ yourself.
@@ -218,9 +215,9 @@ def one_picture(beta):
 
 
 prices = (10, 5, 2, 1, 0.7, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
-figures.slide(one_picture, prices, "β", "Bars of the reference and of the optimum for the β of the slider.")
+figures.slide(one_picture, prices, "β", "2.g")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** At a high price $\pi^\ast$ stays at the reference. At a low one it gathers on the best completion. In between, a completion gains as $\beta$ falls while its reward is above the average under $\pi^\ast$, and loses once that average has overtaken it: $y_2$ does both. One thing no price can do: a completion that the reference never gives stays impossible, for $e^{r/\beta}$ multiplies a zero ([D3.4]).
 
 # %% [markdown]
@@ -242,9 +239,9 @@ for price in (1.0, 0.5, 0.2):
     axes.plot(nats, worth, "o", color=figures.OPTIMUM)
     axes.text(nats[0] - 0.05, worth[0] + 0.06, f"β = {price}", ha="right", color=figures.OPTIMUM)
 axes.set(xlabel="KL(π‖π_ref) (nats)", ylabel="expected reward (its units)", xlim=(-0.4, 3.1), xticks=range(4))
-figures.show(figure, "A rising, ever flatter curve of optima for all β; every random policy lies below it.")
+figures.show(figure, "2.e")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** None can: at its own divergence, $\pi^\ast$ has the most reward that any policy can have ([D10.1]). The slope of the curve at the point of $\beta$ is $\beta$ ([D10.2]): the first nats buy much reward, the last ones little.
 
 # %% [markdown]
@@ -265,9 +262,9 @@ for level, place, name in ((rewards.max(), 10, "max r"), (ref_logps.exp() @ rewa
     axes.axhline(level, color=figures.BLACK, linestyle=":")
     axes.text(place, level + 0.05, name)
 axes.set(xlabel="β (units of reward per nat)", ylabel="β log Z (units of reward)", ylim=(0, 2.3))
-figures.show(figure, "The soft value falls from the greatest reward at small β to the reference's average.")
+figures.show(figure, "2.f")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** The soft value is a smooth maximum. Where distance is nearly free it is close to the greatest reward, where distance is dear to the average reward of the reference, and on the way it only falls.
 
 # %% [markdown]

@@ -7,18 +7,15 @@
 # **The claim.** A policy that is optimal for *some* reward carries that reward inside it. So we need not fit a reward model and then search for its best policy: we can write the reward model's loss for the policy itself, and minimise that. Nothing is approximated on the way.
 
 # %% tags=["setup"]
-import sys
-
-sys.path.insert(0, "..")  # the folder of the repository
 
 import torch
 import torch.nn.functional as F
+from dpo_course import figures
+from dpo_course.checks import check
 from matplotlib import pyplot as plt
 
 import dpo_minimal as dpo
 from dpo_minimal.bandit import dpo_objective, safe_learning_rate
-from notebooks import figures
-from notebooks.checks import check
 
 figures.use_style()
 
@@ -53,11 +50,9 @@ axes.set(
     xticks=places, xticklabels=["y₁", "y₂", "y₃"], xlabel="completion", ylabel="reward (nats of log-odds)"
 )
 axes.legend()
-figures.show(
-    figure, "Bars of the true and the implicit reward of three completions: the same steps, shifted."
-)
+figures.show(figure, "3.a")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** The blue bars are the black ones, all lower by the same $\beta\log Z$. Every *difference* of rewards is there, and differences are all that a comparison depends on (notebook 1).
 
 # %% [markdown]
@@ -150,9 +145,9 @@ for y, colour in enumerate([figures.BLUE, figures.ORANGE, figures.GREEN]):
     right.axhline(optimal[y].exp(), color=colour, linestyle=":")
     right.text(122, path[-1][y], f"y{'₁₂₃'[y]}", color=colour, va="center")
 right.set(xlabel="gradient step", ylabel="π(y), dotted: π*", ylim=(0, 1))
-figures.show(figure, "The loss falls from log 2 to a floor above zero; three lines reach the dotted π*.")
+figures.show(figure, "3.b")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** The margin is zero at the reference, so the loss starts at $-\log\sigma(0)=\log2$. It ends at the *entropy* of people's choices: they contradict themselves, and no policy can predict better than the coin they toss ([D4.4]). Only labels without noise would let it go to zero, and then no finite policy is best.
 
 # %% [markdown]
@@ -210,9 +205,9 @@ for name, slate in slates.items():
     axes.semilogy(distances(slate, world), label=name)
 axes.set(xlabel="gradient step", ylabel="KL(π‖π*) (nats)", ylim=(1e-12, 10))
 axes.legend()
-figures.show(figure, "Three curves fall on a logarithmic axis; that of the uneven ring is the slowest.")
+figures.show(figure, "3.c")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** The path and the speed change, the end does not: whatever pairs connect all completions determine all differences of rewards, and so the policy. Uneven pairs only take longer.
 
 # %% [markdown]
@@ -237,9 +232,9 @@ for (name, kind), style in zip(kinds.items(), ["o-", "s--", "^:"]):
     print(f"f({name})".ljust(9), projected.round(decimals=4).tolist())
 axes.text(2.06, projected[2], "f of each", color=figures.BLUE, va="center")
 axes.set(xticks=range(3), xticklabels=["y₁", "y₂", "y₃"], xlabel="completion", ylabel="reward (nats)")
-figures.show(figure, "Three parallel black lines, and the blue one where f sends all three.")
+figures.show(figure, "3.d")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** All to the same place: adding $c$ to the reward adds $c$ to $\beta\log Z$, and the two cancel.
 
 # %% [markdown]

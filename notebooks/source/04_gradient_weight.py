@@ -7,17 +7,14 @@
 # **The claim.** Training follows the gradient, so the gradient *is* what DPO does. Each pair pulls its chosen completion up and its rejected one down, and one number says how hard: the *gradient weight* β·σ(−u). It is large where the policy orders the pair wrongly and fades where it is right and sure. That fading is what lets training come to rest.
 
 # %% tags=["setup"]
-import sys
-
-sys.path.insert(0, "..")  # the folder of the repository
 
 import torch
+from dpo_course import figures
+from dpo_course.checks import check
 from matplotlib import pyplot as plt
 
 import dpo_minimal as dpo
 from dpo_minimal.bandit import loss_on_table, safe_learning_rate
-from notebooks import figures
-from notebooks.checks import check
 
 figures.use_style()
 
@@ -49,9 +46,9 @@ for place, colour, (name, change) in zip([-0.2, 0.2], [figures.BLACK, figures.BL
 axes.set(xticks=range(3), xticklabels=["y₁ (rejected)", "y₂ (chosen)", "y₃"], ylim=(-1.6, 1.6))
 axes.set(xlabel="completion", ylabel="change in one step (nats)")
 axes.legend(loc="upper left")
-figures.show(figure, "Bars: the chosen logit rises, the rejected one falls by as much, the third stays.")
+figures.show(figure, "4.a")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** The chosen logit went up and the rejected one down *by the same amount*: the gradient weight times the length of the step. No other logit moved. The log-probabilities moved as the logits did, less one number for all three: the change of the softmax's normaliser, in logarithms. So even $y_3$ lost a little.
 
 # %% [markdown]
@@ -134,9 +131,9 @@ axes.plot(0, 0.5, "o", color=figures.BLACK)
 axes.text(0.3, 0.52, "the reference: β/2")
 axes.text(-7.7, 0.1, "wrong order")
 axes.set(xlabel="margin u (nats)", ylabel="gradient weight ÷ β", xlim=(-8, 8))
-figures.show(figure, "The weight falls with the margin, from β through β/2 at zero to 0.")
+figures.show(figure, "4.b")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** At the reference every margin is zero and every weight is $\beta/2$. A pair is above $\beta/2$ exactly if the implicit rewards put it in the wrong order. A pair that is badly wrong pulls with nearly $\beta$ and no more; one that is right and sure pulls with nearly nothing. So $\sigma(-u)>0$ does not mean "wrong": σ is always positive. The sign to watch is that of $\sigma(-u)-\frac12$.
 
 # %% [markdown]
@@ -158,9 +155,9 @@ for h, style, label in [(-1, "-", 1.3), (0, "--", 2.15), (0.4, "-", 4), (0.7, "-
         axes.plot(betas[top], weights[top], "o", color=figures.BLACK)
         print(f"h = {h}: largest at β = {betas[top]:.3f}, where the margin βh is {betas[top] * h:.3f}")
 axes.set(xlabel="β", ylabel="gradient weight", xlim=(0, 4.6), ylim=(-0.06, 1.2))
-figures.show(figure, "Weight against β: it grows for h = -1 and 0; for positive h it peaks and falls.")
+figures.show(figure, "4.c")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** At first the factor in front always wins. Pairs in the wrong order, and those at the reference, pull harder with every increase of β. Pairs in the right order do so only up to a peak (black dots), and the peak always lies at the same margin.
 
 # %% [markdown]
@@ -225,9 +222,9 @@ right.semilogx(steps, silent.mean(-1), "--", color=figures.GREEN, label="nearly 
 left.set(xlabel="gradient step", ylabel="quantiles of weight ÷ β", ylim=(-0.03, 1))
 right.set(xlabel="gradient step", ylabel="share of the pairs", ylim=(-0.03, 1))
 right.legend(loc="upper left")
-figures.show(figure, "The weights fan out from β/2. Many become nearly silent, some stay in the wrong order.")
+figures.show(figure, "4.d")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** The weights fan out. More and more pairs fall nearly silent: they are *saturated*, and training has little more to learn from them. But a share stays in the wrong order to the end. These are the labels that contradict what all the data together say. People contradict themselves, so no policy can obey every label.
 
 # %% [markdown]
@@ -245,9 +242,9 @@ axes.bar(torch.arange(8) + 0.2, sums[1], 0.36, color=figures.ORANGE, label="down
 axes.set(xticks=range(8), ylim=(0, 7))
 axes.set(xlabel="completion, numbered from 0", ylabel="sum of the weights of its pairs")
 axes.legend(loc="upper left")
-figures.show(figure, "The weights that pull each of eight completions up and down: bars of equal height.")
+figures.show(figure, "4.e")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** Taken over all pairs, every completion is pulled up as hard as it is pulled down. A few pairs in the wrong order, with large weights, balance many in the right order with small ones. The gradient is zero, the weights are not.
 
 # %% [markdown]
@@ -305,9 +302,9 @@ for axes, (name, loss) in zip(both, losses.items()):
         axes.text(end + 1, rows[end, y], f"y{'₁₂₃'[y]}", color=colour, va="bottom")
     axes.set(title=name, xlabel="gradient step", ylabel="implicit reward (nats)", xlim=(0, 55), ylim=(-3, 3))
     print(f"{name}: after {len(rows)} steps π = {(ref_logps + rows[-1] / beta).softmax(-1)}")
-figures.show(figure, "With the weight the lines level off at the dotted rewards; without it they run away.")
+figures.show(figure, "4.f")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** With the weight, training stops where the implicit rewards are the true ones. Without it the direction never changes, and neither does the speed: the pull on each completion is how often it wins minus how often it loses, whatever the policy already does. The logits run away in straight lines, and almost all probability ends on one completion. The weight is all that stands between the two.
 
 # %% [markdown]

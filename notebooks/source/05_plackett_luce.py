@@ -7,20 +7,17 @@
 # **The claim.** People may rank K answers instead of choosing between two. The Plackett–Luce model builds a ranking from the top, and for K = 2 it is Bradley–Terry. All that made DPO work is still there: Z cancels, what is left is a loss of log-ratios, and its optimum is the same π\*.
 
 # %% tags=["setup"]
-import sys
-
-sys.path.insert(0, "..")  # the folder of the repository
 
 from itertools import permutations
 
 import torch
+from dpo_course import figures
+from dpo_course.checks import check
 from matplotlib import pyplot as plt
 
 import dpo_minimal as dpo
 from dpo_minimal.bandit import plackett_luce_objective, safe_learning_rate
 from dpo_minimal.laws.finite_data import standard_errors
-from notebooks import figures
-from notebooks.checks import check
 
 figures.use_style()
 
@@ -48,10 +45,10 @@ bars = axes.bar(range(6), chances, 0.6, color=figures.BLUE)
 axes.bar_label(bars, fmt="%.3f", padding=3)
 axes.set(xticks=range(6), xticklabels=names, ylim=(0, 0.4))
 axes.set(xlabel="order, best first", ylabel="probability")
-figures.show(figure, "Bars of the probabilities of six orders; the order by strength is the most likely.")
+figures.show(figure, "5.a")
 print(f"sum over all orders: {chances.sum():.12f}; y₃ comes second: {chances[[1, 3]].sum():.4f}")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** The order by strength is the most likely and its reverse the least. $y_3$ comes second more often than first: whoever has been struck off no longer stands in its way. The six sum to one, as they must: at every place, someone is chosen.
 
 # %% [markdown]
@@ -102,9 +99,9 @@ axes.plot(range(6), from_policy, "o", color=figures.ORANGE, label="from π*, wit
 axes.set(xticks=range(6), xticklabels=names, ylim=(0, 0.4))
 axes.set(xlabel="order, best first", ylabel="probability")
 axes.legend()
-figures.show(figure, "Dots from the policy lie on the tops of the bars from the rewards.")
+figures.show(figure, "5.b")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** They agree: the implicit rewards are the rewards less one constant, and a constant changes no probability of Eq. 18.
 
 # %% [markdown]
@@ -162,9 +159,9 @@ for (name, logratios), (colour, style) in zip(kinds.items(), styles):
     print(f"{name}: the weights sum to {weights.sum().abs():.1e}")
 axes.set(xticks=places, xlabel="place in the ranking", ylabel="gradient weight ÷ β")
 axes.legend()
-figures.show(figure, "Weights by place: above zero in front, below behind; near zero if sure of this order.")
+figures.show(figure, "5.c")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** At the reference the front is pulled up and the back down, but not evenly. The first was considered once, and its weight is β at most; the last was considered at every place and passed over at all but one, so it is pulled down hardest. A policy that is sure of this order is hardly pulled at all, and one that is sure of the reverse is pulled hardest. The weights always sum to zero.
 
 # %% [markdown]
@@ -199,9 +196,9 @@ for size, style in [(2, "-"), (3, "--"), (6, ":")]:
     print(f"K = {size}: after {len(path)} steps KL(π‖π*) = {path[-1]:.1e} nats")
 axes.set(xlabel="gradient step", ylabel="KL(π‖π*) (nats)", ylim=(1e-14, 10))
 axes.legend()
-figures.show(figure, "Three lines fall on a logarithmic axis towards zero, for rankings of 2, 3 and 6.")
+figures.show(figure, "5.d")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** Same end, different paths. The argument is that of pairs: the expected loss exceeds the entropy of people's rankings by a divergence, which is zero exactly where the implicit rewards are the true ones up to a constant.
 
 # %% [markdown]
@@ -258,9 +255,9 @@ for side, share, (marker, colour, name) in zip([-0.15, 0.15], shares, ways):
 axes.set(xticks=range(6), xticklabels=names, ylim=(0, 0.4))
 axes.set(xlabel="order, best first", ylabel="probability")
 axes.legend()
-figures.show(figure, "Shares of draws: with Gumbel noise they meet the bars, with normal noise they do not.")
+figures.show(figure, "5.e")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** Error bars are two standard errors, $2\sqrt{p(1-p)/N}$. With Gumbel's noise the shares agree with Eq. 18 within chance. With normal noise most do not: that is another model of rankings, and its pairs are not Bradley–Terry.
 
 # %% [markdown]
@@ -331,9 +328,9 @@ for column, colour, name in [(0, figures.BLACK, "true error"), (1, figures.ORANG
 axes.set(xticks=range(3), xticklabels=ways, xlabel="what the rewards were estimated from")
 axes.set(ylabel="error of a reward (nats)", ylim=(0, 0.3))
 axes.legend()
-figures.show(figure, "True and claimed errors nearly agree, but not where rankings were cut into pairs.")
+figures.show(figure, "5.f")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** Cut into pairs, rankings still lead to the rewards, and the estimate loses little. What is wrong is the error that it claims: one person's ranking is counted as fifteen opinions, and the claim is the one that fifteen independent answers would deserve. The likelihood of whole rankings claims about the error that it makes.
 
 # %% [markdown]

@@ -7,20 +7,17 @@
 # **The claim.** So far a policy was a table: one number for each completion. A language model has no such table. It writes a completion token by token, and $\log\pi(y|x)$ is a sum over the tokens. Nothing else changes: a small GPT, trained by DPO on comparisons of whole completions, ends at the same π\*.
 
 # %% tags=["setup"]
-import sys
-
-sys.path.insert(0, "..")  # the folder of the repository
 
 import copy
 
 import torch
+from dpo_course import figures
+from dpo_course.checks import check
 from matplotlib import pyplot as plt
 
 import dpo_minimal as dpo
 from dpo_minimal.bandit import dpo_objective
 from dpo_minimal.text.tokenizer import byte_tokenizer
-from notebooks import figures
-from notebooks.checks import check
 
 figures.use_style()
 
@@ -57,10 +54,10 @@ for place, name in ((0.5, "prompt"), (3, "completion"), (5.5, "padding")):
     axes.text(place, 0.15, name, ha="center")
 axes.set(xticks=range(7), xticklabels=[tokens[i] for i in ids[0]], xlabel="token", xlim=(-0.5, 6.5))
 axes.set(ylabel="log-probability (nats)", yticks=[-2, -1, 0], ylim=(None, 0.6))
-figures.show(figure, "Six bars of log-probabilities; the three of the completion are filled, the others not.")
+figures.show(figure, "6.a")
 print(f"log π(y|x) = {logps[1:4].sum():.3f}")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** The three filled bars. The prompt is a condition: the policy did not choose it. The first `.` is a decision like any other, to stop here and not to go on. The second and third `.` were never said. The first completion token stands at position 2 and is predicted at position 1, the last one of the prompt.
 
 # %% [markdown]
@@ -148,11 +145,9 @@ figure, axes = plt.subplots()
 axes.bar(totals.keys(), totals.values(), 0.6, color=[figures.BLUE, figures.ORANGE, figures.GREEN])
 axes.axhline(1, color=figures.BLACK, linestyle=":")
 axes.set(xlabel="score of a completion", ylabel="sum of exp(score), all completions")
-figures.show(
-    figure, "Three bars: the sum over tokens gives exactly one, the two other scores give more than one."
-)
+figures.show(figure, "6.b")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** Only the sum gives a distribution. Without end-of-text the completion `.` has no token left and gets the score $\log1$; a mean over tokens is a geometric mean of probabilities, which is at least their product. Such scores may define useful losses, but with other optima: notebook 7 has two of them, and [D13.5] tells where DPO on means would end.
 
 # %% [markdown]
@@ -211,9 +206,9 @@ for place, (chance, colour) in enumerate(zip(first.values(), colours)):
 axes.axhline(0.5, color=figures.BLACK, linestyle=":")
 axes.set(xticks=range(4), xticklabels=first, xlabel="law of the first token")
 axes.set(ylabel="probability of coin", ylim=(0, 0.7))
-figures.show(figure, "Four bars: reference at one half, average reward below it, soft value and π* above it.")
+figures.show(figure, "6.c")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** π\* prefers the coin, because it will also choose the *second* token well: a coin can be tilted, a sure thing can't. The soft value knows this, the average reward under the reference does not ([D9.4]).
 
 # %% [markdown]
@@ -291,11 +286,9 @@ right.loglog(optimal.exp().flatten(), ref_logps.exp().flatten(), "^", color=figu
 right.loglog(optimal.exp().flatten(), logps.exp().flatten(), "o", color=figures.BLUE)
 right.axline((0.01, 0.01), (0.1, 0.1), color=figures.BLUE, linestyle=":", linewidth=1.5)
 right.set(xlabel="π*(y|x)", ylabel="π(y|x): ○ GPT, △ reference")
-figures.show(
-    figure, "Left: the divergence falls by orders of magnitude. Right: the GPT's points lie on the diagonal."
-)
+figures.show(figure, "6.d")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** All points lie on the diagonal. The proof of notebook 3 asked that the policy may be anything; this GPT is large enough to be anything *on thirty completions*. That its weights are shared changes the path of training and not its end.
 
 # %% [markdown]
@@ -326,9 +319,9 @@ for y, colour, marker in zip(shown, [figures.BLUE, figures.GREEN, figures.RED], 
     axes.plot(range(4), [0, *learnt[y].tolist()], marker, color=colour, mfc="none", markersize=13)
     axes.text(3.08, values[y, 2], texts[y], color=colour, va="center")
 axes.set(xticks=range(4), xlim=(-0.1, 3.4), xlabel="tokens read", ylabel="value above V(x) (units of reward)")
-figures.show(figure, "Three lines start at zero and part; the GPT's markers lie on the values of π*.")
+figures.show(figure, "6.e")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** Lines are $V(y_{\le t})-V(x)$, and the GPT's markers lie on them. All start at zero and end at $r(y)-\beta\log Z(x)$, as the cell prints. In between, the GPT says after each token how well it is going, although nobody labelled a token.
 
 # %% [markdown]
@@ -412,11 +405,9 @@ for place, total in enumerate(sums.values()):
     axes.text(place, total + 0.02, f"{total:.2f}", ha="center")
 axes.set(xlabel="policy: reference, or DPO with learning rate", ylabel="probability of the four texts")
 axes.set(ylim=(0, 1.1))
-figures.show(
-    figure, "Four bars: the reference gives the four texts one, the three trainings less, each its own."
-)
+figures.show(figure, "6.f")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** Three policies, one loss. Every comparison that was made is fitted. But a GPT that writes bytes can write other texts, nobody compared those, and the loss does not know how much probability they get: add the same number to all four log-probabilities, and every margin stays. The rest went to texts in no pair, and how much that is depends on the path of the optimiser. In the enumerated world every completion was in some pair, so this could not happen ([D13.2]).
 
 # %% [markdown]

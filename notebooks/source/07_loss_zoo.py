@@ -7,19 +7,16 @@
 # **The claim.** DPO believes its labels. Where some are wrong it ends at another policy, and where all agree it never ends. Its relatives change the loss of a pair to repair the one or the other, or to do without a reference. All of them say to prefer the chosen completion, and most take their first step in the same direction. What tells them apart is where they end.
 
 # %% tags=["setup"]
-import sys
-
-sys.path.insert(0, "..")  # the folder of the repository
 
 import torch
 import torch.nn.functional as F
+from dpo_course import figures
+from dpo_course.checks import check
 from matplotlib import pyplot as plt
 
 import dpo_minimal as dpo
 from dpo_minimal.bandit import loss_on_table
 from dpo_minimal.zoo.kto import kto_on_table
-from notebooks import figures
-from notebooks.checks import check
 
 figures.use_style()
 
@@ -48,11 +45,9 @@ for (flip, margin), style in zip(margins.items(), ["-", "--", "-.", ":"]):
     axes.plot(difference, margin, style, label=f"{flip:.0%}")
     axes.text(8.1, margin[-1], f"{flip:.0%}", va="center")
 axes.set(xlabel="true difference of rewards (nats)", ylabel="margin that DPO finds (nats)", xlim=(0, 8.8))
-figures.show(
-    figure, "Without flips the margin is the true difference; with flips it levels off, the sooner the more."
-)
+figures.show(figure, "7.a")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** With few flips, small differences hardly change. Large ones are cut off at $\log\frac{1-\varepsilon}\varepsilon$: if the worse completion wins every twentieth time, it cannot be much worse. With three completions or more there is another harm: flipped labels are no longer those of *any* rewards ([D2.3]), and DPO ends at a compromise.
 
 # %% [markdown]
@@ -153,15 +148,13 @@ for (name, curve), style in zip(average.items(), ["-", "--", "-."]):
 axes.axvline(torch.logit(p), color=figures.BLACK, linestyle=":")
 axes.text(torch.logit(p) + 0.1, 1.75, "true margin")
 axes.set(xlabel="margin u (nats)", ylabel="average loss (nats)", xlim=(-1, 6.2))
-figures.show(
-    figure, "Three minima from left to right: cDPO, DPO, robust DPO; the last is at the true margin."
-)
+figures.show(figure, "7.b")
 
 # %%
 least = {name: f"{u[curve.argmin()]:.2f}" for name, curve in average.items()}
 print(f"true margin {torch.logit(p):.2f}, minima {least}")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** Robust DPO finds the truth, at any $\varepsilon<\frac12$ and for any number of completions: averaged over flips, it *is* DPO's loss of the clean labels ([D12.3]). cDPO is *further* from the truth than DPO. It does not undo noise, it adds some: to minimise it is to train DPO on labels that were flipped once more ([D12.2]). What it is good for comes next.
 
 # %% [markdown]
@@ -225,12 +218,9 @@ for (name, path), style in zip(paths.items(), ["-", "--", "-.", ":"]):
     (line,) = axes.semilogx(range(1, steps + 1), path, style)
     axes.text(1.07 * steps, min(path[-1], 10), name, color=line.get_color(), va="center")
 axes.set(xlabel="gradient step", ylabel="margin u (nats)", ylim=(0, 10.3), xlim=(1, 13000))
-figures.show(
-    figure,
-    "Margins of cDPO and IPO level off; that of DPO grows slowly, that of robust DPO leaves the picture.",
-)
+figures.show(figure, "7.f")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** IPO stops at $\frac12$ and cDPO at $\log\frac{1-\varepsilon}\varepsilon$. DPO never stops: its weight falls as the margin grows, and the margin grows like the logarithm of the number of steps. Robust DPO runs away at constant speed. It was told that a tenth of the labels is wrong and finds none that is; so it concludes that the truth is beyond certainty. The slope of its loss in $u$ never falls below $\frac{\varepsilon}{1-2\varepsilon}$ in size.
 
 # %% [markdown]
@@ -271,11 +261,9 @@ left.set(xlabel="margin u, KTO: βρ (nats)", ylabel="loss", ylim=(-2, 6))
 right.axhline(0, color=figures.BLACK, linewidth=1)
 right.set(xlabel="margin u, KTO: βρ (nats)", ylabel="gradient weight", ylim=(-0.8, 1.6))
 figure.legend(loc="outside upper center", ncols=3)
-figures.show(
-    figure, "Losses and gradient weights of five losses; those of IPO and cDPO cross zero, KTO's is a bell."
-)
+figures.show(figure, "7.c")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** IPO and cDPO pull back: their weights cross zero. Robust DPO pulls on for ever. KTO's pull is a bell: it leaves alone what is far on either side, the easy and the hopeless alike. (Its axis is $\beta\rho$ of a single completion, with $z_0=0$. IPO's weight is a straight line and leaves the picture.)
 
 # %% [markdown]
@@ -349,9 +337,9 @@ for y, (marker, colour) in enumerate(looks):
     axes.plot(range(8), chances, marker, color=colour, label=f"reward {rewards[0, y]:g}")
 axes.set(xticks=range(8), xticklabels=["π_ref", *names], xlabel="method", ylabel="π(y), dotted: π*")
 figure.legend(loc="outside upper center", ncols=4)
-figures.show(figure, "Four markers a method; only those of DPO lie on the dotted lines of π*.")
+figures.show(figure, "7.d")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** Only DPO ends at π\*. Robust DPO overshoots and cDPO undershoots, each as if its ε were true. IPO stays near the reference: it tilts by chances to win, which lie between 0 and 1, and not by rewards. (Its β has another unit: with a smaller one it goes further and can come near π\*, but not to it.) KTO sorts: what is below a threshold ends at zero, and the rest share everything, not as π\* would. ORPO and SimPO have no reference to remember, and SimPO with completions of different lengths gives nearly everything to one.
 
 # %% [markdown]
@@ -373,11 +361,9 @@ hollow = dict(color="none", edgecolor=figures.RED, hatch="//")
 axes.bar(places + 0.2, distance["10 % flipped"], 0.4, label="10 % flipped", **hollow)
 axes.set(xticks=places, xticklabels=names, xlabel="method", ylabel="KL(π‖π*) at the end (nats)")
 axes.legend(loc="upper left")
-figures.show(
-    figure, "Divergence from π* at the end: zero for DPO with clean labels and robust DPO with flipped ones."
-)
+figures.show(figure, "7.e")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** DPO and robust DPO have changed places. KTO does not care: it asks of each completion whether it is chosen more often than rejected, and flips turn $w-l$ into $(1-2\varepsilon)(w-l)$, which has the same sign. SimPO is even nearer with flips: it had gone too far, and they hold it back. Being far from this π\* is no verdict on a loss: with a few sampled pairs DPO may have no optimum at all, where IPO and cDPO have one. But it is good to know, before choosing a loss, what it would find if it had all the data in the world.
 
 # %% [markdown]

@@ -6,19 +6,16 @@
 # **The claim.** More reward costs divergence from the reference, and there is a best price: a curve that no policy can be above, however it was trained. Best of n, fine-tuning on chosen completions, PPO and DPO all lie on it or below, and on a table we can say exactly where.
 
 # %% tags=["setup"]
-import sys
-
-sys.path.insert(0, "..")  # the folder of the repository
 
 import torch
+from dpo_course import figures
+from dpo_course.checks import check
 from matplotlib import pyplot as plt
 
 import dpo_minimal as dpo
 from dpo_minimal.laws.sampling_laws import kl_law
 from dpo_minimal.rivals import baselines
 from dpo_minimal.rivals.evaluate import exact_win_rate
-from notebooks import figures
-from notebooks.checks import check
 
 figures.use_style()
 
@@ -50,9 +47,9 @@ axes.plot(0, ref_logps.exp() @ rewards, "o", color=figures.REFERENCE)
 axes.text(-0.04, ref_logps.exp() @ rewards, "π_ref", va="center", ha="right")
 axes.text(0.5, 1.75, "π* for all β", color=figures.OPTIMUM, ha="right")
 axes.set(xlabel="KL(π‖π_ref) (nats)", ylabel="mean reward", xlim=(-0.25, 1.7))
-figures.show(figure, "A cloud of policies lies below a rising, flattening curve: the policies π* for all β.")
+figures.show(figure, "8.a")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** Along the cloud's upper edge. No dot is above the line. (Reward can also be thrown away: the cloud reaches down to 0.)
 
 # %% [markdown]
@@ -102,9 +99,9 @@ for beta, colour in [(0.25, figures.GREEN), (0.5, figures.ORANGE), (1.0, figures
     axes.plot(point_kl, point_reward, "o", color=colour)
     axes.text(-0.04, line[0], f"β = {beta:g}", color=colour, va="center", ha="right")
 axes.set(xlabel="KL(π‖π_ref) (nats)", ylabel="mean reward", xlim=(-0.3, 1.65), ylim=(0.6, 2.3))
-figures.show(figure, "Three straight lines of slopes 0.25, 0.5 and 1, each touching the frontier at its π*.")
+figures.show(figure, "8.b")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** Above: at KL = 0 the line is at $\beta\log Z$, the soft value, which is more than the reference's reward unless all rewards are equal. β is the exchange rate between reward and nats. Where the curve is steep, nats are cheap; training with β stops where the next nat would bring less than β.
 
 # %% [markdown]
@@ -162,9 +159,9 @@ for i, n in enumerate(many[1:], start=1):
     axes.text(stand.kl[i] + 0.04, stand.reward[i] - 0.04, f"best of {n}", color=figures.RED, va="top")
 axes.plot(0, stand.reward[0], "o", color=figures.REFERENCE)
 axes.set(xlabel="KL(π‖π_ref) (nats)", ylabel="mean reward", xlim=(-0.1, 3.2), ylim=(-0.1, 2))
-figures.show(figure, "Best of 2 to 32, as squares, slightly below the frontier.")
+figures.show(figure, "8.c")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** Never above, and in this world less than a tenth of a unit of reward below. The column "at most" is $\log n-\frac{n-1}n$, a bound for every world, approached where no single completion has much probability. A doubling costs up to about $\log 2$, as long as the table has better completions left, and twice as many completions have to be written for each answer. DPO and PPO write one.
 
 # %% [markdown]
@@ -186,7 +183,7 @@ for scale in [1, 10, 100]:
     )
 print(f"best of 2:         KL {stand.kl[1]:.3f} nats, mean reward {stand.reward[1]:.2f}")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** The average of σ is at most 1, so no completion more than doubles its probability, and the divergence is at most $\log2$ whatever the rewards are. As judges err less and less, it becomes best of 2. There is no β to ask for more.
 
 # %% [markdown]
@@ -232,11 +229,9 @@ for A, colour, style in [(1.0, figures.BLUE, "-"), (-1.0, figures.RED, "--")]:
     axes.text(0.42, loss[0] + 0.12, f"A = {A:g}", color=colour)
 axes.axvspan(0.8, 1.2, color=figures.BLACK, alpha=0.08)
 axes.set(xlabel="ratio ρ of new to old probability", ylabel="loss (units of reward)", ylim=(-1.4, 1.8))
-figures.show(
-    figure, "For A = 1 the loss falls until the ratio is 1.2 and is flat beyond; for A = -1 flat below 0.8."
-)
+figures.show(figure, "8.d")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** For $A=1$ beyond $1+c$, for $A=-1$ below $1-c$: where the sample has been moved far enough in the direction it asked for, nothing pulls any more. On the other side the slope stays, so a ratio that went the wrong way is pulled back.
 
 # %% [markdown]
@@ -270,7 +265,7 @@ for beta, colour in [(0.25, figures.GREEN), (0.5, figures.ORANGE), (1.0, figures
     axes.plot(*path[-1], "o", color=colour)
     axes.text(path[-1][0] - 0.03, path[-1][1] + 0.03, f"β = {beta:g}", color=colour, ha="right")
 axes.set(xlabel="KL(π‖π_ref) (nats)", ylabel="mean reward")
-figures.show(figure, "Three dotted paths climb from the reference and end on the frontier, at their π*.")
+figures.show(figure, "8.e")
 
 # %%
 for beta in [0.25, 0.5, 1.0]:
@@ -278,7 +273,7 @@ for beta in [0.25, 0.5, 1.0]:
     distance = dpo.kl_divergence(climb(small, beta)[1], target).item()
     print(f"β = {beta:<4g}: PPO ends {distance:.0e} nats from π*")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** On the curve, at the $\pi^\ast$ of its β or very near. Reinforcement learning and DPO have one optimum; they differ in what they ask for. At $\pi^\ast$ every completion has the same penalised reward. With that number as the baseline every advantage is zero, whichever completions are drawn: the noise of sampling fades on the way.
 
 # %% [markdown]
@@ -322,9 +317,9 @@ axes.plot(stand.kl, best_rates, "s", color=figures.RED)
 for i, n in enumerate(many[1:5], start=1):
     axes.text(stand.kl[i] + 0.05, best_rates[i] - 0.02, f"best of {n}", color=figures.RED, va="top")
 axes.set(xlabel="KL(π‖π_ref) (nats)", ylabel="win rate against π_ref", xlim=(-0.1, 3.2), ylim=(0.48, 1.02))
-figures.show(figure, "In win rate, the squares of best of 4, 8, 16 and 32 lie above the line of π*.")
+figures.show(figure, "8.f")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** From $n=4$ on, best of $n$. The frontier is for mean reward. A win rate is another objective, with a frontier of its own: to win, a completion must be better, not much better. So π\* may be below, and here it mostly is. That is also why win rates saturate. All are close to 1 in the right part of the picture, while the reward still rises.
 
 # %% [markdown]
@@ -367,9 +362,9 @@ axes.loglog(sizes, [law.item() / size for size in sizes], "--", color=figures.BL
 axes.loglog([64 * n for n in lengths], of_ppo, "s-", color=figures.GREEN, label="PPO, true reward")
 axes.set(xlabel="comparisons, or rewards asked", ylabel="KL(π‖π*) (nats)", ylim=(1e-9, 1))
 axes.legend(loc="lower left")
-figures.show(figure, "DPO's distance falls along a line of slope -1; PPO's falls ever more steeply.")
+figures.show(figure, "8.g")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** DPO's, with slope −1: ten times as many pairs make the distance ten times smaller, no more. PPO's falls faster and faster. An answer to "which is better" is at most one bit, and sometimes the wrong one; a reward, asked directly, is exact. (On a table of five completions, asking for five rewards would be enough. PPO does not know that.) What DPO saves is the reward function, which for people's taste nobody can write down. There one has comparisons only, and on a table, a reward model fitted to them makes the same errors.
 
 # %% [markdown]

@@ -6,19 +6,16 @@
 # **The claim.** Wrong code for preferences seldom crashes. It trains, and ends at another policy. But right code has properties that can be tested, and each bug below breaks at least one of them. And where the code is right, the data may still ask for something else than people think.
 
 # %% tags=["setup"]
-import sys
-
-sys.path.insert(0, "..")  # the folder of the repository
 
 import torch
 import torch.nn.functional as F
+from dpo_course import figures
+from dpo_course.checks import check
+from dpo_course.exercises.what_goes_wrong import PROPERTIES
 from matplotlib import pyplot as plt
 
 import dpo_minimal as dpo
 from dpo_minimal.bandit import dpo_objective, safe_learning_rate
-from notebooks import figures
-from notebooks.checks import check
-from notebooks.exercises.what_goes_wrong import PROPERTIES
 
 figures.use_style()
 
@@ -57,9 +54,9 @@ axes.bar(
 )
 axes.set(xticks=places, xticklabels=names, xlabel="completion", ylabel="probability", ylim=(0, 1))
 axes.legend(loc="upper left")
-figures.show(figure, "Bars of four probabilities that sum to one, and those of exhibit A, which sum to more.")
+figures.show(figure, "9.a")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** The products sum to one, exhibit A's numbers don't: they are no probabilities of anything. Long completions gain most.
 
 # %% [markdown]
@@ -102,7 +99,7 @@ def trained(divisor):
 print("sums:    ", trained(1).round(decimals=2))
 print("averages:", trained(torch.tensor([1, 1, 10])).round(decimals=2))
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** With averages the long completion overtakes the one with the highest reward. Each completion then has a β of its own, β divided by its length ([D13.5]).
 
 # %% [markdown]
@@ -131,9 +128,9 @@ axes.text(0.42, 1.25, "exhibit B", color=figures.RED)
 axes.plot(betas, start, color=figures.BLACK)
 axes.text(1.1, 0.73, "DPO: log 2")
 axes.set(xlabel="β", ylabel="loss before training (nats)", ylim=(0, 1.6))
-figures.show(figure, "DPO's loss before training is log 2; exhibit B's falls with β and crosses it at 1.")
+figures.show(figure, "9.b")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** Only at β = 1, or where the reference is indifferent: just what one likes to test with. The loss before training is the cheapest alarm there is ([D13.6]). Trained to the end, exhibit B reaches $\pi_{\rm ref}^{1/\beta}e^{r/\beta}$, normalised: the reference to the wrong power. Exercise 3.1 was its repair.
 
 # %% [markdown]
@@ -168,9 +165,9 @@ for border in [4.5, 8.5]:
 axes.set(
     xticks=range(1, 11), xlabel="row (dotted: borders of micro-batches)", ylabel="its share of the gradient"
 )
-figures.show(figure, "The last two of ten rows have twice the share of the others.")
+figures.show(figure, "9.c")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** Rows of the last, smaller micro-batch count twice as much as others. With micro-batches of one size nothing shows; an epoch's end, or tokens instead of rows, brings it out.
 
 # %% [markdown]
@@ -223,9 +220,9 @@ axes.text(2.0, 0.53, "exhibit D", color=figures.RED)
 axes.plot(raises, losses_left, color=figures.BLACK)
 axes.text(2.0, 0.17, "z₀ left where it was")
 axes.set(xlabel="rise of the good completions (nats)", ylabel="KTO's loss, β = 1", ylim=(0, 0.6))
-figures.show(figure, "With z0 left alone the loss falls towards zero; exhibit D's loss is a level line.")
+figures.show(figure, "9.d")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** Nothing. A mean does not see in which order it adds up, so `roll` does nothing, and $z_0$ is the mean log-ratio of the very completions that are being trained. Whatever they gain, $z_0$ gains as well.
 
 # %% [markdown]
@@ -267,7 +264,7 @@ marks = exhibit_e(ids, torch.tensor([1, 2]), 0)
 for row, mark in zip(ids.tolist(), marks.tolist()):
     print("ids   ", *row, "\nscored", *("^" if m else " " for m in mark))
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** The end of each completion is lost with the padding. It is a part of the completion: it says "stop here". It is not scored, so nothing teaches the model to stop.
 
 # %% [markdown]
@@ -326,9 +323,9 @@ left.text(30, 0.72, "log 2")
 left.set(xlabel="gradient step", ylabel="loss (nats)", ylim=(0, 1))
 right.plot(logps, color=figures.RED)
 right.set(xlabel="gradient step", ylabel="log π(rejected) (nats)")
-figures.show(figure, "The loss stays at log 2 while the log-probability of the rejected completion falls.")
+figures.show(figure, "9.e")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** It runs away. `detach` makes a second name for the same numbers, and `policy.data -=` changes them under both names. So the log-ratio is always zero, every step pulls as hard as the first, and the rejected completion falls for ever. The flat loss shows none of it.
 
 # %% [markdown]
@@ -420,9 +417,9 @@ for y, (name, colour, style) in enumerate(kinds):
     right.plot(line, style, color=colour)
     right.text(25, line[-1], name, color=colour, va="center")
 right.set(xlabel="gradient step", ylabel="log π(y) (nats)", xlim=(0, 40))
-figures.show(figure, "The loss falls; so do chosen and rejected log-probability, and the third one rises.")
+figures.show(figure, "9.f")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** It falls, because the mean is larger. The rejected one falls further, so the margin grows and the loss is content. All that both lose goes to a completion nobody was asked about. With one pair in a *table* this cannot happen ([D13.1]), so it is the network that does it, not the loss alone. Log both log-probabilities, not only the loss.
 
 # %% [markdown]
@@ -473,11 +470,9 @@ for place, ((name, chances), (colour, hatch)) in enumerate(zip(kinds.items(), lo
 names = ["reward 0", "reward 0", "reward 3", "reward 4,\nnever shown"]
 axes.set(xticks=range(4), xticklabels=names, xlabel="completion", ylabel="probability")
 axes.legend(loc="upper left")
-figures.show(
-    figure, "Bars of four policies: the completion never shown falls in training, though it is best."
-)
+figures.show(figure, "9.g")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** The best completion *falls*, because the logit of a good one that was shown has risen past it. It falls by different amounts, at the same loss: each step of gradient descent raises one logit as much as it lowers another, which keeps the sum of the three logits; Adam rescales every logit's gradient by itself and does not keep it. The data leave open how the shown and the unshown compare, and the optimiser decides. Only pairs that contain the completion can help, and what the reference seldom says is seldom in any ([D13.2]).
 
 # %% [markdown]
@@ -516,7 +511,7 @@ for beta, colour, style in [(1.0, figures.RED, "-"), (0.5, figures.PURPLE, "--")
     right.loglog((-margins(beta, 1.0) / beta).exp(), style, color=colour)
     right.text(*(40, 0.05) if beta == 1 else (3, 1e-4), f"β = {beta:g}", color=colour)
 right.set(xlabel="gradient step", ylabel="π(loser) / π(winner)", xlim=(1, 1200))
-figures.show(figure, "Without noise the margin grows like log t; the odds of the loser fall as powers of t.")
+figures.show(figure, "9.h")
 
 # %%
 path = margins(1.0, 1.0)
@@ -525,7 +520,7 @@ for t in [10, 100, 999]:
     print(f"step {t:3d}: {low:.1f} <= {path[t] + path[t].exp():.1f} <= {high:.1f}")
 print(f"nine in ten: the margin ends at {margins(1.0, 0.9)[-1]:.4f}; log 9 is {torch.tensor(9.0).log():.4f}")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** A few contradicting labels give the margin a place to stop, the logarithm of the odds. Without any, it grows like $\log t$ for ever, and β does not hold the policy back: the same margin is a log-ratio of $u/\beta$, so half the β destroys the loser with twice the power of $t$. What keeps such training finite is where it is stopped. (IPO and cDPO have an optimum here, [D13.4].)
 
 # %% [markdown]

@@ -7,18 +7,15 @@
 # **The claim.** A preference loss is invented in a line, and nearly any will train: the loss falls, the margins grow. Where it ends is decided before any training, by one equation about the loss itself. So a new loss can be examined in minutes, with a few questions that each have a number for an answer.
 
 # %% tags=["setup"]
-import sys
-
-sys.path.insert(0, "..")  # the folder of the repository
 
 import torch
 import torch.nn.functional as F
+from dpo_course import figures
+from dpo_course.checks import check
+from dpo_course.exercises.your_own_loss import proper_loss
 from matplotlib import pyplot as plt
 
 import dpo_minimal as dpo
-from notebooks import figures
-from notebooks.checks import check
-from notebooks.exercises.your_own_loss import proper_loss
 
 figures.use_style()
 
@@ -70,14 +67,14 @@ for name, (loss, style, colour) in kinds.items():
 left.set(xlabel="margin u (nats)", ylabel="loss (nats)")
 right.set(xlabel="margin u (nats)", ylabel="pull w(u)")
 right.legend(loc="upper right")
-figures.show(figure, "Two losses and their pulls; the focal one falls sooner to zero on the right.")
+figures.show(figure, "10.a")
 
 # %%
 at = torch.tensor([-5.0, 0.0, 4.0], dtype=torch.float64)
 for name, (loss, _, _) in kinds.items():
     print(f"{name:5} pulls at -5, 0 and 4:", *(f"{w:.4f}" for w in pulls_at(loss, at)[1]))
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** It does what it was made for. On hard pairs the focal loss pulls as DPO does, and a little harder; at the reference it pulls a little less; and an easy pair at $u=4$ gets less than a twentieth of DPO's pull. Nothing in these pictures looks wrong. Is it?
 
 # %% [markdown]
@@ -167,7 +164,7 @@ def batch_pulls(margins):
 # %% tags=["check"]
 check("10.2", batch_pulls)
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** The pulls sum to zero: what a pair below the mean gains, others lose. Add one number to all margins and no loss changes. So such a loss cannot make all margins of a batch large, only equal. A baseline must be a constant for the gradient (`detach`), or come from somewhere else.
 
 # %% [markdown]
@@ -205,7 +202,7 @@ for place, ((name, logps), (colour, hatch)) in enumerate(zip(kinds.items(), look
 names = [f"reward {reward:g}" for reward in rewards[0].tolist()]
 axes.set(xticks=range(4), xticklabels=names, xlabel="completion", ylabel="probability")
 axes.legend(loc="upper left")
-figures.show(figure, "Bars: DPO has those of π*, the focal loss stays nearer the reference.")
+figures.show(figure, "10.b")
 
 # %%
 for name in ("focal", "DPO"):
@@ -213,7 +210,7 @@ for name in ("focal", "DPO"):
     print(f"{name:5} gives the best completion {kinds[name][0, -1].exp():.4f}; KL to π* {kl:.4f}")
 print(f"π*    gives it {optimal[0, -1].exp():.4f}")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** It ends at another policy, about half way to π\*: the best completion has 0.36 instead of 0.63, although the data were endless and the training was not cut short. No log of its training shows that: the loss has fallen to its minimum and the gradient is zero.
 
 # %% [markdown]
@@ -275,11 +272,9 @@ for (name, w), style in zip(pull.items(), ["-", "--", "o", "-.", ":"]):
     axes.plot(u, balance, style, color=colours[name], label=name, markevery=10, markersize=5)
 axes.set(xlabel="margin u (nats)", ylabel="p with which it rests there", ylim=(-0.05, 1.05))
 axes.legend(loc="lower right")
-figures.show(
-    figure, "Two of five curves lie on the sigmoid; focal is steeper, IPO a short line, the hinge a step."
-)
+figures.show(figure, "10.c")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** DPO and $e^{-u/2}$ are proper. The focal loss rests at margin 2 only if the first completion wins 97 of 100, where 88 would be right; so with 88 of 100 it stays at a smaller margin: it is too modest. The hinge goes to margin 1 or −1, by majority. IPO rests at $u=p-\frac12$: chances to win, not rewards ([D12.1]).
 
 # %% [markdown]
@@ -304,9 +299,9 @@ for name, style, place in looks:
     axes.plot(u, pull[name] / torch.sigmoid(-u), style, color=colours[name])
     axes.text(*place, name, color=colours[name])
 axes.set(xlabel="margin u (nats)", ylabel="k(u), pull in units of DPO's", ylim=(0, 4), xlim=(-5, 5))
-figures.show(figure, "DPO's k is a level line, that of exp(-u/2) a valley; focal's falls from left to right.")
+figures.show(figure, "10.d")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** Only the focal loss has a $k$ that is not even. That is its purpose: it takes pull from easy pairs and leaves it to hard ones. But a pair that is easy with one label is hard with the other. Who weakens one of the two labels more than the other has changed what the labels say.
 
 # %% [markdown]
@@ -347,7 +342,7 @@ for loss in (dpo_losses, focal_loss, proper_loss):
     kl = [dpo.kl_divergence(end, optimal).item() for end in ends]
     print(f"{loss.__name__:11} KL to π*: all pairs {kl[0]:.6f}, neighbours only {kl[1]:.6f}")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** The repaired loss ends at π\*, with either set of pairs. So does DPO. The focal loss ends at two places, if only a little apart: its best margins of single pairs do not add up (the best margin from the first to the third completion is not the sum of the two between), so it ends at a compromise, which depends on what is weighed against what. For a proper loss there is nothing to compromise about.
 
 # %% [markdown]
@@ -362,7 +357,7 @@ pull["repaired"] = 4 * torch.sigmoid(u) * torch.sigmoid(-u) ** 2
 for name in ("DPO", "focal", "repaired", "exp(-u/2)", "IPO"):
     print(f"{name:9} pulls at 0, 1, 3, 5:", *(f"{pull[name][place]:.5f}" for place in (100, 120, 160, 200)))
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** Only IPO rests: its pull is zero at $\frac12$ and negative beyond. No proper loss can rest, since its pull is positive everywhere; where people are unanimous, Bradley–Terry's margin is infinite, and a proper loss finds it ([D13.4]). One has to choose: margins that are right, or margins that are always finite.
 
 # %% [markdown]
@@ -407,7 +402,7 @@ for key in ("value_at_reference", "kl_to_optimal", "best_beta", "kl_after_flips"
     print(f"{key:18} focal {card.json()[key]:.3g}, repaired {repaired.json()[key]:.3g}")
 print(f"squared error over the Cramér-Rao bound, repaired {repaired.json()['efficiency']:.2f}")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** The first verdict has what was found above by hand, and one thing more: the focal loss ends *near* the optimum of β = 0.89. Its curve in the figure of question 4 is close to $\sigma(1.8\,u)$, so its margins are right but for a factor of about 1.8. With a β divided by that factor it would nearly do; but the factor is nobody's choice, and the remainder depends on the pairs. The repaired loss ends at π\*, needs hardly more data than DPO, and with a tenth of the labels flipped it is a little nearer to π\* than DPO is. Both lose their end where one label is never contradicted, as every proper loss does.
 
 # %% [markdown]
@@ -469,7 +464,7 @@ moved = [torch.tensor([p], dtype=torch.float64).log().requires_grad_(p != 0.3) f
 up, down = torch.autograd.grad(forward_kl_losses(*moved, beta=0.5), moved[:2])
 print(f"pulls of a pair: up {-up.item():.4f}, down {down.item():.4f}")
 
-# %% [markdown] tags=["answer"]
+# %% [markdown] tags=["outcome"]
 # **What happened.** The forward KL leaves the worst completion twice as much, and the best one more as well; the second best pays for both. It punishes $\log\frac{\pi_{\rm ref}}\pi$, which explodes where a completion of the reference is given up, and hardly minds where one is made likelier. Its loss ends exactly there, and the card would say "ends elsewhere" of it, rightly: elsewhere than π\*. The two pulls are unequal, $\sigma(-m)\,\beta/\rho_w$ up and $\sigma(-m)\,\beta/\rho_l$ down: a completion that has become unlikely is moved faster.
 
 # %% [markdown]

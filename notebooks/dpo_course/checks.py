@@ -17,8 +17,9 @@ from .exercises import CHAPTERS, of_chapter
 __all__ = ["Verdict", "check", "judge"]
 
 
-def check(number: str, function: Callable[..., Any]) -> None:
-    """Print whether `function` solves exercise `number`, and if not, the smallest input that shows it.
+def check(number: str | float, function: Callable[..., Any]) -> Verdict:
+    """Print whether `function` solves exercise `number`, and if not, the smallest input that shows it; return
+    the verdict, whose `.require()` raises AssertionError unless the answer is right.
 
     Args:
         number: "3.1" is the first exercise of notebook 3.
@@ -26,17 +27,21 @@ def check(number: str, function: Callable[..., Any]) -> None:
     Raises:
         ValueError: there is no such exercise.
     """
-    print(judge(number, function).message)
+    verdict = judge(number, function)
+    print(verdict.message)
+    return verdict
 
 
-def judge(number: str, function: Callable[..., Any]) -> Verdict:
+def judge(number: str | float, function: Callable[..., Any]) -> Verdict:
     """What `check` prints, as a `Verdict`."""
     return checks.judge(find_exercise(number), function)
 
 
-def find_exercise(number: str) -> Exercise:
-    """The exercise of that number. Raises ValueError."""
-    exercises = of_chapter(str(number).partition(".")[0]) if str(number).partition(".")[0] in CHAPTERS else {}
+def find_exercise(number: str | float) -> Exercise:
+    """The exercise of that number, which may be written 3.1 as well. Raises ValueError."""
+    number = str(number)
+    chapter = number.partition(".")[0]
+    exercises = of_chapter(chapter) if chapter in CHAPTERS else {}
     if number not in exercises:
         known = f"this notebook has {', '.join(exercises)}" if exercises else "numbers are such as 1.1"
         raise ValueError(f"there is no exercise {number!r}; {known}.")

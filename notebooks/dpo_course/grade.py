@@ -1,4 +1,4 @@
-"""Grade a folder of submitted notebooks: `python -m notebooks.grade SUBMISSIONS`.
+"""Grade a folder of submitted notebooks: `python -m dpo_course.grade SUBMISSIONS`.
 
 SUBMISSIONS holds a folder for each student (`alice/03_dpo.ipynb`), or a notebook for each. Every notebook is
 examined in a process of its own. A cell or check that takes too long, or that ends the process, costs its
@@ -28,7 +28,7 @@ from dpo_minimal.text.runs import write_atomically
 
 from .exercises import all_exercises
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent  # what the process that examines imports this package from
 
 
 class Result(NamedTuple):
@@ -108,7 +108,7 @@ def _examine(path: Path, skipped: set[str], seconds: float) -> tuple[list[dict],
             "OMP_NUM_THREADS": "1",
         }
         process = subprocess.Popen(
-            [sys.executable, "-m", "notebooks.examine", str(path.resolve()), str(report), *sorted(skipped)],
+            [sys.executable, "-m", "dpo_course.examine", str(path.resolve()), str(report), *sorted(skipped)],
             cwd=workplace, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
@@ -189,7 +189,7 @@ def summary(results: list[Result]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m notebooks.grade",
+        prog="python -m dpo_course.grade",
         description="Grade a folder of submitted notebooks: one CSV with the points of every exercise.",
     )
     parser.add_argument("submissions", type=Path, help="a folder of students' folders, or of notebooks")

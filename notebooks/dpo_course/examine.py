@@ -1,6 +1,6 @@
 """One submitted notebook, examined in a process of its own; `grade.py` starts it and watches the clock.
 
-    python -m notebooks.examine NOTEBOOK REPORT [SKIPPED ...]
+    python -m dpo_course.examine NOTEBOOK REPORT [SKIPPED ...]
 
 The submission's cells are executed one by one, whatever they raise; then every exercise of the notebook is
 judged. What the course itself wrote (demonstrations, checks) is not run: only the set-up, the exercises and
@@ -28,7 +28,7 @@ from typing import Any
 
 from .exercises import CHAPTERS, of_chapter
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent.parent
 MEMORY = 8 << 30  # bytes of data a submission may hold, where the system can limit that
 FILES = 100 << 20  # bytes of any file it may write
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import functools
 import importlib.util
 import io
 import os
+import tomllib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -41,14 +44,25 @@ def use_style() -> None:
     matplotlib.rcParams.update(STYLE)
 
 
-def show(figure: plt.Figure, description: str) -> None:
-    """Display a figure with a description for those who cannot see it.
+@functools.cache
+def descriptions() -> dict[str, str]:
+    """What each figure shows, by its name such as "3.b"."""
+    return tomllib.loads((Path(__file__).parent / "descriptions.toml").read_text(encoding="utf-8"))
 
+
+def show(figure: plt.Figure, name: str) -> None:
+    """Display a figure with its description, for those who cannot see it.
+
+    Args:
+        name: "3.b" is the second of notebook 3; `descriptions.toml` describes it.
     Raises:
         ValueError: an axis has no label, or the description is missing.
     """
+    description = descriptions().get(name, "")
     if not description.strip():
-        raise ValueError("describe the figure in a sentence, for those who cannot see it.")
+        raise ValueError(
+            f"describe figure {name!r} in a sentence in descriptions.toml, for those who cannot see it."
+        )
     for axes in figure.axes:
         unlabelled = not (axes.get_xlabel() or figure.get_supxlabel()) or not (
             axes.get_ylabel() or figure.get_supylabel() or axes.get_subplotspec().colspan.start > 0
@@ -62,7 +76,7 @@ def show(figure: plt.Figure, description: str) -> None:
     display(bundle, metadata={"image/png": {"alt": description}}, raw=True)
 
 
-def slide(draw: Callable[[float], plt.Figure], values: Sequence[float], name: str, description: str) -> None:
+def slide(draw: Callable[[float], plt.Figure], values: Sequence[float], name: str, figure: str) -> None:
     """A slider over `values`, if ipywidgets is installed and someone is there to move it.
 
     The static picture of the same thing is the notebook's own business: this one is an extra.
@@ -73,4 +87,4 @@ def slide(draw: Callable[[float], plt.Figure], values: Sequence[float], name: st
     from ipywidgets import SelectionSlider, interact
 
     slider = SelectionSlider(options=list(values), value=values[len(values) // 2], description=name)
-    interact(lambda value: show(draw(value), description), value=slider)
+    interact(lambda value: show(draw(value), figure), value=slider)
