@@ -99,7 +99,7 @@ def _cell(cell: NotebookNode, name: str, *, solved: bool) -> NotebookNode:
 
 
 def folded(text: str) -> str:
-    """Prose that a click opens. Between empty lines Jupyter, VS Code, Colab and GitHub read it as Markdown."""
+    """Prose that a click opens. Between empty lines, Jupyter, VS Code, Colab and GitHub read Markdown."""
     return f"<details><summary>{OPEN}</summary>\n\n{text}\n\n</details>"
 
 

@@ -306,7 +306,7 @@ def test_figures_without_labels_or_description_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="needs a label"):
         figures.show(figure, "1.a")
     axes.set(ylabel="loss (nats)")
-    with pytest.raises(ValueError, match="describe the figure"):
+    with pytest.raises(ValueError, match="describe figure"):
         figures.show(figure, "1.b")
     figures.show(figure, "1.a")
     assert shown[0]["text/plain"] == "a line" and shown[0]["image/png"].startswith("iVBOR")
