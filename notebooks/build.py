@@ -6,10 +6,11 @@ A source is a text file in jupytext's percent format. Two things in it are ours:
 - a cell tagged `answer` stands in the solved notebook only;
 - a cell tagged `outcome`, what happened after a prediction, is folded in the student's notebook, below a cell
   in which the prediction can be written down.
-Tags such as [D3.4] become links to their sections in the derivations, and headings become slides.
+Below the first cell that names a result such as [D3.4], its derivation can be opened. Headings become slides.
 
-The student's notebook has no outputs. The solved one is executed, and its outputs are kept. What a source
-has not changed is left alone. The tables of notebooks/README.md are read off the sources too.
+The student's notebook has no outputs. The solved one is executed when its code has changed, and its outputs
+are kept. What a source has not changed is left alone. The tables of notebooks/README.md are read off the
+sources too.
 """
 
 from __future__ import annotations
@@ -69,13 +70,15 @@ def solved_notebook(source: Path) -> NotebookNode:
 
 def _notebook(source: Path, *, solved: bool) -> NotebookNode:
     written = jupytext.reads(source.read_text(encoding="utf-8"), fmt="py:percent")
-    cells = []
+    derived, cells = where_to_derive(written.cells), []
     for place, cell in enumerate(written.cells):
         name = f"{source.stem}-{place}"
         if solved or "answer" not in cell.metadata.get("tags", []):
             cells.append(_cell(cell, name, solved=solved))
         if not solved and QUESTION in cell.source:
             cells.append(to_write_in(name))
+        if derived[place]:
+            cells.append(derivations(derived[place], name))
     metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
@@ -90,17 +93,16 @@ def _cell(cell: NotebookNode, name: str, *, solved: bool) -> NotebookNode:
     metadata = {"tags": tags} if tags else {}
     metadata["slideshow"] = {"slide_type": _slide_type(cell, tags)}
     if cell.cell_type == "markdown":
-        text = link_tags(text, FOLDER / "solutions" if solved else FOLDER)
         if "outcome" in tags and not solved:
-            text = folded(text)
+            text = folded(OPEN, text)
         return nbformat.v4.new_markdown_cell(text, metadata=metadata, id=name)
     text = solution(text) if solved else stub(text)
     return nbformat.v4.new_code_cell(text, metadata=metadata, id=name)
 
 
-def folded(text: str) -> str:
+def folded(summary: str, text: str) -> str:
     """Prose that a click opens. Between empty lines, Jupyter, VS Code, Colab and GitHub read Markdown."""
-    return f"<details><summary>{OPEN}</summary>\n\n{text}\n\n</details>"
+    return f"<details><summary>{summary}</summary>\n\n{text}\n\n</details>"
 
 
 def to_write_in(name: str) -> NotebookNode:
@@ -121,21 +123,41 @@ def solution(code: str) -> str:
     return SOLUTION.sub(lambda match: match[2], code).rstrip("\n")
 
 
-def link_tags(text: str, folder: Path) -> str:
-    """[D3.4] becomes a link to its section, from a notebook in this folder. Raises ValueError for a tag that
-    no document has.
+def where_to_derive(cells: list[NotebookNode]) -> list[list[str]]:
+    """For each cell of a source, the tags such as D3.4 that are derived below it: those that it names first.
 
-    The link is relative, so it works on GitHub, in VS Code, and in a JupyterLab that was started in the
-    project's folder or above it: JupyterLab opens no file outside the folder where it was started.
+    The header lists what a notebook uses; what only the header names is derived below the header. Cells that
+    a student's copy lacks do not count.
+    """
+    named = [
+        re.findall(r"\[(D\d+\.\d+)\]", cell.source)
+        if cell.cell_type == "markdown" and "answer" not in cell.metadata.get("tags", [])
+        else []
+        for cell in cells
+    ]
+    first: dict[str, int] = {}
+    for place, tags in [*enumerate(named[1:], start=1), (0, named[0])]:
+        for tag in tags:
+            first.setdefault(tag, place)
+    return [[tag for tag in dict.fromkeys(tags) if first[tag] == place] for place, tags in enumerate(named)]
+
+
+def derivations(tags: list[str], name: str) -> NotebookNode:
+    """The cell from which these results' derivations open. Raises ValueError for a tag that no document has.
+
+    They stand in the notebook because no link from a notebook leads everywhere: JupyterLab opens no file
+    outside the folder where it was started, GitHub no relative link, and a notebook alone has no other file.
     """
     sections = syllabus.sections()
-
-    def link(match: re.Match) -> str:
-        if match[1] not in sections:
-            raise ValueError(f"the derivations have no section {match[1]}.")
-        return f"[{match[1]}]({sections[match[1]].link(folder)})"
-
-    return re.sub(r"\[(D\d+\.\d+)\](?!\()", link, text)
+    if unknown := [tag for tag in tags if tag not in sections]:
+        raise ValueError(f"the derivations have no section {', '.join(unknown)}.")
+    parts = []
+    for tag in tags:
+        text = syllabus.without_code(sections[tag].text)
+        text = re.sub(r"\[([^\]]+)\]\((?!http)[^)\s]*\)", r"\1", text)  # links to files of the repository
+        parts.append(folded(f"Derivation of {tag}: {sections[tag].title}", text))
+    metadata = {"tags": ["derivation"], "slideshow": {"slide_type": "skip"}}
+    return nbformat.v4.new_markdown_cell("\n\n".join(parts), metadata=metadata, id=f"{name}-derivation")
 
 
 def _slide_type(cell: NotebookNode, tags: list[str]) -> str:
@@ -191,11 +213,27 @@ def execute(notebook: NotebookNode, folder: Path) -> float:
     return time.perf_counter() - start
 
 
+def take_outputs(notebook: NotebookNode, path: Path) -> bool:
+    """Give the notebook the outputs of the file, if that has the same code; return whether it has."""
+    if not path.exists():
+        return False
+    kept, wanted = (
+        [cell for cell in cells if cell.cell_type == "code"]
+        for cells in (nbformat.read(path, as_version=4).cells, notebook.cells)
+    )
+    if [cell.source for cell in kept] != [cell.source for cell in wanted]:
+        return False
+    for cell, old in zip(wanted, kept):
+        cell.outputs, cell.execution_count = old.outputs, old.execution_count
+    return True
+
+
 def build(source: Path, *, force: bool = False) -> str:
     """Bring both notebooks of a source up to date; return what was done, for people.
 
     Args:
-        force: execute the solved one even if it is. The old one stays until the new one is whole.
+        force: execute the solved one even if its code is the same, as after a change of the library. The old
+            one stays until the new one is whole.
     """
     done = []
     student, solved = student_notebook(source), solved_notebook(source)
@@ -203,9 +241,12 @@ def build(source: Path, *, force: bool = False) -> str:
         write(student, student_path(source))
         done.append("student's written")
     if force or is_stale(solved_path(source), solved):
-        seconds = execute(solved, solved_path(source).parent)
+        if not force and take_outputs(solved, solved_path(source)):
+            done.append("solved written, its code unchanged")
+        else:
+            seconds = execute(solved, solved_path(source).parent)
+            done.append(f"solved executed in {seconds:.0f} s")
         write(solved, solved_path(source))
-        done.append(f"solved executed in {seconds:.0f} s")
     return ", ".join(done) or "up to date"
 
 

@@ -28,6 +28,8 @@ DOCUMENTS = tuple(
 )
 # The anchor stands in the heading because JupyterLab's own ids are not GitHub's.
 HEADING = re.compile(r'^### <a id="([^"]*)"></a>(D\d+\.\d+) (.*)$', re.MULTILINE)
+NEXT = re.compile(r"^###? |^\[D\d+\.\d+\]: ", re.MULTILINE)  # where a section ends
+CODE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)  # in it a comment looks like a heading
 
 
 class Header(NamedTuple):
@@ -38,11 +40,12 @@ class Header(NamedTuple):
 
 
 class Section(NamedTuple):
-    """Where a tag such as D3.4 leads: document, anchor, title."""
+    """Where a tag such as D3.4 leads: document, anchor, title; and its text as the document has it."""
 
     document: Path
     anchor: str
     title: str
+    text: str
 
     def link(self, folder: Path) -> str:
         """The link from a document in this folder."""
@@ -52,11 +55,20 @@ class Section(NamedTuple):
 @functools.cache  # a notebook asks for every cell of prose
 def sections() -> dict[str, Section]:
     """Tag -> its section, over all documents."""
-    return {
-        tag: Section(document, anchor, title)
-        for document in DOCUMENTS
-        for anchor, tag, title in HEADING.findall(document.read_text(encoding="utf-8"))
-    }
+    found = {}
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        for heading in HEADING.finditer(text):
+            anchor, tag, title = heading.groups()
+            rest = text[heading.end() :]
+            end = NEXT.search(CODE.sub(lambda block: " " * len(block[0]), rest))
+            found[tag] = Section(document, anchor, title, rest[: end.start() if end else None].strip())
+    return found
+
+
+def without_code(text: str) -> str:
+    """The words and equations of a document: its blocks of code left out."""
+    return re.sub(r"\n{3,}", "\n\n", CODE.sub("", text)).strip()
 
 
 def header(source: Path) -> Header:

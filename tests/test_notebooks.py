@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import html
 import re
 import subprocess
 import sys
@@ -32,6 +33,17 @@ def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
+def pictures(cell):
+    """(alternative text, output) of each picture that a cell has drawn."""
+    return [
+        (html.unescape(alt), output)
+        for output in cell.outputs
+        for alt in re.findall(
+            r'<img alt="([^"]*)" src="data:image/png;base64,', output.get("data", {}).get("text/html", "")
+        )
+    ]
+
+
 def tagged(notebook, tag):
     return [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
 
@@ -49,16 +61,33 @@ def test_solutions_become_stubs():
     assert build.solution(code) == "def f(x):\n    y = x\n    return y"
 
 
-def test_tags_become_links():
-    """Relative to the notebook's folder, into the document that has the section."""
-    linked = build.link_tags("by [D3.4] and [D3.4](x)", build.FOLDER)
-    assert linked == "by [D3.4](../derivations.md#d34-the-optimum) and [D3.4](x)"
-    assert build.link_tags("[D12.4]", build.FOLDER / "solutions") == (
-        "[D12.4](../../dpo_minimal/zoo/README.md#d124-kto)"
-    )
-    assert build.link_tags("[D13.1]", build.FOLDER) == "[D13.1](what-goes-wrong.md#d131-displacement)"
+def test_a_derivation_opens_below_the_first_cell_that_names_it(tmp_path):
+    """Once each; below the header what only the header names; without code, and without links to files."""
+    source = tmp_path / "01_x.py"
+    cells = ("# 1 · X: [D2.4], [D4.4], [D3.3]", "by [D3.3], [D4.4] and [D3.3](x)", "again [D4.4]", "[D12.1]")
+    tags = ("", "", "", ' tags=["answer"]')
+    source.write_text("\n".join(f"# %% [markdown]{tag}\n# {text}" for tag, text in zip(tags, cells)))
+    for notebook in (build.student_notebook(source), build.solved_notebook(source)):
+        below = [place for place, cell in enumerate(notebook.cells) if "tags" in cell.metadata][:2]
+        assert below == [1, 3]
+        header, second = (notebook.cells[place].source for place in below)
+        assert re.findall(r"<summary>(.*?)</summary>", header) == ["Derivation of D2.4: Why the exponential"]
+        assert re.findall(r"<summary>Derivation of (D[\d.]+)", second) == ["D3.3", "D4.4"]
+        assert "E8 counts that among the errata" in header
+        assert r"E_\pi\Big[\log\frac{\pi(y)}{\frac1Z\pi_{\rm ref}(y)e^{r(y)/\beta}}-\log Z\Big]" in second
+        assert "```" not in header + second and "shows(" not in header + second
+        assert "## " not in header + second and "]: " not in header + second
+    source.write_text("# %% [markdown]\n# [D9.9]")
     with pytest.raises(ValueError, match=r"no section D9\.9"):
-        build.link_tags("[D9.9]", build.FOLDER)
+        build.student_notebook(source)
+
+
+@by_notebook
+def test_no_notebook_needs_another_file(source):
+    """A relative link is dead in a notebook that stands alone, on GitHub, and above JupyterLab's folder."""
+    for notebook in (student_notebook(source), solved_notebook(source)):
+        links = re.findall(r"\]\(([^)\s]*)\)", prose(notebook))
+        assert all(link.startswith("https://") for link in links if "\\" not in link), links
 
 
 def test_ten_notebooks():
@@ -113,6 +142,29 @@ def test_a_forced_build_that_fails_leaves_the_old_notebook(monkeypatch, tmp_path
     assert "a cell failed" in capsys.readouterr().err
 
 
+def test_outputs_are_kept_while_the_code_is_the_same(monkeypatch, tmp_path):
+    """A word changed in the prose executes nothing; a letter changed in the code, or --force, does."""
+    executed = []
+    monkeypatch.setattr(build, "execute", lambda *_: executed.append(1) or 1.0)
+    monkeypatch.setattr(build, "student_path", lambda _: tmp_path / "student.ipynb")
+    monkeypatch.setattr(build, "solved_path", lambda _: tmp_path / "solved.ipynb")
+    source, text = tmp_path / "01_x.py", "# %% [markdown]\n# words\n\n# %%\nprint(1)\n"
+    source.write_text(text)
+    build.build(source)
+    first = nbformat.read(tmp_path / "solved.ipynb", as_version=4)
+    first.cells[1].outputs = [nbformat.v4.new_output("stream", text="1\n")]
+    build.write(first, tmp_path / "solved.ipynb")
+    source.write_text(text.replace("words", "other words"))
+    assert build.build(source) == "student's written, solved written, its code unchanged"
+    second = nbformat.read(tmp_path / "solved.ipynb", as_version=4)
+    assert second.cells[0].source == "other words" and second.cells[1].outputs == first.cells[1].outputs
+    assert len(executed) == 1
+    build.build(source, force=True)
+    source.write_text(text.replace("print(1)", "print(2)"))
+    build.build(source)
+    assert len(executed) == 3
+
+
 # --------------------------------------------------------------------------------------------- the pattern
 
 
@@ -131,19 +183,23 @@ def test_the_header(source):
 @by_notebook
 def test_a_figure_by_the_third_code_cell(source):
     cells = code_cells(kept(build.solved_path(source)))
-    pictures = [any("image/png" in output.get("data", {}) for output in cell.outputs) for cell in cells]
-    assert any(pictures[:3])
-    assert sum(pictures) >= 3
+    drawn = [bool(pictures(cell)) for cell in cells]
+    assert any(drawn[:3])
+    assert sum(drawn) >= 3
 
 
 @by_notebook
 def test_every_figure_is_described(source):
-    """For those who cannot see it: as alternative text, and instead of the picture where none is shown."""
+    """For those who cannot see it: as alternative text, and instead of the picture where none is shown.
+    Each picture stands in the file once."""
+    from dpo_course import figures
+
+    described = set(figures.descriptions().values())
     for cell in code_cells(kept(build.solved_path(source))):
-        for output in cell.outputs:
-            if "image/png" in output.get("data", {}):
-                assert len(output.data["text/plain"]) > 20
-                assert output.metadata["image/png"]["alt"] == output.data["text/plain"]
+        for alternative, output in pictures(cell):
+            assert len(alternative) > 20 and alternative in described
+            assert output.data["text/plain"] == alternative
+        assert not any("image/png" in output.get("data", {}) for output in cell.outputs)
 
 
 @by_notebook
@@ -176,7 +232,7 @@ def test_the_pattern(source):
     """Equations with tags, a prediction for every answer, exercises with their check, one open question."""
     student, solved = student_notebook(source), solved_notebook(source)
     text = prose(student)
-    assert text.count("$$") >= 2 and re.search(r"\.md#d\d", text)
+    assert text.count("$$") >= 2 and tagged(student, "derivation")
     assert text.count("**Predict before you run.**") >= 2
     assert len(re.findall(r"^## An open question$", text, re.MULTILINE)) == 1
     exercises, checks = tagged(student, "exercise"), tagged(student, "check")
@@ -309,7 +365,8 @@ def test_figures_without_labels_or_description_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="describe figure"):
         figures.show(figure, "1.b")
     figures.show(figure, "1.a")
-    assert shown[0]["text/plain"] == "a line" and shown[0]["image/png"].startswith("iVBOR")
+    assert shown[0]["text/plain"] == "a line"
+    assert shown[0]["text/html"].startswith('<img alt="a line" src="data:image/png;base64,iVBOR')
 
 
 def test_the_slider_is_an_extra(monkeypatch, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import html
 import importlib.util
 import io
 import os
@@ -72,8 +73,10 @@ def show(figure: plt.Figure, name: str) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     plt.close(figure)
-    bundle = {"image/png": base64.b64encode(picture.getvalue()).decode(), "text/plain": description}
-    display(bundle, metadata={"image/png": {"alt": description}}, raw=True)
+    source = "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode()
+    # As HTML and not as image/png: JupyterLab gives that no alternative text, whatever its metadata say.
+    image = f'<img alt="{html.escape(description)}" src="{source}" style="max-width: 100%">'
+    display({"text/html": image, "text/plain": description}, raw=True)
 
 
 def slide(draw: Callable[[float], plt.Figure], values: Sequence[float], name: str, figure: str) -> None:
