@@ -356,6 +356,15 @@ def test_a_right_formula_that_overflows_is_told_so(quickly):
     assert verdict.passed and "but here" in verdict.message and "inf" in verdict.message
 
 
+def test_a_clamp_where_nobody_looks_is_refused(quickly):
+    """It gives another finite number at a margin of -800, where DPO's loss is 800 nats."""
+    verdict = CHECKS["dpo_loss"](
+        lambda pc, pr, rc, rr, b: F.softplus(-(b * (pc - pr - rc + rr)).clamp(-30, 30))
+    )
+    assert not verdict.passed and verdict.mistake == checks.BOUNDED
+    assert "extreme input" in verdict.message and "yours           [30]" in verdict.message
+
+
 # ----------------------------------------------------------------------------------------- wrong, by name
 
 

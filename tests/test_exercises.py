@@ -4,14 +4,16 @@ import functools
 import time
 import warnings
 
+import numpy as np
 import pytest
 import student_answers
 import torch
+import torch.nn.functional as F
 from dpo_course.checks import check, find_exercise, judge
 from dpo_course.exercises import CHAPTERS, all_exercises
 
-from dpo_minimal.bench.checks import agrees, complain, copy, recognise, show
-from dpo_minimal.bench.exercises import samples
+from dpo_minimal.bench.checks import BOUNDED, agrees, complain, copy, recognise, show
+from dpo_minimal.bench.exercises import samples, smallest
 from notebooks import build
 
 EXERCISES = all_exercises()
@@ -213,14 +215,76 @@ def test_a_mask_has_booleans(number):
         assert reason in both.message and both.mistake == name
 
 
-def test_float32_is_accepted():
-    """`torch.tensor` of Python's numbers has seven digits; that is no mistake, and 1e-4 off is one."""
+def margin(pc, pr, rc, rr, beta):
+    return beta * ((pc - rc) - (pr - rr))
 
-    def loss(*given, off=0.0):
-        return student_answers.loss_by_softplus(*given).float() + off
 
-    assert judge("3.1", loss).status == "right"
-    assert judge("3.1", functools.partial(loss, off=1e-4)).status == "wrong"
+def loss_of(margin_to_loss):
+    return lambda *given: margin_to_loss(margin(*given))
+
+
+def loss_with_beta_as(kind):
+    """The loss; beta goes through another type on its way."""
+    return lambda *four_and_beta: F.softplus(-margin(*four_and_beta[:4], kind(four_and_beta[4])))
+
+
+def optimum_filled_in(ref_logps, rewards, beta):
+    table = torch.zeros(ref_logps.shape)
+    for row, (logps, r) in enumerate(zip(ref_logps, rewards)):
+        table[row] = (logps + r / beta).log_softmax(-1)
+    return table * torch.ones(1, dtype=torch.float64)  # float64 at the end
+
+
+@pytest.mark.parametrize(
+    ("number", "answer", "reason"),
+    [
+        ("3.1", loss_with_beta_as(torch.tensor), "torch.tensor(0.1)"),
+        ("2.3", optimum_filled_in, "torch.zeros(2)"),
+        ("3.1", loss_with_beta_as(lambda beta: float(np.float32(beta))), "float32, a small number"),
+        ("3.1", loss_of(lambda m: F.softplus(-m).float()), "float32, a small number"),
+        ("3.1", loss_of(lambda m: F.softplus(-m).float().numpy()), "float32, a small number"),
+        ("3.1", loss_of(lambda m: -(1 - torch.sigmoid(-m)).log()), "a difference of nearly equal ones"),
+    ],
+)
+def test_float32_on_the_way_is_no_mistake(number, answer, reason):
+    """Seven digits are right, and the message says why there are no more."""
+    verdict = judge(number, answer)
+    told = next(line for line in verdict.message.split("\n") if line.startswith("  digits "))
+    assert verdict.status == "right" and reason in told
+    assert torch.get_default_dtype() == torch.float32, "it is set for a moment"
+
+
+def test_a_mistake_in_float32_is_a_mistake():
+    """1e-4 is ten times what a hundred roundings come to. Its name is found without the other digits too."""
+    assert judge("3.1", loss_of(lambda m: F.softplus(-m).float() + 1e-4)).status == "wrong"
+    single = judge("3.1", lambda *given: student_answers.loss_scaled(*given).float())
+    assert single.mistake == "off by β: did you scale the loss instead of the margin?"
+
+
+BOUNDS = {  # everybody's habits: they keep NaN away, and are wrong where nobody looks
+    **{f"+ {e}": ("3.1", loss_of(lambda m, e=e: -(m.sigmoid() + e).log())) for e in (1e-6, 1e-8, 1e-30)},
+    **{f"clamp {c}": ("3.1", loss_of(lambda m, c=c: F.softplus(-m.clamp(-c, c)))) for c in (5, 30)},
+    "2.3": ("2.3", lambda ref, r, beta: (ref + r / beta).softmax(-1).clamp(min=1e-30).log()),
+    "1.2": ("1.2", lambda r, wins: -(wins * ((r[:, None] - r).sigmoid() + 1e-8).log()).sum() / wins.sum()),
+}
+
+
+@pytest.mark.parametrize("habit", BOUNDS)
+def test_a_bounded_answer_is_refused_by_name(habit):
+    """At the strain a check asks for the right number: a finite one is not enough."""
+    verdict = judge(*BOUNDS[habit])
+    assert verdict.status == "wrong" and verdict.mistake == BOUNDED
+    assert f"looks like      {BOUNDED}" in verdict.message
+    expected, yours = (line for line in verdict.message.split("\n") if line[2:10] in ("expected", "yours   "))
+    assert expected[18:] != yours[18:], "two numbers that look alike say nothing"
+
+
+def test_the_smallest_input_has_few_numbers():
+    """Shrinking alone ends at four tokens: the number of tokens is drawn before them."""
+    exercise = EXERCISES["9.1"]
+    mistake = next(iter(exercise.mistakes.values()))
+    found = smallest(exercise.inputs, lambda given: complain(exercise, mistake, given))
+    assert found["token_logps"].shape == (1, 2), "a mean over one token is its sum"
 
 
 @pytest.mark.parametrize(

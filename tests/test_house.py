@@ -15,7 +15,7 @@ BUDGETS = {  # what is counted: lines, and words where it says so
     "book (root files)": 2900,
     "micro.py": 150,
     "experiments": 7020,
-    "package": 19800,
+    "package": 19900,
     "README.md": 160,
     "README.md, words": 1800,
     "derivations.md": 1500,

@@ -60,23 +60,39 @@ def judge(
         return Verdict("wrong", f"{name}: give the check the function itself, without calling it.")
     try:
         with _silence():
-            counterexample = smallest(exercise.inputs, lambda given: complain(exercise, function, given))
+            counterexample, inexact = _searched(exercise, function)
     except NotImplementedError:
         return Verdict("not solved yet", f"{name}: not solved yet.")
     except HypothesisException:
         return Verdict("wrong", name + _UNDECIDED)
     if counterexample is None:
+        refused, strained = _strained(exercise, function)
+        if refused:
+            return Verdict("wrong", "\n".join([f"{name}: not right yet.", *strained]), BOUNDED)
         right = f"{name}: right. Compared with {exercise.source}."
-        return Verdict("right", "\n".join([right, *_strained(exercise, function)]))
+        digits = _lost_digits(exercise, function, inexact) if inexact is not None else []
+        return Verdict("right", "\n".join([right, *digits, *strained]))
     complaint = complain(exercise, function, counterexample)  # here its own prints are shown, once
     with _silence():
         if complaint is None or complain(exercise, function, counterexample) != complaint:
             return Verdict("wrong", name + _UNDECIDED)
-        mistake = recognise(exercise, function) or guess(exercise, function)
+        mistake = recognise(exercise, function) or guess(exercise, function) or _bound(exercise, function)
     lines = [f"{name}: not right yet.", *_rows("smallest input", _show_given(counterexample)), *complaint]
     if mistake is not None:
         lines += _rows("looks like", [mistake])
     return Verdict("wrong", "\n".join(lines), mistake)
+
+
+def _searched(exercise: Exercise, function: Callable[..., Any]) -> tuple[Given | None, Given | None]:
+    """The smallest input on which the answer is wrong, and one on which it only lacks digits."""
+
+    def search(within: float) -> Given | None:
+        return smallest(exercise.inputs, lambda given: complain(exercise, function, given, within))
+
+    found, single = search(exercise.within), max(exercise.within, SINGLE)
+    if found is None or complain(exercise, function, found, single) is not None:
+        return found, None
+    return search(single), found
 
 
 @contextlib.contextmanager
@@ -88,24 +104,67 @@ def _silence() -> Iterator[None]:
         yield
 
 
-def _strained(exercise: Exercise, function: Callable[..., Any]) -> list[str]:
-    """Lines on an input at which a right formula overflows, which is no mistake."""
+def _strained(exercise: Exercise, function: Callable[..., Any]) -> tuple[bool, list[str]]:
+    """Whether the answer is refused at the strain, and the lines about it: an overflow is no mistake."""
     if exercise.strain is None:
-        return []
+        return False, []
+    given, expected = exercise.strain
     with _silence():
-        answer = _outcome(function, exercise.strain)
-    numbers = _tensor(answer)
-    if numbers is not None and numbers.isfinite().all():
-        return []
+        answer = _outcome(function, given)
+    if agrees(answer, expected, SINGLE):
+        return False, []
+    if _is_finite(answer):
+        shown = [*_rows("expected", [show(expected)]), *_rows("yours", [show(answer)])]
+        return True, [*_rows("extreme input", _show_given(given)), *shown, *_rows("looks like", [BOUNDED])]
     reason = "the exponentials leave the range of numbers; stay with logarithms"
-    return _rows("but here", _show_given(exercise.strain)) + _rows("it gives", [show(answer), reason])
+    return False, _rows("but here", _show_given(given)) + _rows("it gives", [show(answer), reason])
+
+
+BOUNDED = "a clamp, or a small number inside a logarithm, bounds the answer; logsigmoid needs neither"
+
+
+def _bound(exercise: Exercise, function: Callable[..., Any]) -> str | None:
+    """BOUNDED, where most answers are right, and at the strain it is another finite number."""
+    if not _strained(exercise, function)[0]:
+        return None
+    drawn = samples(exercise.inputs)
+    right = [complain(exercise, function, given, SINGLE) is None for given in drawn]
+    return BOUNDED if 2 * sum(right) > len(drawn) else None
+
+
+def _is_finite(answer: Any) -> bool:
+    parts = [_tensor(part) for part in (answer if isinstance(answer, tuple) else [answer])]
+    return all(part is not None and bool(part.isfinite().all()) for part in parts)
+
+
+def _lost_digits(exercise: Exercise, function: Callable[..., Any], given: Given) -> list[str]:
+    """Lines on where the digits went, of an answer that is right to those of float32: this is no mistake.
+
+    If it is exact as soon as torch makes float64 of Python's numbers, that was it.
+    """
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _silence():
+            exact = complain(exercise, function, given) is None
+    finally:
+        torch.set_default_dtype(usual)
+    made = "torch.tensor(0.1) and torch.zeros(2) make float32; say dtype=torch.float64"
+    other = "float32, a small number added, or a difference of nearly equal ones costs the others"
+    return _rows("digits", [f"about seven are right: {made if exact else other}"])
 
 
 _UNDECIDED = ": not right yet.\n  It answers the same question differently each time."
 
 
-def complain(exercise: Exercise, function: Callable[..., Any], given: Given) -> list[str] | None:
-    """What is wrong with the answer to one input, as lines of text; None if it is right."""
+def complain(
+    exercise: Exercise, function: Callable[..., Any], given: Given, within: float | None = None
+) -> list[str] | None:
+    """What is wrong with the answer to one input, as lines of text; None if it is right.
+
+    Args:
+        within: the largest error allowed, if it is another than the exercise's.
+    """
     arguments = copy(given)
     try:
         answer = function(*arguments.values())
@@ -122,20 +181,25 @@ def complain(exercise: Exercise, function: Callable[..., Any], given: Given) -> 
     expected = exercise.expected(**copy(given))
     nothing = ["it returns nothing: is the return missing?"]
     misfits = nothing if answer is None else _misfits(answer, expected)
-    if not misfits and agrees(answer, expected, exercise.within):
+    if not misfits and agrees(answer, expected, exercise.within if within is None else within):
         return None
-    rows = [*_rows("expected", [show(expected)]), *_rows("yours", [show(answer)])]
-    return rows + _rows("but", misfits)
+    digits = 5 if misfits else _telling_digits(answer, expected)
+    shown = _rows("expected", [show(expected, digits)]) + _rows("yours", [show(answer, digits)])
+    return shown + _rows("but", misfits)
 
 
 def recognise(exercise: Exercise, function: Callable[..., Any]) -> str | None:
-    """The name of the known mistake that answers as `function` does, on every one of many inputs."""
+    """The name of the known mistake that answers as `function` does, on every one of many inputs.
+
+    Exactly, or if there is none, to the digits of float32.
+    """
     drawn = samples(exercise.inputs)
     answers = [_outcome(function, given) for given in drawn]
-    for name, mistake in exercise.mistakes.items():
-        theirs = (_outcome(mistake, given) for given in drawn)
-        if all(agrees(a, b, exercise.within) for a, b in zip(answers, theirs)):
-            return name
+    for within in (exercise.within, max(exercise.within, SINGLE)):
+        for name, mistake in exercise.mistakes.items():
+            theirs = (_outcome(mistake, given) for given in drawn)
+            if all(agrees(a, b, within) for a, b in zip(answers, theirs)):
+                return name
     return None
 
 
@@ -151,10 +215,7 @@ def _outcome(function: Callable[..., Any], given: Given) -> Any:
 
 
 def agrees(answer: Any, expected: Any, within: float) -> bool:
-    """Same structure, same shape, and every number within `within * (1 + |expected|)`.
-
-    For an answer in float32, such as `torch.tensor` of Python's numbers, it is at least `SINGLE`.
-    """
+    """Same structure, same shape, and every number within `within * (1 + |expected|)`."""
     if isinstance(expected, tuple):
         alike = isinstance(answer, (tuple, list)) and len(answer) == len(expected)
         return alike and all(agrees(a, b, within) for a, b in zip(answer, expected))
@@ -164,7 +225,6 @@ def agrees(answer: Any, expected: Any, within: float) -> bool:
     if left is None or right is None or left.shape != right.shape:
         return False
     same = (left == right) | (left.isnan() & right.isnan())  # infinities; a mistake's NaN is recognised
-    within = max(within, SINGLE) if isinstance(answer, Tensor) and answer.dtype == torch.float32 else within
     close = right.isfinite() & ((left - right).abs() <= within * (1 + right.abs()))
     return bool((same | close).all())
 
@@ -207,15 +267,20 @@ def copy(given: Given) -> Given:
 # ------------------------------------------------------------------------------------------ printing
 
 
-def show(value: Any) -> str:
+def show(value: Any, digits: int = 5) -> str:
     """A value as a student would write it: `[0, -1.5]` rather than a tensor's repr."""
     if isinstance(value, Tensor):
-        return show(value.detach().tolist())
+        return show(value.detach().tolist(), digits)
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(show(entry) for entry in value) + "]"
+        return "[" + ", ".join(show(entry, digits) for entry in value) + "]"
     if isinstance(value, float):
-        return f"{value:.5g}" if math.isfinite(value) else str(value)
+        return f"{value:.{digits}g}" if math.isfinite(value) else str(value)
     return repr(value)[:300]
+
+
+def _telling_digits(answer: Any, expected: Any) -> int:
+    """As few as show that the two differ."""
+    return next((d for d in range(5, 17) if show(answer, d) != show(expected, d)), 17)
 
 
 def _show_given(given: Given) -> list[str]:

@@ -77,7 +77,7 @@ globals().update({check.__name__: check for check in CHECKS.values()})
 def _check(name: str, f: Any, arguments: str | None, scale: float, gradient: bool, fixed: Given) -> Verdict:
     try:
         from . import checks, mistakes
-        from .exercises import Exercise, samples
+        from .exercises import Exercise, Strain, samples
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("hypothesis"):
             raise
@@ -107,7 +107,8 @@ def _check(name: str, f: Any, arguments: str | None, scale: float, gradient: boo
 
     wrong = {said: _then(averaged, mistake) for said, mistake in mistakes.mistakes_of(name).items()}
     right = _then(averaged, mistakes.RIGHT[name])
-    strain = probe | mistakes.FAR if {*mistakes.FAR} <= {*names} else None
+    far = probe | mistakes.FAR
+    strain = Strain(far, right(**far)) if {*mistakes.FAR} <= {*names} else None
     exercise = Exercise("", name, inputs, right, "this package's answers", wrong, strain=strain)
     verdict = checks.judge(exercise, function, mistakes.symptom)
     if verdict.passed and gradient and name in mistakes.SLOPES:

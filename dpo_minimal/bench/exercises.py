@@ -22,6 +22,17 @@ Given = dict[str, Any]  # the arguments of one call, by name
 SINGLE = 1e-5  # a hundred roundings of float32
 
 
+class Strain(NamedTuple):
+    """An input at which numbers leave the range of float64 unless one stays with logarithms.
+
+    A right formula may overflow there: it is seen in the answer, and the message says so. A clamp, or a small
+    number inside a logarithm, gives another finite number, which nobody sees: that is a mistake.
+    """
+
+    given: Given
+    expected: Any  # written down, since what an exercise compares with overflows here as well
+
+
 class Exercise(NamedTuple):
     """A function to be written, and what decides whether it is right."""
 
@@ -40,9 +51,7 @@ class Exercise(NamedTuple):
     # For questions with many right answers: from (answer, **arguments) to what is wrong with it, or None. It
     # replaces the comparison with `expected`, which then is one right answer.
     complaint: Callable[..., str | None] | None = None
-    # An input at which a right formula overflows if it leaves the logarithms; the message for a right answer
-    # then says so.
-    strain: Given | None = None
+    strain: Strain | None = None
     central: bool = False  # one of the course's main results, for which five mistakes at least are known
 
     @property
@@ -103,14 +112,27 @@ def smallest(
 ) -> Given | None:
     """The smallest input that fails, found and shrunk by Hypothesis; None where `tries` draws do not fail.
 
-    The same function gets the same draws every time.
+    Where one number decides how many others there are, shrinking stops too early. So the search begins again
+    among inputs with fewer numbers, until none of them fails. The same function gets the same draws again.
     """
+    best, found = None, _found(strategy, fails, tries)
+    while found is not None:
+        best, limit = found, _size(found)
+        found = _found(strategy, lambda given, limit=limit: _size(given) < limit and fails(given), tries)
+    return best
+
+
+def _found(strategy: st.SearchStrategy[Given], fails: Callable[[Given], Any], tries: int) -> Given | None:
     try:
         return find(
             strategy, fails, settings=_search(tries, Phase.generate, Phase.shrink), random=random.Random(0)
         )
     except NoSuchExample:
         return None
+
+
+def _size(given: Given) -> int:
+    return sum(value.numel() for value in given.values() if isinstance(value, Tensor))
 
 
 @functools.cache

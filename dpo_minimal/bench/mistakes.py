@@ -20,7 +20,17 @@ from ..losses import Loss, bradley_terry_loss, dpo_loss
 from ..preferences import plackett_luce_logprob
 from ..zoo import LOSSES, cdpo_loss, ipo_loss, kto_loss
 from .checks import _outcome, agrees
-from .exercises import Exercise, Given, completion_logps, log_distribution, samples, table, tenths, vector
+from .exercises import (
+    SINGLE,
+    Exercise,
+    Given,
+    completion_logps,
+    log_distribution,
+    samples,
+    table,
+    tenths,
+    vector,
+)
 
 Function = Callable[..., Tensor]
 PAIR = ("policy_chosen_logps", "policy_rejected_logps", "reference_chosen_logps", "reference_rejected_logps")
@@ -281,7 +291,7 @@ def symptom(exercise: Exercise, function: Callable) -> str | None:
     def moves(*both: str) -> bool:
         """Whether adding a constant to both inputs, which leaves the margin as it is, changes any answer."""
         moved = ({n: v + 0.3 if n in both else v for n, v in given.items()} for given in drawn)
-        return not all(agrees(_outcome(function, given), a, 1e-9) for given, a in zip(moved, answers))
+        return not all(agrees(_outcome(function, given), a, SINGLE) for given, a in zip(moved, answers))
 
     w, l, v, m = PAIR
     sides = {"the chosen's": (w, v), "the rejected's": (l, m), "one log-ratio, or both": (w, l)}

@@ -10,6 +10,7 @@ from torch import Tensor
 from dpo_minimal import dpo_loss
 from dpo_minimal.bench.exercises import (
     Exercise,
+    Strain,
     betas,
     completion_logps,
     log_distribution,
@@ -39,19 +40,21 @@ def minus_log_odds_share(policy_chosen, policy_rejected, ref_chosen, ref_rejecte
     return torch.tensor(losses, dtype=torch.float64)
 
 
+FAR_BEHIND = {  # a margin of -800
+    "policy_chosen": torch.tensor([-900.0], dtype=torch.float64),
+    **dict.fromkeys(
+        ("policy_rejected", "ref_chosen", "ref_rejected"), torch.tensor([-100.0], dtype=torch.float64)
+    ),
+    "beta": 1.0,
+}
+
 LOSS = Exercise(
     number="3.1",
     function="dpo_loss",
     inputs=four_logps(),
     expected=minus_log_odds_share,
     source="-log of the winner's share of the strengths (π/π_ref)^β, pair by pair",
-    strain={
-        "policy_chosen": torch.tensor([-900.0], dtype=torch.float64),
-        **dict.fromkeys(
-            ("policy_rejected", "ref_chosen", "ref_rejected"), torch.tensor([-100.0], dtype=torch.float64)
-        ),
-        "beta": 1.0,
-    },
+    strain=Strain(FAR_BEHIND, torch.tensor([800.0]).double()),
     mistakes={
         "β is missing on the reference: it multiplies the whole difference of log-ratios": (
             lambda pc, pr, rc, rr, beta: -F.logsigmoid(beta * (pc - pr) - (rc - rr))
@@ -253,11 +256,14 @@ CANONICAL = Exercise(
     inputs=rewards_and_reference(),
     expected=reward_of_the_optimum,
     source="the implicit reward of π*, which is the reward's equivalent with Z = 1",
-    strain={
-        "rewards": torch.tensor([[800.0, 0.0]], dtype=torch.float64),
-        "ref_logps": torch.tensor([[0.5, 0.5]], dtype=torch.float64).log(),
-        "beta": 1.0,
-    },
+    strain=Strain(
+        {
+            "rewards": torch.tensor([[800.0, 0.0]], dtype=torch.float64),
+            "ref_logps": torch.tensor([[0.5, 0.5]], dtype=torch.float64).log(),
+            "beta": 1.0,
+        },
+        torch.tensor([[math.log(2), math.log(2) - 800]], dtype=torch.float64),
+    ),
     mistakes={
         "log Z is subtracted: β log Z is in units of reward": lambda r, ref, beta: r - _log_Z(r, ref, beta),
         "the sign is reversed: subtract β log Z": lambda r, ref, beta: r + beta * _log_Z(r, ref, beta),

@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpo_minimal.bench.exercises import Exercise, betas, log_distribution, table
+from dpo_minimal.bench.exercises import Exercise, Strain, betas, log_distribution, table
 
 # Where exponentials leave the range of float64: a long completion, and rewards of hundreds of nats.
 LONG_COMPLETIONS = {
@@ -193,7 +193,7 @@ OPTIMUM = Exercise(
     inputs=world_and_beta(),
     expected=shares_of_tilted,
     source="the logarithms of the shares of π_ref · e^(r/β), number by number",
-    strain=LONG_COMPLETIONS,
+    strain=Strain(LONG_COMPLETIONS, LONG_COMPLETIONS["ref_logps"]),
     mistakes={
         "β multiplies the reward: π* has e^(r/β), so that a high price keeps π* at the reference": (
             lambda ref_logps, rewards, beta: (ref_logps + beta * rewards).log_softmax(-1)
@@ -256,7 +256,7 @@ VALUE = Exercise(
     inputs=world_and_beta(),
     expected=value_at_the_optimum,
     source="the objective of π*: its reward less β times its divergence, completion by completion",
-    strain=LARGE_REWARDS,
+    strain=Strain(LARGE_REWARDS, torch.tensor([800 - math.log(2)], dtype=torch.float64)),
     mistakes={
         "this is log Z: multiply by β": (
             lambda ref_logps, rewards, beta: (ref_logps + rewards / beta).logsumexp(-1)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpo_minimal.bench.exercises import Exercise, betas, table, vector
+from dpo_minimal.bench.exercises import Exercise, Strain, betas, table, vector
 
 # ------------------------------------------------------------------------- 5.1 plackett_luce_logprob
 
@@ -60,7 +60,9 @@ LOGPROB = Exercise(
     inputs=ranked(),
     expected=one_after_the_other,
     source="one place after the other: the share of the strengths still there, then strike it off",
-    strain={"ranked_rewards": torch.tensor([0.0, 800.0], dtype=torch.float64)},
+    strain=Strain(
+        {"ranked_rewards": torch.tensor([0.0, 800.0], dtype=torch.float64)}, torch.tensor(-800.0).double()
+    ),
     mistakes={
         "all K stand in every denominator: those already placed no longer take part": (
             lambda r: (r - r.logsumexp(-1, keepdim=True)).sum(-1)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpo_minimal.bench.exercises import SINGLE, Exercise, vector
+from dpo_minimal.bench.exercises import SINGLE, Exercise, Strain, vector
 
 # ------------------------------------------------------------------- 1.1 the probability of a preference
 
@@ -101,6 +101,13 @@ LOSS = Exercise(
     inputs=rewards_and_wins(),
     expected=minus_log_of_product,
     source="-log of the product of the probabilities of all choices, divided by their number",
+    strain=Strain(
+        {
+            "rewards": torch.tensor([0.0, 800.0], dtype=torch.float64),
+            "wins": torch.tensor([[0.0, 1.0], [0.0, 0.0]], dtype=torch.float64),
+        },
+        torch.tensor(800.0, dtype=torch.float64),
+    ),
     mistakes={
         "winners and losers are exchanged: wins[i, j] counts how often i was chosen over j": (
             lambda rewards, wins: -(wins.T * _log_chances(rewards)).sum() / wins.sum()
@@ -214,7 +221,6 @@ def unexplained(answer, preferences) -> str | None:
         rewards = torch.as_tensor(answer, dtype=torch.float64).detach()
     except (TypeError, ValueError, RuntimeError):
         return f"it should be a tensor of {Y} rewards"
-    within = SINGLE if getattr(answer, "dtype", None) == torch.float32 else 1e-9
     if rewards.shape != (Y,):
         return f"the shape should be {(Y,)}, yours is {tuple(rewards.shape)}"
     if not rewards.isfinite().all():
@@ -223,7 +229,7 @@ def unexplained(answer, preferences) -> str | None:
         for j, wanted in enumerate(row):
             lead = (rewards[i] - rewards[j]).item()
             chance = 1 / (1 + math.exp(-lead)) if abs(lead) < 700 else float(lead > 0)
-            if not abs(chance - wanted) <= within:
+            if not abs(chance - wanted) <= SINGLE:
                 return f"under these rewards preferences[{i}, {j}] is {chance:.5g}, it should be {wanted:.5g}"
     return None
 
