@@ -1,5 +1,5 @@
-"""Answers as students write them to the five central exercises and to those of notebook 10: right ones, and
-the mistakes of many.
+"""Answers as students write them to the five central exercises, to the experiments, and to those of notebook
+10: right ones, and the mistakes of many.
 
 They are written without a look at the checks' own mistakes: with loops, in another order, by another formula.
 Each wrong one stands beside a part of the name that the check must find for it.
@@ -112,6 +112,25 @@ def weight_as_the_slope_of_sigma(pc, pr, rc, rr, beta):
     return beta * chance * (1 - chance)
 
 
+def weight_of_the_chosen_alone(pc, pr, rc, rr, beta):
+    return beta / (1 + torch.exp(beta * (pc - rc)))
+
+
+# ------------------------------------------------------------------------------- 4.4 what is left
+
+
+def left_by_training(wins, losses, beta):
+    margin, mean = 0.0, 1 / (wins + losses)
+    for _ in range(500):
+        agree, contradict = 1 / (1 + math.exp(margin)), 1 / (1 + math.exp(-margin))
+        margin += mean * (wins * agree - losses * contradict)
+    return mean * beta * (wins * agree + losses * contradict)
+
+
+def left_after_one_step(wins, losses, beta):
+    return beta * min(wins, losses) / (wins + losses)
+
+
 # ------------------------------------------------------------------------------- 5.1 Plackett-Luce
 
 
@@ -148,6 +167,46 @@ def ranking_loss(ranked_rewards):
 
 def ranking_of_the_winner_only(ranked_rewards):
     return torch.log(ranked_rewards[..., 0].exp() / ranked_rewards.exp().sum(-1))
+
+
+# ------------------------------------------------------------------------------- 5.2 to 5.5
+
+
+def first_places_one_by_one(policy_logps, ref_logps, m, beta):
+    strengths = (beta * (policy_logps - ref_logps)).exp()
+    chance = torch.ones(len(strengths), dtype=torch.float64)
+    for k in range(m):
+        chance = chance * strengths[:, k] / strengths[:, k:].sum(-1)
+    return -chance.log()
+
+
+def first_places_among_themselves(policy_logps, ref_logps, m, beta):
+    return first_places_one_by_one(policy_logps[:, :m], ref_logps[:, :m], m, beta)
+
+
+def normal_preference_by_erf(first, second):
+    return torch.tensor(
+        [0.5 + 0.5 * math.erf((a - b) / math.pi * 3**0.5 / 2**0.5) for a, b in zip(first, second)]
+    )
+
+
+def normal_preference_by_torchs_distribution(first, second):
+    return torch.distributions.Normal(0, math.pi / 3**0.5).cdf(first - second)
+
+
+def normal_preference_of_one_noise(first, second):
+    return torch.distributions.Normal(0, math.pi / 6**0.5).cdf(first - second)
+
+
+def too_small_by_simulation(K):
+    generator = torch.Generator().manual_seed(0)
+    places = torch.rand(40_000, K, generator=generator).argsort(-1)[:, 0].double()
+    coins = torch.rand(40_000, K - 1, generator=generator).round().sum(-1)
+    return places.std() / coins.std()
+
+
+def too_small_by_variances(K):
+    return (K + 1) / 3
 
 
 # ------------------------------------------------------------------------------- 6.2 sequences
@@ -306,7 +365,12 @@ RIGHT = [
     ("2.3", optimum_by_loops),
     ("3.1", loss_by_softplus),
     ("4.1", weight_from_the_loss),
+    ("4.4", left_by_training),
     ("5.1", ranking_by_loops),
+    ("5.2", first_places_one_by_one),
+    ("5.3", normal_preference_by_erf),
+    ("5.3", normal_preference_by_torchs_distribution),
+    ("5.5", too_small_by_simulation),
     ("6.2", sequence_by_loops),
     ("10.1", pulls_by_loops),
     ("10.2", batch_by_loops),
@@ -335,12 +399,17 @@ WRONG = [
     ("4.1", weight_without_reference, "the reference is missing"),
     ("4.1", weight_with_its_sign, "minus sign"),
     ("4.1", weight_as_the_slope_of_sigma, "σ(u)σ(-u) is the slope of σ"),
+    ("4.1", weight_of_the_chosen_alone, "only the chosen completion's reward"),
+    ("4.4", left_after_one_step, "β times the share of the contradicted pairs"),
     ("5.1", ranking_with_all_in_every_place, "all K stand in every denominator"),
     ("5.1", ranking_from_the_wrong_end, "reads the ranking from its end"),
     ("5.1", ranking_by_pairs, "Bradley–Terry over all pairs"),
     ("5.1", ranking_probability, "this is the probability"),
     ("5.1", ranking_loss, "which is a loss"),
     ("5.1", ranking_of_the_winner_only, "only the first place"),
+    ("5.2", first_places_among_themselves, "left out of the denominators"),
+    ("5.3", normal_preference_of_one_noise, "the noise of one completion only"),
+    ("5.5", too_small_by_variances, "the ratio of the variances"),
     ("6.2", sequence_mean, "mean over the completion's tokens"),
     ("6.2", sequence_with_its_prompt, "log-probs of the prompt are included"),
     ("6.2", sequence_with_its_padding, "padding is included"),

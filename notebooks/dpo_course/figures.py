@@ -9,7 +9,7 @@ import importlib.util
 import io
 import os
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -91,3 +91,30 @@ def slide(draw: Callable[[float], plt.Figure], values: Sequence[float], name: st
 
     slider = SelectionSlider(options=list(values), value=values[len(values) // 2], description=name)
     interact(lambda value: show(draw(value), figure), value=slider)
+
+
+def bars_side_by_side(
+    axes: plt.Axes,
+    names: Sequence[object],
+    heights: Mapping[str, Sequence[float]],
+    colours: Sequence[str],
+    *,
+    fmt: str = "",
+) -> None:
+    """Groups of bars, one group a name, one bar a key of `heights` in each, with a legend.
+
+    Args:
+        axes: where to draw.
+        names: what stands below the groups.
+        heights: label of the legend -> one height for each name.
+        colours: one for each key.
+        fmt: how a bar's height is written at its end; not at all, unless given.
+    """
+    width = 0.76 / len(heights)
+    for place, (colour, (label, row)) in enumerate(zip(colours, heights.items(), strict=True)):
+        at = [group + (place - (len(heights) - 1) / 2) * width for group in range(len(names))]
+        bars = axes.bar(at, row, 0.94 * width, color=colour, label=label)
+        if fmt:
+            axes.bar_label(bars, fmt=fmt, padding=3)
+    axes.set_xticks(range(len(names)), [str(name) for name in names])
+    axes.legend()

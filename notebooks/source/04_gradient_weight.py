@@ -2,9 +2,9 @@
 # # 4 · The gradient weight
 #
 # **Before this:** notebook 3, or what it shows: the DPO loss −log σ(u) of the margin u, β times the chosen completion's log-ratio minus the rejected one's ·
-# **Read:** 20 minutes · **Solve:** 35 minutes · **Difficulty:** ●●○ · **Derivations:** [D5.1], [D5.3], [D5.4], [D12.7], [D14.5]
+# **Read:** 20 minutes · **Solve:** 40 minutes · **Difficulty:** ●●○ · **Derivations:** [D5.1], [D5.3], [D5.4], [D12.7], [D14.5]
 #
-# **The claim.** Training follows the gradient, so the gradient *is* what DPO does. Each pair pulls its chosen completion up and its rejected one down, and one number says how hard: the *gradient weight* β·σ(−u). It is large where the policy orders the pair wrongly and fades where it is right and sure. That fading is what lets training come to rest.
+# **The claim.** Training follows the gradient, so the gradient *is* what DPO does. Each pair pulls its chosen completion up and its rejected one down, and one number says how hard: the *gradient weight*. It is large where the policy orders the pair wrongly and fades where it is right and sure. Because it fades, training comes to rest.
 
 # %% tags=["setup"]
 
@@ -21,13 +21,20 @@ figures.use_style()
 # %% [markdown]
 # ## One pair, one step
 #
-# Three completions, a policy that is a table of logits, $\pi=\mathrm{softmax}(\theta)$, and one pair: $y_2$ was preferred to $y_1$. We start at the reference and take a single step of gradient descent on the DPO loss.
+# The prompt is "Why is the sky blue?", and there are three completions:
+#
+# - $y_1$: "Nobody knows."
+# - $y_2$: "It reflects the sea."
+# - $y_3$: "Air scatters blue light more than red."
+#
+# The policy is a table of logits, $\pi=\mathrm{softmax}(\theta)$. The data are one pair: somebody preferred $y_3$ to $y_2$. We start at the reference and take a single step of gradient descent on the DPO loss.
 #
 # **Predict before you run.** Which of the three logits move? Which of the three log-probabilities?
 
 # %%
+answers = ["Nobody knows.", "It reflects\nthe sea.", "Air scatters\nblue light."]
 ref_logps = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
-beta, step_size, chosen, rejected = 0.5, 4.0, [1], [0]
+beta, step_size, chosen, rejected = 0.5, 4.0, [2], [1]  # numbered from 0
 theta = ref_logps.clone().requires_grad_()
 logps = theta.log_softmax(-1)
 four = logps[chosen], logps[rejected], ref_logps[chosen], ref_logps[rejected]
@@ -40,16 +47,12 @@ print("gradient weight     ", out.gradient_weights)
 moved = theta.detach() - step_size * gradient
 changes = {"logit": moved - theta.detach(), "log-probability": moved.log_softmax(-1) - ref_logps}
 figure, axes = plt.subplots()
-for place, colour, (name, change) in zip([-0.2, 0.2], [figures.BLACK, figures.BLUE], changes.items()):
-    bars = axes.bar(torch.arange(3) + place, change, 0.36, label=name, color=colour)
-    axes.bar_label(bars, fmt="%+.2f", padding=3)
-axes.set(xticks=range(3), xticklabels=["y₁ (rejected)", "y₂ (chosen)", "y₃"], ylim=(-1.6, 1.6))
-axes.set(xlabel="completion", ylabel="change in one step (nats)")
-axes.legend(loc="upper left")
+figures.bars_side_by_side(axes, answers, changes, [figures.BLACK, figures.BLUE], fmt="%+.2f")
+axes.set(xlabel="completion: no pair, rejected, chosen", ylabel="change in one step (nats)", ylim=(-1.6, 1.6))
 figures.show(figure, "4.a")
 
 # %% [markdown] tags=["outcome"]
-# **What happened.** The chosen logit went up and the rejected one down *by the same amount*: the gradient weight times the length of the step. No other logit moved. The log-probabilities moved as the logits did, less one number for all three: the change of the softmax's normaliser, in logarithms. So even $y_3$ lost a little.
+# **What happened.** The chosen logit went up and the rejected one down *by the same amount*: the gradient weight times the length of the step. No other logit moved. The log-probabilities moved as the logits did, less one number for all three: the change of the softmax's normaliser, in logarithms. So even $y_1$, which is in no pair, lost a little.
 
 # %% [markdown]
 # ## The gradient, by hand
@@ -58,16 +61,14 @@ figures.show(figure, "4.a")
 #
 # $$\nabla_\theta\,\ell_{\rm DPO}=-\frac{\sigma'(u)}{\sigma(u)}\nabla_\theta u,\qquad u=\beta\log\frac{\pi_\theta(y_w)}{\pi_{\rm ref}(y_w)}-\beta\log\frac{\pi_\theta(y_l)}{\pi_{\rm ref}(y_l)}.$$
 #
-# Two facts finish it. The slope of σ is $\sigma'(u)=\sigma(u)\sigma(-u)$, so the fraction is $\sigma(-u)$. And the reference does not depend on $\theta$, so it drops out of $\nabla_\theta u$, though it stays inside σ. This is the gradient of the paper's Section 4:
+# Two facts finish it. The slope of σ is $\sigma'(u)=\sigma(u)\,\sigma(-u)$. And the reference does not depend on $\theta$, so it drops out of $\nabla_\theta u$, though it stays inside σ. Put both in, and what is left has the form
 #
-# $$\nabla_\theta\,\ell_{\rm DPO}=-\underbrace{\beta\,\sigma(-u)}_{\rm weight}\ \Big(\underbrace{\nabla_\theta\log\pi_\theta(y_w)}_{\rm up}-\underbrace{\nabla_\theta\log\pi_\theta(y_l)}_{\rm down}\Big).$$
-#
-# If you follow along in print: in the paper's Appendix A.4 the two completions have changed places in $u$. Such slips happen to everyone; Eq. 7, Section 4 and the code in Appendix B all have the chosen one first, as here ([D14.5]).
+# $$\nabla_\theta\,\ell_{\rm DPO}=-\,\text{weight}\cdot\big(\nabla_\theta\log\pi_\theta(y_w)-\nabla_\theta\log\pi_\theta(y_l)\big).$$
 
 # %% [markdown]
 # ### Exercise 4.1: the weight
 #
-# *10 minutes · central.* Return the gradient weight $\beta\,\sigma(-u)$ of each of $B$ pairs. When a DPO run behaves oddly, it is a good number to look at first.
+# *8 minutes · central.* Take the last step, and return the weight of each of $B$ pairs. When a DPO run behaves oddly, it is a good number to look at first.
 
 
 # %% tags=["exercise"]
@@ -83,18 +84,25 @@ def gradient_weights(policy_chosen, policy_rejected, ref_chosen, ref_rejected, b
 check("4.1", gradient_weights)
 
 # %% [markdown]
+# So this is the gradient of the paper's Section 4:
+#
+# $$\nabla_\theta\,\ell_{\rm DPO}=-\underbrace{\beta\,\sigma(-u)}_{\rm weight}\ \Big(\underbrace{\nabla_\theta\log\pi_\theta(y_w)}_{\rm up}-\underbrace{\nabla_\theta\log\pi_\theta(y_l)}_{\rm down}\Big).$$
+#
+# If you follow along in print: in the paper's Appendix A.4 the two completions have changed places in $u$. Such slips happen to everyone; Eq. 7, Section 4 and the code in Appendix B all have the chosen one first, as here ([D14.5]).
+
+# %% [markdown]
 # ## A table of logits
 #
 # For a table, $\log\pi(y)=\theta_y-\log\sum_{y'}e^{\theta_{y'}}$. Hence $\nabla_\theta\log\pi(y)=e_y-\pi$, where $e_y$ is one at $y$ and zero elsewhere. In the difference $\pi$ cancels ([D5.1]):
 #
 # $$\nabla_\theta\,\ell_{\rm DPO}=-\beta\,\sigma(-u)\,(e_w-e_l).$$
 #
-# That is the figure above. The gradient of a mean over many pairs is the mean of such arrows. (The softmax's normaliser cancels inside the margin, too.)
+# That is the figure above. The gradient of a mean over many pairs is the mean of such vectors. (The softmax's normaliser cancels inside the margin, too.)
 
 # %% [markdown]
 # ### Exercise 4.2: the gradient of many pairs
 #
-# *10 minutes.* One prompt, $Y$ completions, $B$ pairs. `chosen` and `rejected` hold completion numbers, and the same completion may be in several pairs. Return the gradient of the mean loss in the logits, without autograd.
+# *8 minutes.* One prompt, $Y$ completions, $B$ pairs. `chosen` and `rejected` hold completion numbers, and the same completion may be in several pairs. Return the gradient of the mean loss in the logits, without autograd.
 
 
 # %% tags=["exercise"]
@@ -163,7 +171,7 @@ figures.show(figure, "4.c")
 # %% [markdown]
 # ### Exercise 4.3: the slope of the weight in β
 #
-# *10 minutes.* Differentiate $\beta\,\sigma(-\beta h)$ with respect to β, for each of $B$ pairs.
+# *8 minutes.* How fast does the weight grow with β, if the policy stays where it is? Return the derivative of $\beta\,\sigma(-\beta h)$ in β for each of $B$ pairs.
 
 
 # %% tags=["exercise"]
@@ -193,6 +201,8 @@ print(f"the weight grows with β while the margin is below {low:.9f}")
 # ## Weights while training
 #
 # Now a whole run: eight completions, four hundred pairs that were drawn at random and labelled by Bradley–Terry, gradient descent from the reference. We record the weight of every pair at every step.
+#
+# Four names of the library: a *slate* is the list of the sets that people may be asked about, and `all_sets` makes the one with every pair. `sample_pairs` draws the answers; equal ones are kept once, with their number as `weight`. `normalised()` divides these by their sum, so that the loss is a mean. `loss_on_table` computes a loss on every pair of a table at once.
 #
 # **Predict before you run.** All weights begin at $\beta/2$. Do they all go to zero?
 
@@ -237,18 +247,42 @@ for side in (0, 1):
 print(f"mean weight ÷ β: {weights[-1].mean() / beta:.3f}")
 print(f"largest difference of two bars: {(sums[0] - sums[1]).abs().max():.1e}")
 figure, axes = plt.subplots()
-axes.bar(torch.arange(8) - 0.2, sums[0], 0.36, color=figures.BLACK, label="up, where chosen")
-axes.bar(torch.arange(8) + 0.2, sums[1], 0.36, color=figures.ORANGE, label="down, where rejected")
-axes.set(xticks=range(8), ylim=(0, 7))
-axes.set(xlabel="completion, numbered from 0", ylabel="sum of the weights of its pairs")
-axes.legend(loc="upper left")
+pulls = {"up, where chosen": sums[0], "down, where rejected": sums[1]}
+figures.bars_side_by_side(axes, range(8), pulls, [figures.BLACK, figures.ORANGE])
+axes.set(xlabel="completion, numbered from 0", ylabel="sum of the weights of its pairs", ylim=(0, 7))
 figures.show(figure, "4.e")
 
 # %% [markdown] tags=["outcome"]
 # **What happened.** Taken over all pairs, every completion is pulled up as hard as it is pulled down. A few pairs in the wrong order, with large weights, balance many in the right order with small ones. The gradient is zero, the weights are not.
 
 # %% [markdown]
-# ### Exercise 4.4: the weight from the loss
+# ### Exercise 4.4: change the data
+#
+# *10 minutes.* An experiment of your own. There are two completions only. In `wins` answers the first was chosen over the second, in `losses` answers the second over the first; both are at least 1. Train to the end, with a loop or on paper, and return the mean gradient weight of all these pairs there. (The check allows an error of 0.001.)
+#
+# **Predict before you run.** With 9 wins and 1 loss, is the mean weight that is left nearest to $0$, to $0.1\beta$, to $0.2\beta$ or to $0.5\beta$? Can more training make it smaller? And what does it tell about the people?
+
+
+# %% tags=["exercise"]
+def weight_left(wins, losses, beta):
+    """Two counts -> the mean gradient weight of all wins + losses pairs at the minimum of the loss."""
+    ### BEGIN SOLUTION
+    share = wins / (wins + losses)  # at rest σ(u) is the share of the wins
+    return beta * (share * (1 - share) + (1 - share) * share)
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+check("4.4", weight_left)
+
+# %% [markdown] tags=["answer"]
+# At rest the `wins` pairs pull with $\beta\,\sigma(-u)$ each, the `losses` pairs with $\beta\,\sigma(u)$, and both sides equally hard together. So $\sigma(u)$ is the share $p$ of the wins, and the mean weight is $2\beta\,p(1-p)$.
+
+# %% [markdown] tags=["outcome"]
+# **What happened.** With 9 wins and 1 loss, $0.18\beta$ is left: the one contradiction pulls as hard as the nine others together, so it counts as much as they do. More training does not change it. The weight that is left measures how much people contradict each other: it is zero if they never do, and $\beta/2$, as at the start, if they toss coins. (On real data most pairs are different from each other. A mean weight that falls on and on there is a sign that single labels are being memorised.)
+
+# %% [markdown]
+# ### Exercise 4.5: the weight from the loss
 #
 # *5 minutes.* A log file holds the losses of single pairs, but neither margins nor weights. Recover the weights. (What is $e^{-\ell}$, if $\ell=-\log\sigma(u)$?)
 
@@ -262,14 +296,14 @@ def loss_to_weight(losses, beta):
 
 
 # %% tags=["check"]
-check("4.4", loss_to_weight)
+check("4.5", loss_to_weight)
 
 # %% [markdown]
 # ## Without the weight
 #
 # What if every pair pulled with the same strength β? The paper warns of it in Section 4, and shows in its Table 3 what a model trained that way writes. The gradient $-\beta\,(\nabla\log\pi(y_w)-\nabla\log\pi(y_l))$ belongs to the loss $-u$, which up to a constant is β times *unlikelihood*, $-\log\pi(y_w)+\log\pi(y_l)$ ([D12.7]).
 #
-# Below, both losses are trained on the exact probabilities of all pairs of three completions with rewards 0, 1 and 2. We draw the implicit rewards, shifted to mean zero.
+# Below, both losses are trained on the three answers about the sky, whose rewards are 0, 1 and 2. Instead of a sample we take all pairs with their exact probabilities (`expected_pairs`), as if infinitely many people had been asked. We draw the implicit rewards, shifted to mean zero.
 #
 # **Predict before you run.** Both start with the same direction. Where does each end?
 
@@ -305,7 +339,7 @@ for axes, (name, loss) in zip(both, losses.items()):
 figures.show(figure, "4.f")
 
 # %% [markdown] tags=["outcome"]
-# **What happened.** With the weight, training stops where the implicit rewards are the true ones. Without it the direction never changes, and neither does the speed: the pull on each completion is how often it wins minus how often it loses, whatever the policy already does. The logits run away in straight lines, and almost all probability ends on one completion. The weight is all that stands between the two.
+# **What happened.** With the weight, training stops where the implicit rewards are the true ones. Without it neither the direction nor the speed ever changes: the pull on each completion is how often it wins minus how often it loses, whatever the policy already does. The logits grow in straight lines without end, and almost all probability goes to one completion. The weight alone makes the difference.
 
 # %% [markdown]
 # ## An open question

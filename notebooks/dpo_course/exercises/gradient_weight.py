@@ -60,6 +60,15 @@ WEIGHTS = Exercise(
         "the sign of the reference is reversed": (
             lambda pc, pr, rc, rr, beta: beta * torch.sigmoid(-beta * (pc - pr + rc - rr))
         ),
+        "only the chosen completion's reward: the margin is the chosen one's less the rejected one's": (
+            lambda pc, pr, rc, rr, beta: beta * torch.sigmoid(-beta * (pc - rc))
+        ),
+        "ratios of log-probabilities: the logarithm of a ratio is a difference of logarithms": (
+            lambda pc, pr, rc, rr, beta: beta * torch.sigmoid(-beta * (pc / rc - pr / rr))
+        ),
+        "1 - loss is not σ(-u): the loss is -log σ(u), so e^(-loss) is σ(u)": (
+            lambda pc, pr, rc, rr, beta: beta * (1 + F.logsigmoid(beta * _h(pc, pr, rc, rr)))
+        ),
         "minus sign: this is the slope of the loss; the weight is its size, never negative": (
             lambda pc, pr, rc, rr, beta: -beta * torch.sigmoid(-beta * _h(pc, pr, rc, rr))
         ),
@@ -248,7 +257,75 @@ SLOPE = Exercise(
 )
 
 
-# --------------------------------------------------------------------------------- 4.4 loss_to_weight
+# ------------------------------------------------------------------------------------ 4.4 weight_left
+
+
+@st.composite
+def two_counts(draw):
+    """How often each of two completions was chosen over the other, and beta."""
+    wins, losses = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    return {"wins": wins, "losses": losses, "beta": draw(betas())}
+
+
+def mean_weight_at_rest(wins, losses, beta) -> Tensor:
+    """Halve an interval of margins until both sides pull equally hard; then average the library's weights."""
+    nothing = torch.zeros(2, dtype=torch.float64)
+
+    def weights(margin: float) -> Tensor:
+        both = torch.tensor([margin, -margin], dtype=torch.float64)  # of a pair obeyed, of one contradicted
+        return dpo_loss(both / beta, nothing, nothing, nothing, beta=beta).gradient_weights
+
+    low, high = -3.0, 3.0  # the margin at rest is the logarithm of a ratio of counts up to 9
+    for _ in range(20):  # to 6e-6, a hundredth of what the check allows
+        middle = (low + high) / 2
+        obeyed, contradicted = weights(middle)
+        low, high = (middle, high) if wins * obeyed > losses * contradicted else (low, middle)
+    return (wins * obeyed + losses * contradicted) / (wins + losses)
+
+
+LEFT = Exercise(
+    number="4.4",
+    function="weight_left",
+    inputs=two_counts(),
+    expected=mean_weight_at_rest,
+    source="a search for the margin at which both sides pull equally hard, and the library's weights there",
+    within=1e-3,  # a loop that trains ends near the minimum, not in it; mistakes are ten times as far away
+    mistakes={
+        "β/2 is the weight at the reference, before training": (
+            lambda wins, losses, beta: torch.tensor(beta / 2)
+        ),
+        "β times the share of the contradicted pairs: they pull with βσ(u), which is less than β": (
+            lambda wins, losses, beta: beta * min(wins, losses) / (wins + losses)
+        ),
+        "only half of the pairs' weights: those in the right order pull as hard as those in the wrong one": (
+            lambda wins, losses, beta: beta * wins * losses / (wins + losses) ** 2
+        ),
+        "the weights do not vanish: the gradient is zero because they balance": (
+            lambda wins, losses, beta: torch.tensor(0.0)
+        ),
+        "the β in front is missing": (lambda wins, losses, beta: 2 * wins * losses / (wins + losses) ** 2),
+        "the sum over the pairs: return their mean": (
+            lambda wins, losses, beta: 2 * beta * wins * losses / (wins + losses)
+        ),
+        "the weight of a pair that agrees with the majority: average over all pairs": (
+            lambda wins, losses, beta: beta * losses / (wins + losses)
+        ),
+        "the weight of a pair that contradicts the wins: average over all pairs": (
+            lambda wins, losses, beta: beta * wins / (wins + losses)
+        ),
+        "β does not change the margin at rest: σ(u) is the share of the wins, whatever β is": (
+            lambda wins, losses, beta: (
+                2
+                * beta
+                * torch.sigmoid(torch.tensor(beta * math.log(wins / losses)))
+                * torch.sigmoid(torch.tensor(-beta * math.log(wins / losses)))
+            )
+        ),
+    },
+)
+
+
+# --------------------------------------------------------------------------------- 4.5 loss_to_weight
 
 
 @st.composite
@@ -265,7 +342,7 @@ def weight_where_the_loss_is(losses, beta) -> Tensor:
 
 
 FROM_LOSS = Exercise(
-    number="4.4",
+    number="4.5",
     function="loss_to_weight",
     inputs=losses_alone(),
     expected=weight_where_the_loss_is,
@@ -288,4 +365,4 @@ FROM_LOSS = Exercise(
     },
 )
 
-EXERCISES = [WEIGHTS, TABULAR, SLOPE, FROM_LOSS]
+EXERCISES = [WEIGHTS, TABULAR, SLOPE, LEFT, FROM_LOSS]

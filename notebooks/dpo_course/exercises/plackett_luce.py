@@ -1,5 +1,6 @@
 """Notebook 5: rankings of more than two."""
 
+import functools
 import itertools
 import math
 
@@ -92,124 +93,145 @@ LOGPROB = Exercise(
 )
 
 
-# ------------------------------------------------------------------------ 5.2 plackett_luce_dpo_loss
+# ------------------------------------------------------------------------------ 5.2 first_places_loss
 
 
 @st.composite
-def ranked_logps(draw):
-    """Log-probabilities of B rankings of K completions under policy and reference, and beta."""
-    B, K = draw(st.integers(1, 3)), draw(st.integers(2, 4))
+def first_places(draw):
+    """Log-probabilities of B rankings of K completions under policy and reference, m places, and beta."""
+    B, K = draw(st.integers(1, 2)), draw(st.integers(2, 4))
     return {
         "policy_logps": draw(table(B, K, -3, 0)),
         "ref_logps": draw(table(B, K, -3, 0)),
+        "m": draw(st.integers(1, K)),
         "beta": draw(betas()),
     }
 
 
-def shares_of_what_is_left(policy_logps, ref_logps, beta) -> Tensor:
-    """Each ranking by itself in Python's own numbers: strengths (pi / pi_ref)^beta, the last place first."""
+def summed_over_the_others(policy_logps, ref_logps, m, beta) -> Tensor:
+    """Each ranking by itself, in Python's own numbers: chances added up over all orders of the others."""
+
+    def chance(strengths: list[float]) -> float:
+        return math.prod(strength / math.fsum(strengths[k:]) for k, strength in enumerate(strengths))
+
     losses = []
     for policy, reference in zip(policy_logps.tolist(), ref_logps.tolist()):
         strengths = [(math.exp(p) / math.exp(q)) ** beta for p, q in zip(policy, reference)]
-        left, loss = 0.0, 0.0
-        for strength in reversed(strengths):
-            left += strength
-            loss += math.log(left) - math.log(strength)
-        losses.append(loss)
+        orders = itertools.permutations(strengths[m:])
+        losses.append(-math.log(math.fsum(chance([*strengths[:m], *others]) for others in orders)))
     return torch.tensor(losses, dtype=torch.float64)
 
 
-def _loss(scores: Tensor) -> Tensor:
-    return (_left(scores) - scores).sum(-1)
+def _loss(scores: Tensor, m: int) -> Tensor:
+    return (_left(scores) - scores)[:, :m].sum(-1)
 
 
-RANKING_LOSS = Exercise(
+def _named_over_unnamed(scores: Tensor, m: int) -> Tensor:
+    """Bradley-Terry over the pairs that are known: each named one with all behind it."""
+    above, below = torch.triu_indices(scores.shape[-1], scores.shape[-1], offset=1)
+    known = above < m
+    leads = scores[:, above[known]] - scores[:, below[known]]
+    return -torch.nn.functional.logsigmoid(leads).sum(-1)
+
+
+FIRST_PLACES = Exercise(
     number="5.2",
-    function="plackett_luce_dpo_loss",
-    inputs=ranked_logps(),
-    expected=shares_of_what_is_left,
-    source="strengths (π/π_ref)^β, and -log of each one's share of those still there",
+    function="first_places_loss",
+    inputs=first_places(),
+    expected=summed_over_the_others,
+    source="-log of the chances of all orders of the other places, added up",
     mistakes={
+        "all K places are counted: the others are in no order": (
+            lambda policy, ref, m, beta: _loss(beta * (policy - ref), policy.shape[1])
+        ),
+        "the others are left out of the denominators: they were there, and were not chosen": (
+            lambda policy, ref, m, beta: _loss(beta * (policy - ref)[:, :m], m)
+        ),
+        "only the first place is counted": (lambda policy, ref, m, beta: _loss(beta * (policy - ref), 1)),
+        "the chances of the orders are averaged: of this order or that one, the probabilities add up": (
+            lambda policy, ref, m, beta: (
+                _loss(beta * (policy - ref), m) + math.log(math.factorial(policy.shape[1] - m))
+            )
+        ),
+        "one place too few: the first m are in order": (
+            lambda policy, ref, m, beta: _loss(beta * (policy - ref), m - 1)
+        ),
         "the reference is missing: implicit rewards are β times log-ratios": (
-            lambda policy, ref, beta: _loss(beta * policy)
+            lambda policy, ref, m, beta: _loss(beta * policy, m)
         ),
-        "β is missing": lambda policy, ref, beta: _loss(policy - ref),
-        "β is missing on the reference": lambda policy, ref, beta: _loss(beta * policy - ref),
+        "β is missing": lambda policy, ref, m, beta: _loss(policy - ref, m),
+        "β is missing on the reference": lambda policy, ref, m, beta: _loss(beta * policy - ref, m),
         "off by β: did you scale the loss instead of the rewards?": (
-            lambda policy, ref, beta: beta * _loss(policy - ref)
-        ),
-        "the rewards are divided by β: r = β log(π/π_ref)": (
-            lambda policy, ref, beta: _loss((policy - ref) / beta)
-        ),
-        "the ratio is upside down: r = β log(π/π_ref)": lambda policy, ref, beta: _loss(
-            beta * (ref - policy)
+            lambda policy, ref, m, beta: beta * _loss(policy - ref, m)
         ),
         "the minus sign is missing: this is a log-likelihood, and a loss is minimised": (
-            lambda policy, ref, beta: -_loss(beta * (policy - ref))
+            lambda policy, ref, m, beta: -_loss(beta * (policy - ref), m)
         ),
         "mean over the batch: return one loss for each ranking": (
-            lambda policy, ref, beta: _loss(beta * (policy - ref)).mean()
+            lambda policy, ref, m, beta: _loss(beta * (policy - ref), m).mean()
         ),
-        "the sum of the DPO losses of all pairs is another loss, for pairs that are independent": (
-            lambda policy, ref, beta: -_pairwise(beta * (policy - ref))
+        "the sum of the DPO losses of the known pairs is another loss, for pairs that are independent": (
+            lambda policy, ref, m, beta: _named_over_unnamed(beta * (policy - ref), m)
         ),
     },
 )
 
 
-# ------------------------------------------------------------------------------------------- 5.3 rank
+# ------------------------------------------------------------------- 5.3 preference_with_normal_noise
 
 
 @st.composite
-def impressions(draw):
-    """Rewards of K completions in tenths, and N rows of noise whose hundredths keep impressions apart."""
-    K, N = draw(st.integers(2, 4)), draw(st.integers(1, 2))
-    noise = draw(table(N, K, -2, 5)) + torch.arange(K) / 100
-    return {"rewards": draw(vector(K, -3, 3)), "gumbel_noise": noise}
+def two_rewards(draw):
+    """Rewards of the two completions of B comparisons."""
+    B = draw(st.integers(1, 3))
+    return {"first": draw(vector(B, -3, 3)), "second": draw(vector(B, -3, 3))}
 
 
-def best_of_those_left(rewards, gumbel_noise) -> Tensor:
-    """Row by row in Python's own numbers: the best impression of those left, again and again."""
-    orders = []
-    for noise in gumbel_noise.tolist():
-        impression = {y: r + g for y, (r, g) in enumerate(zip(rewards.tolist(), noise))}
-        orders.append([])
-        while impression:
-            orders[-1].append(max(impression, key=impression.get))
-            del impression[orders[-1][-1]]
-    return torch.tensor(orders)
+def integrated(first, second) -> Tensor:
+    """Over the first one's noise: its density times the chance that the second's impression is smaller."""
+    variance, step = math.pi**2 / 6, 0.05
+    noise = torch.arange(-10, 10, step, dtype=torch.float64)  # eight deviations; the rest is below 1e-14
+    density = (-noise.square() / (2 * variance)).exp() / math.sqrt(2 * math.pi * variance)
+    lead = (first - second)[:, None] + noise
+    smaller = (1 + torch.erf(lead / math.sqrt(2 * variance))) / 2
+    return (step * density * smaller).sum(-1)  # for smooth bells such a sum is exact to rounding
 
 
-RANK = Exercise(
+def _normal(lead: Tensor, deviation: float) -> Tensor:
+    return torch.special.ndtr(lead / deviation)
+
+
+_DEVIATION = math.pi / math.sqrt(6)  # of one noise
+
+NORMAL = Exercise(
     number="5.3",
-    function="rank",
-    inputs=impressions(),
-    expected=best_of_those_left,
-    source="the best impression of those left, again and again",
+    function="preference_with_normal_noise",
+    inputs=two_rewards(),
+    expected=integrated,
+    source="an integral over the first one's noise",
+    within=1e-6,  # torch's Normal holds a deviation that is given as a plain number in float32
     mistakes={
-        "worst first: place 1 belongs to the largest impression": (
-            lambda rewards, noise: (rewards + noise).argsort(-1)
+        "σ belongs to Gumbel's noise": lambda first, second: torch.sigmoid(first - second),
+        "the variance of the noise is missing: this is Φ of the difference of rewards": (
+            lambda first, second: _normal(first - second, 1.0)
         ),
-        "these are the places of the completions; asked for are the completions, by place": (
-            lambda rewards, noise: (rewards + noise).argsort(-1, descending=True).argsort(-1)
+        "the noise of one completion only: both impressions have noise, and the variances add": (
+            lambda first, second: _normal(first - second, _DEVIATION)
         ),
-        "these are the impressions, sorted; asked for are the numbers of the completions": (
-            lambda rewards, noise: (rewards + noise).sort(-1, descending=True).values
+        "deviations do not add; variances do": lambda first, second: _normal(first - second, 2 * _DEVIATION),
+        "divided by the variance of the difference: Φ needs its square root, the deviation": (
+            lambda first, second: _normal(first - second, 2 * _DEVIATION**2)
         ),
-        "the noise is missing: every row comes out in the same order": (
-            lambda rewards, noise: rewards.argsort(-1, descending=True).expand(noise.shape)
+        "divided by the variance of one noise: take the deviation, and that of the difference": (
+            lambda first, second: _normal(first - second, _DEVIATION**2)
         ),
-        "the rewards are missing: every order is as likely as any other": (
-            lambda rewards, noise: noise.argsort(-1, descending=True)
+        "the two are exchanged: the first one's impression is to be the larger": (
+            lambda first, second: _normal(second - first, math.sqrt(2) * _DEVIATION)
         ),
-        "the noise is subtracted: Gumbel noise is lopsided, and its sign matters": (
-            lambda rewards, noise: (rewards - noise).argsort(-1, descending=True)
-        ),
-        "noise is added to rewards, which are logarithms of strengths; not to the strengths": (
-            lambda rewards, noise: (rewards.exp() + noise).argsort(-1, descending=True)
-        ),
-        "sorted along the wrong axis: each row is a ranking of its own": (
-            lambda rewards, noise: (rewards + noise).argsort(0, descending=True)
+        "this is the density, not the probability": (
+            lambda first, second: torch.exp(
+                torch.distributions.Normal(0.0, math.sqrt(2) * _DEVIATION).log_prob(first - second)
+            )
         ),
     },
 )
@@ -277,4 +299,45 @@ PREFERENCE = Exercise(
     },
 )
 
-EXERCISES = [LOGPROB, RANKING_LOSS, RANK, PREFERENCE]
+# -------------------------------------------------------------------------------- 5.5 times_too_small
+
+
+@st.composite
+def ranked_completions(draw):
+    """How many completions a ranking has."""
+    return {"K": draw(st.integers(2, 7))}
+
+
+@functools.cache
+def counted_orders(K) -> Tensor:
+    """All orders: the deviation of the first one's place, over that of K - 1 tosses of fair coins."""
+    places = torch.tensor([order.index(0) for order in itertools.permutations(range(K))]).double()
+    heads = torch.tensor([sum(coins) for coins in itertools.product((0, 1), repeat=K - 1)]).double()
+    return places.std(correction=0) / heads.std(correction=0)
+
+
+TOO_SMALL = Exercise(
+    number="5.5",
+    function="times_too_small",
+    inputs=ranked_completions(),
+    expected=counted_orders,
+    source="all orders of K, and all results of K - 1 coins, counted",
+    within=0.02,  # of one plus the factor: a simulation of 20,000 orders is off by half a per cent
+    mistakes={
+        "this is the ratio of the variances; an error is the square root of a variance": (
+            lambda K: counted_orders(K) ** 2
+        ),
+        "claimed over true: the true error stands above the line": lambda K: 1 / counted_orders(K),
+        "K(K - 1)/2 pairs do not come from one toss: a ranking is worth more than one pair": (
+            lambda K: (K * (K - 1) / 2) ** 0.5
+        ),
+        "K - 1 is how many pairs a completion is in; they are not all one and the same answer": (
+            lambda K: (K - 1) ** 0.5
+        ),
+        "K/2 is the number of pairs for each place, not a ratio of variances": lambda K: (K / 2) ** 0.5,
+        "1: the pairs of one ranking are not independent": lambda K: 1.0,
+        "the deviation of the place alone: divide by that of the coins": (lambda K: ((K**2 - 1) / 12) ** 0.5),
+    },
+)
+
+EXERCISES = [LOGPROB, FIRST_PLACES, NORMAL, PREFERENCE, TOO_SMALL]
