@@ -6,6 +6,7 @@ A source is a text file in jupytext's percent format. Two things in it are ours:
 - a cell tagged `answer` stands in the solved notebook only;
 - a cell tagged `outcome`, what happened after a prediction, is folded in the student's notebook, below a cell
   in which the prediction can be written down.
+Before the set-up, the student's notebook gets a cell that installs the course where it is missing.
 Below the first cell that names a result such as [D3.4], its derivation can be opened. Headings become slides.
 
 The student's notebook has no outputs. The solved one is executed when its code has changed, and its outputs
@@ -20,6 +21,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jupytext
@@ -29,20 +31,44 @@ from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 
 from dpo_minimal.text.runs import write_atomically
+from dpo_minimal.validation import InputError
 
 from . import syllabus
 
 FOLDER = Path(__file__).parent
 SOLUTION = re.compile(r"^( *)### BEGIN SOLUTION\n(.*?)^ *### END SOLUTION(?:\n|\Z)", re.MULTILINE | re.DOTALL)
+STUB = "raise NotImplementedError  # your code"
 QUESTION = "**Predict before you run.**"
 PREDICTION = "**My prediction:** *(double-click here and write it down)*"
 OPEN = "What happened? Open this after you have predicted, and run the cell above."
 SECONDS = 600  # no cell takes longer, unless something hangs
+# `%pip` raises nothing when it fails, so whether the course is there is asked again.
+INSTALL = """\
+# Fetches the course where it is missing, as on Colab; elsewhere it does nothing.
+from importlib import invalidate_caches, util
+
+if not util.find_spec("dpo_course"):
+    %pip install -q "{requirement}"
+    invalidate_caches()
+if not util.find_spec("dpo_course"):
+    raise ImportError("The course could not be installed. Pip's message above says why; ask your teacher.")"""
 
 
 def sources() -> list[Path]:
     """The sources of all notebooks, in the order of the course."""
     return sorted((FOLDER / "source").glob("[0-9]*.py"))
+
+
+def chosen(numbers: list[str]) -> list[Path]:
+    """The sources of the notebooks with these numbers, in the order of the course; all, if there are none.
+
+    Raises:
+        InputError: there is no such notebook.
+    """
+    known = {source.stem.split("_")[0].lstrip("0"): source for source in sources()}
+    if unknown := set(numbers) - set(known):
+        raise InputError(f"no notebook {', '.join(sorted(unknown))}; there are {', '.join(known)}.")
+    return [source for number, source in known.items() if not numbers or number in numbers]
 
 
 def student_path(source: Path) -> Path:
@@ -60,21 +86,28 @@ def solved_path(source: Path) -> Path:
 
 def student_notebook(source: Path) -> NotebookNode:
     """The notebook with stubs, without outputs."""
-    return _notebook(source, solved=False)
+    return _notebook(source, stub, solved=False)
+
+
+def marked_notebook(source: Path) -> NotebookNode:
+    """The student's notebook with its solutions between their markers, for software that makes the stubs."""
+    return _notebook(source, str, solved=False)
 
 
 def solved_notebook(source: Path) -> NotebookNode:
     """The notebook with solutions, not executed yet."""
-    return _notebook(source, solved=True)
+    return _notebook(source, solution, solved=True)
 
 
-def _notebook(source: Path, *, solved: bool) -> NotebookNode:
+def _notebook(source: Path, code: Callable[[str], str], *, solved: bool) -> NotebookNode:
     written = jupytext.reads(source.read_text(encoding="utf-8"), fmt="py:percent")
     derived, cells = where_to_derive(written.cells), []
     for place, cell in enumerate(written.cells):
-        name = f"{source.stem}-{place}"
-        if solved or "answer" not in cell.metadata.get("tags", []):
-            cells.append(_cell(cell, name, solved=solved))
+        name, tags = f"{source.stem}-{place}", cell.metadata.get("tags", [])
+        if not solved and "setup" in tags:
+            cells.append(to_install(name))
+        if solved or "answer" not in tags:
+            cells.append(_cell(cell, name, code, solved=solved))
         if not solved and QUESTION in cell.source:
             cells.append(to_write_in(name))
         if derived[place]:
@@ -87,7 +120,7 @@ def _notebook(source: Path, *, solved: bool) -> NotebookNode:
     return nbformat.v4.new_notebook(cells=cells, metadata=metadata)
 
 
-def _cell(cell: NotebookNode, name: str, *, solved: bool) -> NotebookNode:
+def _cell(cell: NotebookNode, name: str, code: Callable[[str], str], *, solved: bool) -> NotebookNode:
     text = cell.source
     tags = list(cell.metadata.get("tags", []))
     metadata = {"tags": tags} if tags else {}
@@ -96,8 +129,7 @@ def _cell(cell: NotebookNode, name: str, *, solved: bool) -> NotebookNode:
         if "outcome" in tags and not solved:
             text = folded(OPEN, text)
         return nbformat.v4.new_markdown_cell(text, metadata=metadata, id=name)
-    text = solution(text) if solved else stub(text)
-    return nbformat.v4.new_code_cell(text, metadata=metadata, id=name)
+    return nbformat.v4.new_code_cell(code(text), metadata=metadata, id=name)
 
 
 def folded(summary: str, text: str) -> str:
@@ -111,11 +143,16 @@ def to_write_in(name: str) -> NotebookNode:
     return nbformat.v4.new_markdown_cell(PREDICTION, metadata=metadata, id=f"{name}-prediction")
 
 
+def to_install(name: str) -> NotebookNode:
+    """The cell before the set-up, which fetches what is missing where somebody opens the notebook alone."""
+    metadata = {"tags": ["install"], "slideshow": {"slide_type": "skip"}}
+    text = INSTALL.format(requirement=syllabus.requirement())
+    return nbformat.v4.new_code_cell(text, metadata=metadata, id=f"{name}-install")
+
+
 def stub(code: str) -> str:
     """The code with every solution replaced by `raise NotImplementedError`."""
-    return SOLUTION.sub(lambda match: f"{match[1]}raise NotImplementedError  # your code\n", code).rstrip(
-        "\n"
-    )
+    return SOLUTION.sub(lambda match: f"{match[1]}{STUB}\n", code).rstrip("\n")
 
 
 def solution(code: str) -> str:
@@ -259,13 +296,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.check and options.force:
         parser.error("--check builds nothing, so --force has nothing to do.")
-    known = {source.stem.split("_")[0].lstrip("0"): source for source in sources()}
-    if unknown := set(options.numbers) - set(known):
-        parser.error(f"no notebook {', '.join(sorted(unknown))}; there are {', '.join(known)}.")
+    try:
+        wanted = chosen(options.numbers)
+    except InputError as error:
+        parser.error(str(error))
     stale = 0
-    for number, source in known.items():
-        if options.numbers and number not in options.numbers:
-            continue
+    for source in wanted:
         if options.check:
             late = is_stale(student_path(source), student_notebook(source))
             late |= is_stale(solved_path(source), solved_notebook(source))

@@ -1,4 +1,4 @@
-"""Where each result of the derivations stands, and the two tables of notebooks/README.md.
+"""The project's address, where each result of the derivations stands, and the two tables of README.md.
 
 The tables are read off the notebooks' sources and the derivations' indices, so that they cannot disagree.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 import os
 import re
+import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,6 +73,40 @@ def without_code(text: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", CODE.sub("", text)).strip()
 
 
+@functools.cache
+def repository() -> str:
+    """The project's address, without a slash at its end. It stands in pyproject.toml and nowhere else.
+
+    Raises:
+        ValueError: it is not on GitHub, from where alone Colab opens notebooks.
+    """
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    address = project["urls"]["Repository"]
+    if not re.fullmatch(r"https://github\.com/[^/\s]+/[^/\s]+", address):
+        raise ValueError(
+            f"pyproject.toml: Repository = {address!r} should read https://github.com/OWNER/NAME, of which "
+            "badges and links are made."
+        )
+    return address
+
+
+def requirement() -> str:
+    """What pip installs in a place without the clone."""
+    return f"dpo-minimal[course] @ git+{repository()}"
+
+
+def address(path: Path) -> str:
+    """Where a file of the project can be read without the clone."""
+    return f"{repository()}/blob/main/{path.relative_to(ROOT).as_posix()}"
+
+
+def badge(path: Path) -> str:
+    """The picture that opens a notebook in Colab."""
+    colab = "https://colab.research.google.com"
+    place = address(path).removeprefix("https://github.com")
+    return f"[![Open in Colab]({colab}/assets/colab-badge.svg)]({colab}/github{place})"
+
+
 def header(source: Path) -> Header:
     """The header of a notebook's source."""
     text = source.read_text(encoding="utf-8")
@@ -80,21 +116,33 @@ def header(source: Path) -> Header:
     return Header(title, dict(parts))
 
 
-def syllabus_table(sources: list[Path]) -> str:
-    """One row a notebook."""
+def with_solution(title: str, source: Path) -> str:
+    """The student's notebook, the solved one, and Colab."""
+    notebook = FOLDER / f"{source.stem}.ipynb"
+    return f"[{title}]({notebook.name}) ([solved](solutions/{notebook.name})) {badge(notebook)}"
+
+
+def syllabus_table(sources: list[Path], links: Callable[[str, Path], str] = with_solution) -> str:
+    """One row a notebook.
+
+    Args:
+        links: from "3 Direct Preference Optimization" and the source to what stands in the first column.
+    """
     rows = [
         "| notebook | before it | minutes to read, to solve | difficulty | exercises |",
         "|---|---|---|---|---|",
     ]
-    for number, source in enumerate(sources, start=1):
+    for source in sources:
         title, parts = header(source)
+        number = int(source.stem.split("_")[0])
         exercises = re.findall(
             r"^# ### Exercise ([\d.]+: .*)$", source.read_text(encoding="utf-8"), re.MULTILINE
         )
         minutes = ", ".join(parts[name].split()[0] for name in ("Read", "Solve"))
-        files = f"[{number} {title}]({source.stem}.ipynb) ([solved](solutions/{source.stem}.ipynb))"
+        files = links(f"{number} {title}", source)
         before = re.split(r",? or what ", parts["Before this"])[0]
-        rows.append(f"| {files} | {before} | {minutes} | {parts['Difficulty']} | {'; '.join(exercises)} |")
+        titles = "; ".join(exercises).replace("|", "\\|")  # of π(y|x), which would end the table's cell
+        rows.append(f"| {files} | {before} | {minutes} | {parts['Difficulty']} | {titles} |")
     return "\n".join(rows)
 
 
