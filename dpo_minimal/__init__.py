@@ -70,6 +70,7 @@ _ANNEXES = {  # the file of an annex: its public names
         "check_ipo_loss", "check_kl_estimate", "check_kto_loss", "check_optimal_policy",
         "check_plackett_luce", "check_reward_model_loss", "check_sequence_logps",
     ),
+    "bench.doctor": ("Finding", "diagnose"),
     "laws.games": ("duality_gap", "regularised_equilibrium"),
     "text.checkpoint": ("GPT",),  # which adds from_pretrained and save_pretrained to it
     "text.data": ("PreferencePair", "load_preferences"),

@@ -8,7 +8,7 @@ import sys
 from functools import partial
 
 from . import __version__
-from .experiments import card, check, judge
+from .experiments import card, check, doctor, judge
 from .experiments.bandit import command as bandit
 from .experiments.frontier import command as frontier
 from .experiments.games import command as games
@@ -26,6 +26,7 @@ COMMANDS = {
     "sentiment": (sentiment, "every method on film reviews of known reward: the paper's Fig. 2 to 4"),
     "card": (card, "what a preference loss does: yours, or one of the package's"),
     "check": (check, "your loss or your log-probabilities: are they what you think they are?"),
+    "doctor": (doctor, "what is wrong in a training log, by what must hold in any"),
     "audit": (audit, "what a model reads of a preference file, and what is wrong with the file"),
     "sft": (sft, "supervised fine-tuning of a GPT-2: the start of every preference training"),
     "dpo": (dpo, "train a GPT-2 on preferences; without options, film reviews from SFT to DPO"),

@@ -14,8 +14,8 @@ ANNEXES = ("zoo", "laws", "text", "rivals", "bench", "experiments")
 BUDGETS = {  # what is counted: lines, and words where it says so
     "book (root files)": 2900,
     "micro.py": 150,
-    "experiments": 7020,
-    "package": 19900,
+    "experiments": 7100,
+    "package": 20900,
     "README.md": 160,
     "README.md, words": 1800,
     "derivations.md": 1500,
