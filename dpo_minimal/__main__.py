@@ -12,6 +12,7 @@ from .experiments import card, check, doctor, judge
 from .experiments.bandit import command as bandit
 from .experiments.frontier import command as frontier
 from .experiments.games import command as games
+from .experiments.page import command as page
 from .experiments.sentiment import command as sentiment
 from .experiments.statistics import command as statistics
 from .experiments.text import audit, dpo, sample, score, sft
@@ -24,6 +25,7 @@ COMMANDS = {
     "frontier": (frontier, "every method beside the best possible, in worlds where that is known exactly"),
     "games": (games, "preferences without a reward: cycles, and where each method takes them"),
     "sentiment": (sentiment, "every method on film reviews of known reward: the paper's Fig. 2 to 4"),
+    "page": (page, "one HTML file to play with: beta, training, pairs, frontier and tokens on sliders"),
     "card": (card, "what a preference loss does: yours, or one of the package's"),
     "check": (check, "your loss or your log-probabilities: are they what you think they are?"),
     "doctor": (doctor, "what is wrong in a training log, by what must hold in any"),

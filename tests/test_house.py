@@ -12,10 +12,10 @@ PACKAGE = ROOT / "dpo_minimal"
 ANNEXES = ("zoo", "laws", "text", "rivals", "bench", "experiments")
 # Raised only by a decision with its reason in the commit that does it.
 BUDGETS = {  # what is counted: lines, and words where it says so
-    "book (root files)": 2900,
+    "book (root files)": 2905,
     "micro.py": 150,
-    "experiments": 7100,
-    "package": 20900,
+    "experiments": 7460,
+    "package": 21270,
     "README.md": 160,
     "README.md, words": 1800,
     "derivations.md": 1500,

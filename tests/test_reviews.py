@@ -84,7 +84,7 @@ def test_every_prompt_is_neutral_and_short():
 
 def test_whole_reviews_mean_what_the_grammar_says():
     """The mean over clauses, whatever joins them; and the prompt in front changes nothing."""
-    pick = reviews._picker("test", 1, 0)
+    pick = reviews.picker("test", 1, 0)
     for _ in range(3000):
         prompt = reviews._prompt(pick)
         text, reward = reviews.completion(pick, prompt)
@@ -266,7 +266,7 @@ MUTANTS = {
         reviews.completion, "if clause.value]", "]", test_whole_reviews_mean_what_the_grammar_says,
     ),
     "a awful debut": (reviews._article, '"an" if words[0] in "aeiou" else "a"', '"a"', test_english_is_tidy),
-    "one stream for all": (reviews._picker, 'f"{stream} {seed}"', "seed", test_streams_are_apart),
+    "one stream for all": (reviews.picker, 'f"{stream} {seed}"', "seed", test_streams_are_apart),
 }  # fmt: skip
 
 

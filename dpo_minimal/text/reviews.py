@@ -260,7 +260,7 @@ def prompts(count: int, *, seed: int) -> list[str]:
         >>> prompts(2, seed=0)
         ['This crime story about a lighthouse', 'This short film by the same director']
     """
-    pick = _picker("prompts", count, seed)
+    pick = picker("prompts", count, seed)
     return [_prompt(pick) for _ in range(count)]
 
 
@@ -274,7 +274,7 @@ def demonstrations(count: int, *, seed: int) -> list[dict[str, str]]:
         >>> row["prompt"] + row["completion"]
         'The second war film based on a novel is fresh, but we never enjoyed the music.'
     """
-    pick = _picker("demonstrations", count, seed)
+    pick = picker("demonstrations", count, seed)
     openings = (_prompt(pick) for _ in range(count))
     return [{"prompt": prompt, "completion": completion(pick, prompt)[0]} for prompt in openings]
 
@@ -297,7 +297,7 @@ def comparisons(count: int, *, seed: int) -> list[dict[str, str]]:
         >>> row["rejected"], round(sentiment(row["rejected"]), 2)
         (' opens in the spring, and I never loved the plot.', -1.25)
     """
-    pick = _picker("comparisons", count, seed)
+    pick = picker("comparisons", count, seed)
     drawn = []
     for _ in range(count):
         prompt = _prompt(pick)
@@ -315,7 +315,7 @@ def comparisons(count: int, *, seed: int) -> list[dict[str, str]]:
     return rows
 
 
-def _picker(stream: str, count: int, seed: int) -> Pick:
+def picker(stream: str, count: int, seed: int) -> Pick:
     """Random choices that depend on stream and seed alone; `random()` is the same in every Python version."""
     check_count("count", count)
     check_seed("seed", seed)

@@ -1,0 +1,1 @@
+"""A page to play with: what it shows is computed here, beforehand."""
