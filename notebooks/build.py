@@ -33,7 +33,7 @@ from nbformat import NotebookNode
 from dpo_minimal.text.runs import write_atomically
 from dpo_minimal.validation import InputError
 
-from . import syllabus
+from . import lecture, syllabus
 
 FOLDER = Path(__file__).parent
 SOLUTION = re.compile(r"^( *)### BEGIN SOLUTION\n(.*?)^ *### END SOLUTION(?:\n|\Z)", re.MULTILINE | re.DOTALL)
@@ -289,15 +289,16 @@ def build(source: Path, *, force: bool = False) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m notebooks.build", description=__doc__.split("\n")[0])
-    parser.add_argument("numbers", nargs="*", help="notebooks to build, such as 3 5; all, unless given")
-    parser.add_argument("--check", action="store_true", help="build nothing; fail if a notebook is stale")
-    parser.add_argument("--force", action="store_true", help="execute again what is up to date")
+    parser = _parser()
     options = parser.parse_args(arguments)
-    if options.check and options.force:
-        parser.error("--check builds nothing, so --force has nothing to do.")
     try:
+        if options.lecture:
+            lecture.write_lecture(options.lecture, options.numbers)
+            print(f"{options.lecture}: written; a browser opens it, without a network")
+            return 0
         wanted = chosen(options.numbers)
+        if options.slides:
+            return _write_slides(options.slides, wanted)
     except InputError as error:
         parser.error(str(error))
     stale = 0
@@ -316,6 +317,46 @@ def main(arguments: list[str] | None = None) -> int:
             )
             stale += 1
     stale += not _readme_up_to_date(write_it=not options.check)
+    return 1 if stale else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m notebooks.build", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "numbers",
+        nargs="*",
+        help="notebooks, such as 3 5, or with --lecture chapters; all, unless given (chapters 0 to 9)",
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--check", action="store_true", help="build nothing; fail if a notebook is stale")
+    what.add_argument("--force", action="store_true", help="execute again what is up to date")
+    what.add_argument(
+        "--lecture",
+        nargs="?",
+        const=Path("lecture.html"),
+        type=Path,
+        metavar="FILE",
+        help="write the derivations as one page, their code behind a switch, to FILE (lecture.html)",
+    )
+    what.add_argument(
+        "--slides",
+        nargs="?",
+        const=Path("slides"),
+        type=Path,
+        metavar="FOLDER",
+        help="write slides of each solved notebook, without its solutions, into FOLDER (slides)",
+    )
+    return parser
+
+
+def _write_slides(folder: Path, wanted: list[Path]) -> int:
+    """Slides of the solved notebooks; those of a stale one would show what is no longer so."""
+    stale = [source for source in wanted if is_stale(solved_path(source), solved_notebook(source))]
+    fresh = {s.stem: nbformat.read(solved_path(s), as_version=4) for s in wanted if s not in stale}
+    for path in lecture.write_slides(folder, fresh):
+        print(f"{path}: written; a browser opens it, without a network")
+    for source in stale:
+        print(f"{source.stem}: stale; run python -m notebooks.build first", file=sys.stderr)
     return 1 if stale else 0
 
 
