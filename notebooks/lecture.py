@@ -25,7 +25,7 @@ PAGES = Path(__file__).parent / "pages"
 TITLE = "Derivations of Direct Preference Optimization"
 QUESTION = "<p><strong>Predict before you run.</strong>"
 # Set-up, and what would show a solution: the exercise's code, the remark after it, and the checks.
-NOT_SHOWN = {"setup", "exercise", "check", "answer", "derivation"}
+NOT_SHOWN = {"install", "setup", "exercise", "check", "answer", "derivation"}
 
 
 def write_lecture(path: Path, chapters: list[str]) -> None:

@@ -120,7 +120,10 @@ def test_a_stale_copy_is_noticed(tmp_path):
 
 
 def test_the_command_refuses_what_it_does_not_know(capsys):
-    for arguments, told in ((["12"], "no notebook 12"), (["--check", "--force"], "--check builds nothing")):
+    for arguments, told in (
+        (["12"], "no notebook 12"),
+        (["--check", "--force"], "not allowed with argument"),
+    ):
         with pytest.raises(SystemExit) as stop:
             build.main(arguments)
         assert stop.value.code == 2
