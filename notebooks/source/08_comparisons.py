@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 8 · What DPO is compared with
 #
-# **Before this:** notebooks 1 to 3, or what they show: Bradley–Terry, π\* = π_ref exp(r/β) / Z, and that DPO's loss leads to π\* · **Read:** 25 minutes · **Solve:** 30 minutes · **Difficulty:** ●●○ · **Derivations:** [D10.1], [D10.2], [D10.3], [D10.4], [D10.5], [D7.3], [D7.7], [D11.5]
+# **Before this:** notebooks 1 to 3, or what they show: Bradley–Terry, π\* = π_ref exp(r/β) / Z, and that DPO's loss leads to π\* · **Read:** 28 minutes · **Solve:** 32 minutes · **Difficulty:** ●●○ · **Derivations:** [D10.1], [D10.2], [D10.3], [D10.4], [D10.5], [D7.3], [D7.7], [D11.5], [D11.19], [D11.22], [D13.4]
 #
 # **The claim.** More reward costs divergence from the reference, and there is a best price: a curve that no policy can be above, however it was trained. Best of n, fine-tuning on chosen completions, PPO and DPO all lie on it or below, and on a table we can say exactly where.
 
@@ -13,6 +13,7 @@ from dpo_course.checks import check
 from matplotlib import pyplot as plt
 
 import dpo_minimal as dpo
+from dpo_minimal.laws import designs
 from dpo_minimal.laws.sampling_laws import kl_law
 from dpo_minimal.rivals import baselines
 from dpo_minimal.rivals.evaluate import exact_win_rate
@@ -114,26 +115,6 @@ figures.show(figure, "8.b")
 # The first factor shares a tie among those tied, in proportion to the reference.
 
 # %% [markdown]
-# ### Exercise 8.2: its law
-#
-# *10 minutes.* Return the log-probabilities of the best of $n$. Rewards may be equal.
-
-
-# %% tags=["exercise"]
-def best_of_n_logps(ref_logps, rewards, n):
-    """(Y,) log-probabilities, (Y,) rewards, a number of draws -> (Y,) log-probabilities."""
-    ### BEGIN SOLUTION
-    chances = ref_logps.exp()
-    at_most = (chances * (rewards <= rewards[:, None])).sum(-1)
-    worse = (chances * (rewards < rewards[:, None])).sum(-1)
-    return ref_logps + ((at_most**n - worse**n) / (at_most - worse)).log()
-    ### END SOLUTION
-
-
-# %% tags=["check"]
-check("8.2", best_of_n_logps)
-
-# %% [markdown]
 # Best of $n$ was never told a β, and it looks only at the *order* of the rewards. Now a world of forty completions, with random rewards.
 #
 # **Predict before you run.** How far below the frontier is the best of 2, 4, 8, ...? And how many nats more does it cost to double $n$, from 8 to 16 and from 16 to 32?
@@ -163,6 +144,40 @@ figures.show(figure, "8.c")
 
 # %% [markdown] tags=["outcome"]
 # **What happened.** Never above, and in this world less than a tenth of a unit of reward below. The column "at most" is $\log n-\frac{n-1}n$, a bound for every world, approached where no single completion has much probability. A doubling costs up to about $\log 2$, as long as the table has better completions left, and twice as many completions have to be written for each answer. DPO and PPO write one.
+
+# %% [markdown]
+# ### Exercise 8.2: an experiment: how many draws is a β worth?
+#
+# *10 minutes.* Somebody wants the mean reward of π\* at a certain β, but no training. **Predict before you run.** In the world of forty completions, how many draws replace training with β = 1, with 0.5, with 0.25? Then return two numbers: the smallest $n$ whose best of $n$ has at least the mean reward of π\*, and how many nats more it costs, $\mathrm{KL}(\pi_n\Vert\pi_{\rm ref})-\mathrm{KL}(\pi^\ast\Vert\pi_{\rm ref})$. The library has `dpo.best_of_n_logps(ref_logps, rewards, n=n)`.
+
+
+# %% tags=["exercise"]
+def draws_worth(ref_logps, rewards, beta):
+    """(Y,) log-probabilities, (Y,) rewards -> (number of draws, nats more than those of π*)."""
+    ### BEGIN SOLUTION
+    optimal, n = dpo.optimal_logps(ref_logps, rewards, beta=beta), 1
+    while (best := dpo.best_of_n_logps(ref_logps, rewards, n=n)).exp() @ rewards < optimal.exp() @ rewards:
+        n += 1
+    return n, dpo.kl_divergence(best, ref_logps) - dpo.kl_divergence(optimal, ref_logps)
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+check("8.2", draws_worth)
+
+# %%
+one, worth, draws = ref[0], world.rewards[0], torch.arange(1, 500)
+tables = torch.stack([dpo.best_of_n_logps(one, worth, n=int(n)) for n in draws])
+for beta in [2.0, 1.0, 0.5, 0.25]:
+    optimum = dpo.optimal_logps(one, worth, beta=beta)
+    place = (tables.exp() @ worth >= optimum.exp() @ worth).nonzero()[0, 0]
+    more = dpo.kl_divergence(tables[place], one) - dpo.kl_divergence(optimum, one)
+    print(
+        f"β = {beta:<4g}: {draws[place]:3d} draws, {more:.3f} nats more than {dpo.kl_divergence(optimum, one):.3f}"
+    )
+
+# %% [markdown] tags=["outcome"]
+# **What happened.** A few draws replace a mild β; the smaller β is, the faster the number grows, because the last bits of reward are in completions that the reference seldom writes. In divergence best of $n$ costs 0.1 to 0.2 nats more, a part of it only because $n$ is a whole number. So what training saves is not divergence but writing: its cost is paid once, that of best of $n$ with every answer.
 
 # %% [markdown]
 # ## Fine-tuning on what was chosen
@@ -198,25 +213,6 @@ print(f"best of 2:         KL {stand.kl[1]:.3f} nats, mean reward {stand.reward[
 # $$\ell_{\rm PPO}=-\min\big(\rho A,\ \mathrm{clip}(\rho,1-c,1+c)\,A\big).$$
 
 # %% [markdown]
-# ### Exercise 8.3: the clipped surrogate
-#
-# *8 minutes.* Log-probabilities of $B$ samples come in, under the policy and under the one that drew them. Return the $B$ losses.
-
-
-# %% tags=["exercise"]
-def clipped_surrogate(logps, old_logps, advantages, clip):
-    """(B,) log-probabilities now and when drawn, (B,) advantages -> (B,) losses."""
-    ### BEGIN SOLUTION
-    ratio = (logps - old_logps).exp()
-    clipped = ratio.clamp(1 - clip, 1 + clip)
-    return -torch.minimum(ratio * advantages, clipped * advantages)
-    ### END SOLUTION
-
-
-# %% tags=["check"]
-check("8.3", clipped_surrogate)
-
-# %% [markdown]
 # **Predict before you run.** We draw the loss of one sample against its ratio, once for $A=1$ and once for $A=-1$. Grey are the ratios from $1-c$ to $1+c$. Each curve has one flat part. On which side of the ratio 1?
 
 # %%
@@ -233,6 +229,40 @@ figures.show(figure, "8.d")
 
 # %% [markdown] tags=["outcome"]
 # **What happened.** For $A=1$ beyond $1+c$, for $A=-1$ below $1-c$: where the sample has been moved far enough in the direction it asked for, nothing pulls any more. On the other side the slope stays, so a ratio that went the wrong way is pulled back.
+
+# %% [markdown]
+# ### Exercise 8.3: an experiment: a clip that is too tight
+#
+# *9 minutes.* PPO takes several steps on the same samples. **Predict before you run.** Ten steps of gradient descent on the loss above, from ρ = 1: is the ratio between $1-c$ and $1+c$ in the end? And with a $c$ that is much smaller than what one step moves? Then return the ratios after `steps` steps of gradient descent of length `step_size` in $\log\pi(y)$, each sample by itself. (The library has `baselines.clipped_surrogate(logps, old_logps, advantages, clip=clip)`; or do without.)
+
+
+# %% tags=["exercise"]
+def ratios_after(advantages, clip, step_size, steps):
+    """(B,) advantages, the clip, length and number of steps in log π -> (B,) ratios ρ after the last step."""
+    ### BEGIN SOLUTION
+    logps = torch.zeros_like(advantages)  # the ratio is one at first, whatever log π is
+    for _ in range(steps):
+        logps.requires_grad_()
+        losses = baselines.clipped_surrogate(logps, torch.zeros_like(logps), advantages, clip=clip)
+        (slope,) = torch.autograd.grad(losses.sum(), logps)
+        logps = logps.detach() - step_size * slope
+    return logps.exp()
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+check("8.3", ratios_after)
+
+# %%
+for clip in [0.2, 0.01]:
+    rho, path = torch.ones((), dtype=torch.float64), []
+    for _ in range(10):  # one sample, A = 1, steps of 0.05
+        rho = rho * (0.05 * rho * (rho <= 1 + clip)).exp()
+        path.append(f"{rho:.2f}")
+    print(f"c = {clip}: ρ after each step", *path)
+
+# %% [markdown] tags=["outcome"]
+# **What happened.** The clip bounds no ratio. It takes away the slope of a sample that has moved by more than $c$; the step before may have carried it far beyond, and there it stays. With a $c$ below the length of a step the first step of each batch counts and all others do nothing: PPO has become the policy gradient at many times the price, and all samples look "clipped" in its log.
 
 # %% [markdown]
 # Now PPO on a small table. It asks the true reward for every completion that it draws, and needs no preferences. It starts at the reference.
@@ -256,10 +286,10 @@ def climb(world, beta, iterations=300):
 # %%
 small = dpo.random_bandit(1, 8, generator=torch.Generator().manual_seed(1))
 curve = [t.squeeze(-1) for t in dpo.reward_kl_frontier(small.ref_logps, small.rewards, betas)]
-figure, axes = plt.subplots()
+figure, axes, ends = *plt.subplots(), {}
 axes.plot(*curve, color=figures.OPTIMUM)
 for beta, colour in [(0.25, figures.GREEN), (0.5, figures.ORANGE), (1.0, figures.RED)]:
-    records, _ = climb(small, beta)
+    records, ends[beta] = climb(small, beta)
     path = [(r["kl/policy_reference"], r["reward"]) for r in records]
     axes.plot(*zip(*path), ".:", color=colour)
     axes.plot(*path[-1], "o", color=colour)
@@ -268,13 +298,32 @@ axes.set(xlabel="KL(π‖π_ref) (nats)", ylabel="mean reward")
 figures.show(figure, "8.e")
 
 # %%
-for beta in [0.25, 0.5, 1.0]:
+for beta, end in ends.items():
     target = dpo.optimal_logps(small.ref_logps, small.rewards, beta=beta)
-    distance = dpo.kl_divergence(climb(small, beta)[1], target).item()
+    distance = dpo.kl_divergence(end, target).item()
     print(f"β = {beta:<4g}: PPO ends {distance:.0e} nats from π*")
 
 # %% [markdown] tags=["outcome"]
 # **What happened.** On the curve, at the $\pi^\ast$ of its β or very near. Reinforcement learning and DPO have one optimum; they differ in what they ask for. At $\pi^\ast$ every completion has the same penalised reward. With that number as the baseline every advantage is zero, whichever completions are drawn: the noise of sampling fades on the way.
+
+# %% [markdown]
+# **Predict before you run.** The same PPO with twenty short steps on each batch, once with $c=0.2$ and once with 0.01. Which is nearer to π\* after ten batches, and after forty?
+
+# %%
+beta = 0.5
+target = dpo.optimal_logps(small.ref_logps, small.rewards, beta=beta)
+for clip in [0.2, 0.01]:
+    policy = dpo.TabularPolicy(small.ref_logps)
+    options = dict(iterations=40, samples=64, epochs=20, clip=clip)
+    options |= dict(generator=torch.Generator().manual_seed(1))
+    adam, controller = torch.optim.Adam(policy.parameters(), lr=0.02), baselines.AdaptiveKL(beta)
+    for record in baselines.ppo(policy, small.ref_logps, small.rewards, adam, controller, **options):
+        if record["step"] in (10, 40):
+            gap = dpo.kl_divergence(policy().detach(), target).item()
+            print(f"c = {clip}: {gap:.4f} nats from π* after {record['step']} batches")
+
+# %% [markdown] tags=["outcome"]
+# **What happened.** At first the tight clip throws most of each batch's steps away, and is many times further behind. Later the order turns: near π\* the samples' noise is what remains, and the tight clip, which follows a batch less far, follows less of its noise. So a clip is tuned like a step size, and the share of clipped samples tells whether it does anything.
 
 # %% [markdown]
 # ## Win rates
@@ -282,25 +331,6 @@ for beta in [0.25, 0.5, 1.0]:
 # People seldom state rewards; they say which of two completions is better. The *win rate* of a policy against another is the probability that its completion has the higher reward, a tie counting one half ([D10.5]):
 #
 # $$W(\pi,\pi')=\sum_{y,y'}\pi(y)\,\pi'(y')\Big[\mathbf 1\{r(y)>r(y')\}+\tfrac12\mathbf 1\{r(y)=r(y')\}\Big].$$
-
-# %% [markdown]
-# ### Exercise 8.4: an exact win rate
-#
-# *7 minutes.* Both policies are tables over the same completions.
-
-
-# %% tags=["exercise"]
-def win_rate(logps, other_logps, rewards):
-    """(Y,) log-probabilities of two policies, (Y,) rewards -> the first one's win rate, a scalar."""
-    ### BEGIN SOLUTION
-    lead = rewards[:, None] - rewards[None, :]
-    points = (1 + lead.sign()) / 2
-    return logps.exp() @ points @ other_logps.exp()
-    ### END SOLUTION
-
-
-# %% tags=["check"]
-check("8.4", win_rate)
 
 # %% [markdown]
 # **Predict before you run.** In mean reward, best of $n$ was always below the frontier. Here are the same policies again, with the win rate against the reference in place of the reward. Who is above now?
@@ -321,6 +351,37 @@ figures.show(figure, "8.f")
 
 # %% [markdown] tags=["outcome"]
 # **What happened.** From $n=4$ on, best of $n$. The frontier is for mean reward. A win rate is another objective, with a frontier of its own: to win, a completion must be better, not much better. So π\* may be below, and here it mostly is. That is also why win rates saturate. All are close to 1 in the right part of the picture, while the reward still rises.
+
+# %% [markdown]
+# ### Exercise 8.4: an experiment: a judge that likes length
+#
+# *8 minutes.* Win rates are often given by a language model as the judge, and judges like long answers. Suppose that in a share $\lambda$ of all comparisons the judge does not read and calls the *longer* completion the better one, and otherwise judges by the reward; ties, of rewards or of lengths, count one half. Of two policies one is better and writes shorter. **Predict before you run.** If it wins 60 % by reward and 40 % by length, how large must $\lambda$ be to hide that it is better? Then return the $\lambda$ at which the judge calls any two such policies even, 50 % each. (`exact_win_rate(logps, other_logps, scores)` counts by the higher score, whatever the score is.)
+
+
+# %% tags=["exercise"]
+def bias_that_hides(logps, other_logps, rewards, lengths):
+    """(Y,) log-probabilities of two policies, (Y,) rewards, (Y,) lengths -> the share λ, a scalar."""
+    ### BEGIN SOLUTION
+    by_reward, by_length = (exact_win_rate(logps, other_logps, scores) for scores in (rewards, lengths))
+    return (by_reward - 0.5) / (by_reward - by_length)
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+check("8.4", bias_that_hides)
+
+# %%
+answers = ["Yes.", "Yes, by train.", "It depends on the day.", "Yes, by train, at nine, from platform two."]
+length = torch.tensor([len(answer.split()) for answer in answers], dtype=torch.float64)
+value = torch.tensor([2.0, 3.0, 0.0, 1.0], dtype=torch.float64)  # to whoever asks "Can I get there?"
+old = torch.tensor([0.25, 0.25, 0.25, 0.25], dtype=torch.float64).log()
+new = dpo.optimal_logps(old, value, beta=2.0)
+for share in [0.0, 0.25, 0.5, 0.75]:
+    rates = [exact_win_rate(new, old, scores) for scores in (value, length)]
+    print(f"λ = {share:.2f}: the judge sees a win rate of {(1 - share) * rates[0] + share * rates[1]:.3f}")
+
+# %% [markdown] tags=["outcome"]
+# **What happened.** The judged win rate moves on a straight line from the true one to that by length, so that a policy which wins as much by reward as it loses by length is called even when half of the comparisons go by length. The same line says more: a policy that only learns to write longer *gains* by this judge without any reward. So look at lengths beside win rates, or compare answers of like length.
 
 # %% [markdown]
 # ## How many pairs is a reward function worth?
@@ -347,8 +408,8 @@ for size in sizes:
 
 # %%
 lengths = [5, 10, 20, 50, 100]
-ends = torch.cat([climb(five, beta, iterations=length)[1] for length in lengths])
-of_ppo = dpo.kl_divergence(ends, target.expand_as(ends))
+after = torch.cat([climb(five, beta, iterations=length)[1] for length in lengths])
+of_ppo = dpo.kl_divergence(after, target.expand_as(after))
 for length, distance in list(zip(lengths, of_ppo))[2:]:
     print(f"{64 * length:5,} rewards: PPO is {distance:.0e} nats from π*")
     print(f"{64 * length:5,} pairs: DPO is {law.item() / (64 * length):.4f} nats from π*, by the law")
@@ -366,6 +427,58 @@ figures.show(figure, "8.g")
 
 # %% [markdown] tags=["outcome"]
 # **What happened.** DPO's, with slope −1: ten times as many pairs make the distance ten times smaller, no more. PPO's falls faster and faster. An answer to "which is better" is at most one bit, and sometimes the wrong one; a reward, asked directly, is exact. (On a table of five completions, asking for five rewards would be enough. PPO does not know that.) What DPO saves is the reward function, which for people's taste nobody can write down. There one has comparisons only, and on a table, a reward model fitted to them makes the same errors.
+
+# %% [markdown]
+# ## Rounds on the policy's own samples
+#
+# The law above has one more use. $I$, what one comparison says, depends on *which* pairs people see. In a data set made once they come from the reference. In *rounds* the policy trained so far draws the next pairs ([D11.22]), with the same reference and all labels so far.
+#
+# **Predict before you run.** By which factor do four rounds reduce the labels that are needed for the same distance from π\*? Here with a small β, where π\* is far from the reference.
+
+# %%
+beta, forty = 0.25, world.ref_logps
+target = dpo.optimal_logps(forty, world.rewards, beta=beta)
+samplers = {"pairs of the reference": designs.sampler_pairs("reference", forty, forty, beta=beta)}
+samplers["four rounds"] = designs.average_design("policy", forty, target, forty, beta=beta, rounds=4)
+samplers["the best pairs"] = designs.best_design(target, forty, beta=beta)[0]
+for name, slate in samplers.items():
+    law = designs.design_law(slate, target, forty, beta=beta).item()
+    print(f"{name:22} {law:8.1f} / N nats, so {law / 0.01:8,.0f} labels for 0.01 nats")
+
+# %% [markdown] tags=["outcome"]
+# **What happened.** Rounds need several times fewer labels: pairs of the reference seldom contain the completions among which the trained policy chooses, and labels about what it no longer writes are wasted. **When to use them:** where labels can be asked for while training goes on (a judge, a rule, people who stay), and where π\* is far from the reference. With a fixed file of pairs, near the reference, or where each round would wait for weeks, one round is as good. And keep the first reference: with the last policy as the new reference the goal moves, two rounds end at the π\* of half the β ([D11.22]).
+
+# %% [markdown]
+# ## Rewards that can be verified
+#
+# For sums, programs and proofs nobody need be asked: a program checks the answer. The reward is 1 where it passes and 0 where it doesn't, and reinforcement learning with it needs no reward model. Its optimum is still Eq. 4. With $p$ the reference's probability of passing, $Z=1-p+pe^{1/\beta}$, so that the odds of passing grow by one factor,
+#
+# $$\frac{p^\ast}{1-p^\ast}=e^{1/\beta}\,\frac p{1-p},$$
+#
+# and right answers keep their proportions among one another, as do wrong ones.
+#
+# **Predict before you run.** In practice a group of $G=16$ answers to one prompt is drawn, and the group's mean reward is the baseline (as in *GRPO*). How many groups teach nothing, if the reference passes once in a thousand times, and if every second time? And what does DPO do with pairs of a right and a wrong answer?
+
+# %%
+answers = ["56", "It is 56.", "54", "63"]  # to "What is 7 times 8?"
+passes, start = torch.tensor([1.0, 1, 0, 0]).double(), torch.tensor([0.05, 0.05, 0.6, 0.3]).double().log()
+end = dpo.optimal_logps(start, passes, beta=0.25).exp()
+print("π*:", *(f"{answer!r} {chance:.3f}" for answer, chance in zip(answers, end)))
+odds = [chances[:2].sum() / chances[2:].sum() for chances in (start.exp(), end)]
+print(f"odds of passing: {odds[0]:.3f}, then {odds[1]:.3f}; the factor is {odds[1] / odds[0]:.1f}")
+for p in [0.001, 0.5]:
+    print(f"passes {p:g}: groups of 16 that are all alike {p**16 + (1 - p) ** 16:.5f}")
+
+# %%
+right_first = torch.tensor([[0, 2], [0, 3], [1, 2], [1, 3]])
+labels = dpo.Rankings(torch.zeros(4).long(), right_first, torch.ones(4))
+try:
+    dpo.maximum_likelihood(labels, torch.ones(1, 4).bool(), (("7 times 8",), (tuple(answers),)))
+except ValueError as error:
+    print(error)
+
+# %% [markdown] tags=["outcome"]
+# **What happened.** The odds grew by $e^4$, a factor that β alone decides. A group that is all wrong or all right has no advantage, so a prompt which the reference hardly ever solves teaches nothing for a long time, and needs easier prompts, a better reference or larger groups. DPO on pairs of a right and a wrong answer has labels without noise: no optimum ([D13.4]), it is stopped somewhere. **When to use which:** a verifiable reward and samples of one's own, where a check exists; DPO, where there is no check and only comparisons.
 
 # %% [markdown]
 # ## An open question

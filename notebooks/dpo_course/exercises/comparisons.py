@@ -4,9 +4,11 @@ import itertools
 import math
 
 import torch
+from hypothesis import assume
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dpo_minimal import best_of_n_logps
 from dpo_minimal.bench.exercises import Exercise, log_distribution, vector
 
 # ------------------------------------------------------------------------- 8.1 a point of the frontier
@@ -91,246 +93,269 @@ FRONTIER = Exercise(
 )
 
 
-# ------------------------------------------------------------------------------------- 8.2 best of n
+# ------------------------------------------------------------- 8.2 how many draws a beta is worth
+
+
+ORDERS = [(0, 1, 2), (2, 1, 0), (0, 2, 1), (0, 1, 3), (3, 0, 1), (1, 0, 1), (0, 1, 2, 3), (3, 0, 2, 0)]
 
 
 @st.composite
-def draws_to_choose_from(draw):
-    """One prompt's reference, rewards of which some may be equal, and a number of draws."""
-    Y = draw(st.integers(2, 3))
-    rewards = draw(st.lists(st.integers(0, 2), min_size=Y, max_size=Y))
+def world_with_a_choice(draw):
+    """One prompt's reference, rewards that are not all equal, and beta."""
+    rewards = torch.tensor(draw(st.sampled_from(ORDERS)), dtype=torch.float64)
     return {
-        "ref_logps": draw(log_distribution(Y)),
-        "rewards": torch.tensor(rewards, dtype=torch.float64),
-        "n": draw(st.integers(1, 3)),
+        "ref_logps": draw(log_distribution(len(rewards))),
+        "rewards": rewards,
+        "beta": draw(st.sampled_from([1.0, 0.5, 2.0, 0.4])),
     }
 
 
-def every_list_of_draws(ref_logps, rewards, n) -> Tensor:
-    """All Y^n lists of draws, one after the other; the best of each shared among its tied draws."""
-    chance, reward = [math.exp(number) for number in ref_logps.tolist()], rewards.tolist()
-    total = [0.0] * len(chance)
-    for drawn in itertools.product(range(len(chance)), repeat=n):
-        best = max(reward[y] for y in drawn)
-        winners = [y for y in drawn if reward[y] == best]
-        for y in winners:
-            total[y] += math.prod(chance[z] for z in drawn) / len(winners)
-    return torch.tensor([math.log(share) for share in total], dtype=torch.float64)
+def levels_of_reward(ref_logps, rewards, beta) -> tuple[Tensor, Tensor]:
+    """In plain numbers: the best of n by the chances of each level of reward, and both divergences by sums
+    over completions; n one after the other."""
+    chance, r = [math.exp(number) for number in ref_logps.tolist()], rewards.tolist()
+    weights = [p * math.exp(value / beta) for p, value in zip(chance, r)]
+    optimal = [weight / sum(weights) for weight in weights]
+    wanted = sum(p * value for p, value in zip(optimal, r))
+    for n in itertools.count(1):
+        best = []
+        for p, value in zip(chance, r):
+            at_most = sum(q for q, other in zip(chance, r) if other <= value)
+            below = sum(q for q, other in zip(chance, r) if other < value)
+            best.append(p / (at_most - below) * (at_most**n - below**n))
+        if sum(p * value for p, value in zip(best, r)) >= wanted:
+            kl = [sum(p * math.log(p / q) for p, q in zip(policy, chance)) for policy in (best, optimal)]
+            return torch.tensor(n), torch.tensor(kl[0] - kl[1], dtype=torch.float64)
 
 
-def _levels(ref_logps, rewards):
-    """F(r_y), the reference's probability of at most that reward, and p(r_y), of just that reward."""
-    p = ref_logps.exp()
-    at_most = (p * (rewards <= rewards[:, None])).sum(-1)
-    return at_most, (p * (rewards == rewards[:, None])).sum(-1)
+def _kl(logps, ref_logps):
+    return (logps.exp() * (logps - ref_logps)).sum(-1)
 
 
-def _best_of(ref_logps, rewards, n):
-    F, p = _levels(ref_logps, rewards)
-    return ref_logps - p.log() + (F**n - (F - p).clamp(min=0) ** n).log()
+def _draws(target=None, draws=None, cost=lambda best, optimal, ref, n: _kl(best, ref) - _kl(optimal, ref)):
+    """A student's answer: from policy and reward what is compared, how many draws are taken instead, and what
+    is called the cost."""
+    target = target or (lambda logps, ref, r, beta: logps.exp() @ r)
+
+    def draws_worth(ref, r, beta):
+        optimal = _tilted(ref, r / beta)
+        wanted = target(optimal, ref, r, beta)
+        n = 1
+        while n < 200 and target(best_of_n_logps(ref, r, n=n), ref, r, 0.0) < wanted:
+            n += 1
+        n = draws(n, optimal, ref) if draws else n
+        return torch.tensor(n), cost(best_of_n_logps(ref, r, n=n), optimal, ref, n)
+
+    return draws_worth
 
 
-def _unshared(ref_logps, rewards, n):
-    F, p = _levels(ref_logps, rewards)
-    return (F**n - (F - p).clamp(min=0) ** n).log()
-
-
-def _shared_evenly(ref_logps, rewards, n):
-    return _unshared(ref_logps, rewards, n) - (rewards == rewards[:, None]).sum(-1).log()
-
-
-def _first_takes_all(ref_logps, rewards, n):
-    """Ties broken by place in the table: cumulative sums of a sorted list, and no thought for ties."""
-    order = rewards.argsort(stable=True)
-    F = ref_logps.exp()[order].cumsum(-1)
-    below = torch.cat([F.new_zeros(1), F[:-1]])
-    return torch.empty_like(F).scatter(0, order, (F**n - below**n).log())
-
-
-BEST_OF_N = Exercise(
+DRAWS = Exercise(
     number="8.2",
-    function="best_of_n_logps",
-    inputs=draws_to_choose_from(),
-    expected=every_list_of_draws,
-    source="all lists of n draws, one after the other",
+    function="draws_worth",
+    inputs=world_with_a_choice(),
+    expected=levels_of_reward,
+    source="all n in turn, by the chances of each level of reward, in plain numbers",
     mistakes={
-        "among tied completions one takes all: they share in proportion to π_ref": _first_takes_all,
-        "each tied completion gets the probability of the whole tie: multiply by π_ref(y) / p": _unshared,
-        "ties are overlooked: p is the probability of all completions with that reward": (
-            lambda ref, r, n: (_levels(ref, r)[0] ** n - (_levels(ref, r)[0] - ref.exp()) ** n).log()
+        "compared at equal divergence; the question is equal reward": _draws(
+            lambda logps, ref, r, beta: _kl(logps, ref)
         ),
-        "a tie is shared evenly: completions share it in proportion to π_ref": _shared_evenly,
-        "this is the probability that the best is at most as good: take off that it is worse": (
-            lambda ref, r, n: n * _levels(ref, r)[0].log()
+        "one draw too few: the reward must be reached": _draws(draws=lambda n, *_: max(n - 1, 1)),
+        "one draw too many: the smallest n that reaches the reward": _draws(draws=lambda n, *_: n + 1),
+        "this is the whole divergence of best of n; the question is what it costs more than π*": _draws(
+            cost=lambda best, optimal, ref, n: _kl(best, ref)
         ),
-        "that the best is at most as good, shared among ties: take off that it is worse": (
-            lambda ref, r, n: ref - _levels(ref, r)[1].log() + n * _levels(ref, r)[0].log()
+        "the sign is reversed: best of n is the dearer one": _draws(
+            cost=lambda best, optimal, ref, n: _kl(optimal, ref) - _kl(best, ref)
         ),
-        "π_ref to the power n: that is n draws of the same completion": (
-            lambda ref, r, n: (n * ref).log_softmax(-1)
+        "log n - (n - 1)/n is a bound, which a table with few completions does not reach": _draws(
+            cost=lambda best, optimal, ref, n: torch.tensor(math.log(n) - (n - 1) / n) - _kl(optimal, ref)
         ),
-        "π_ref · exp(n r) is no best of n, which looks at the order of rewards only": (
-            lambda ref, r, n: (ref + n * r).log_softmax(-1)
+        "the divergence is taken backwards: KL(π‖π_ref) averages under π": _draws(
+            cost=lambda best, optimal, ref, n: _kl(ref, best) - _kl(ref, optimal)
         ),
-        "this is the worst of n": lambda ref, r, n: _best_of(ref, -r, n),
-        "the chance to be among the n draws is not the chance to be the best of them": (
-            lambda ref, r, n: torch.log1p(-((1 - ref.exp()) ** n))
+        "the penalised reward of π* is compared with the reward of best of n: leave out β KL": _draws(
+            lambda logps, ref, r, beta: logps.exp() @ r - beta * _kl(logps, ref)
         ),
-        "these are probabilities; their logarithms are asked for": (
-            lambda ref, r, n: _best_of(ref, r, n).exp()
+        "exp of the divergence is no number of draws": _draws(
+            draws=lambda n, optimal, ref: math.ceil(_kl(optimal, ref).exp())
+        ),
+        "cost first, number second: the order is (n, nats)": (
+            lambda ref, r, beta: _draws()(ref, r, beta)[::-1]
         ),
     },
 )
 
 
-# ---------------------------------------------------------------------------------- 8.3 PPO's surrogate
+# --------------------------------------------------------------------------- 8.3 PPO's clip, in use
 
 
 @st.composite
-def samples_of_old_policy(draw):
-    """Log-probabilities of B actions now and when they were drawn, advantages, and the clip."""
-    B = draw(st.integers(1, 4))
-    old = draw(vector(B, -3, -1))
+def steps_on_one_batch(draw):
+    """Advantages of B samples, the clip, the size of a step in log pi, and how many steps are taken."""
     return {
-        "logps": old + draw(vector(B, -1, 1)),
-        "old_logps": old,
-        "advantages": draw(vector(B, -2, 2)),
-        "clip": draw(st.sampled_from([0.2, 0.1, 0.3, 0.5])),
+        "advantages": draw(vector(draw(st.integers(1, 2)), -2, 2)),
+        "clip": draw(st.sampled_from([0.2, 0.1, 0.3, 0.01])),
+        "step_size": draw(st.sampled_from([0.1, 0.05, 0.02, 0.2])),
+        "steps": draw(st.integers(1, 5)),
     }
 
 
-def two_cases(logps, old_logps, advantages, clip) -> Tensor:
-    """Each sample by itself: a positive advantage pays up to a ratio of 1 + c, a negative one from 1 - c."""
-    losses = []
-    for new, old, A in zip(logps.tolist(), old_logps.tolist(), advantages.tolist()):
-        ratio = math.exp(new) / math.exp(old)
-        losses.append(-A * (min(ratio, 1 + clip) if A > 0 else max(ratio, 1 - clip)))
-    return torch.tensor(losses, dtype=torch.float64)
+def two_cases(advantages, clip, step_size, steps) -> Tensor:
+    """Each sample by itself, in plain numbers: it stops pulling past 1 + c if A > 0, past 1 - c if A < 0."""
+    ratios = []
+    for A in advantages.tolist():
+        x = 0.0
+        for _ in range(steps):
+            ratio = math.exp(x)
+            idle = ratio > 1 + clip if A > 0 else ratio < 1 - clip
+            x += 0.0 if idle else step_size * A * ratio
+        ratios.append(math.exp(x))
+    return torch.tensor(ratios, dtype=torch.float64)
 
 
-def _ratio(logps, old_logps):
-    return (logps - old_logps).exp()
+def _stepped(pull, last=lambda x, clip: x.exp()):
+    """A student's ratios, from the pull on log pi at a ratio, and what is returned of its logarithm x."""
+
+    def ratios_after(advantages, clip, step_size, steps):
+        x = torch.zeros_like(advantages)
+        for _ in range(steps):
+            x = x + step_size * pull(x.exp(), advantages, clip)
+        return last(x, clip)
+
+    return ratios_after
 
 
-def _surrogate(ratio, clipped, advantages):
-    return -torch.minimum(ratio * advantages, clipped * advantages)
+def _clipped(ratio, A, c):
+    return ratio * A * ~torch.where(A > 0, ratio > 1 + c, ratio < 1 - c)
 
 
-SURROGATE = Exercise(
+CLIP = Exercise(
     number="8.3",
-    function="clipped_surrogate",
-    inputs=samples_of_old_policy(),
+    function="ratios_after",
+    inputs=steps_on_one_batch(),
     expected=two_cases,
-    source="two cases, A > 0 and A < 0, sample by sample",
+    source="two cases, A > 0 and A < 0, step by step in plain numbers",
     mistakes={
-        "the larger of the two is taken: the smaller one never promises too much": (
-            lambda new, old, A, c: (
-                -torch.maximum(_ratio(new, old) * A, _ratio(new, old).clamp(1 - c, 1 + c) * A)
-            )
+        "the clip limits the pull, not the ratio: the step before may have gone beyond": _stepped(
+            _clipped, lambda x, c: x.exp().clamp(1 - c, 1 + c)
         ),
-        "clipped from above only: a negative advantage stops at 1 - c": (
-            lambda new, old, A, c: _surrogate(_ratio(new, old), _ratio(new, old).clamp(max=1 + c), A)
+        "nothing is clipped": _stepped(lambda ratio, A, c: ratio * A),
+        "the slope of ρ in log π is ρ, not 1": _stepped(lambda ratio, A, c: _clipped(ratio, A, c) / ratio),
+        "the sign is reversed: a step lowers the loss, which is minus the surrogate": _stepped(
+            lambda ratio, A, c: _clipped(ratio, -A, c)
         ),
-        "clipped from below only: a positive advantage stops at 1 + c": (
-            lambda new, old, A, c: _surrogate(_ratio(new, old), _ratio(new, old).clamp(min=1 - c), A)
+        "clipped from above only: a negative advantage stops below 1 - c": _stepped(
+            lambda ratio, A, c: ratio * A * (ratio <= 1 + c)
         ),
-        "nothing is clipped": lambda new, old, A, c: -_ratio(new, old) * A,
-        "the minimum is missing: a ratio that went the wrong way must still be pulled back": (
-            lambda new, old, A, c: -_ratio(new, old).clamp(1 - c, 1 + c) * A
+        "clipped from below only: a positive advantage stops above 1 + c": _stepped(
+            lambda ratio, A, c: ratio * A * (ratio >= 1 - c)
         ),
-        "A is missing in the clipped term: it multiplies both": (
-            lambda new, old, A, c: -torch.minimum(_ratio(new, old) * A, _ratio(new, old).clamp(1 - c, 1 + c))
+        "these are logarithms of the ratios": _stepped(_clipped, lambda x, c: x),
+        "this is how far the ratios have moved; return the ratios": _stepped(
+            _clipped, lambda x, c: x.exp() - 1
         ),
-        "the minimum is taken of the ratios: multiply both by A first, whose sign turns the order round": (
-            lambda new, old, A, c: -torch.minimum(_ratio(new, old), _ratio(new, old).clamp(1 - c, 1 + c)) * A
-        ),
-        "the minus sign is missing: this is to be maximised, and a loss is minimised": (
-            lambda new, old, A, c: -_surrogate(_ratio(new, old), _ratio(new, old).clamp(1 - c, 1 + c), A)
-        ),
-        "the ratio is upside down: the policy now, divided by the one that drew": (
-            lambda new, old, A, c: _surrogate(_ratio(old, new), _ratio(old, new).clamp(1 - c, 1 + c), A)
-        ),
-        "this is a ratio of logarithms; the ratio of probabilities is exp of their difference": (
-            lambda new, old, A, c: _surrogate(new / old, (new / old).clamp(1 - c, 1 + c), A)
-        ),
-        "exp is missing: a difference of log-probabilities is the logarithm of the ratio": (
-            lambda new, old, A, c: _surrogate(new - old, (new - old).clamp(1 - c, 1 + c), A)
-        ),
-        "clipped to [-c, c]: the ratio stays around 1, not 0": (
-            lambda new, old, A, c: _surrogate(_ratio(new, old), _ratio(new, old).clamp(-c, c), A)
-        ),
-        "mean over the batch: return one loss for each sample, the caller averages": (
-            lambda new, old, A, c: _surrogate(
-                _ratio(new, old), _ratio(new, old).clamp(1 - c, 1 + c), A
-            ).mean()
+        "only one step was taken": lambda A, c, step_size, steps: _stepped(_clipped)(A, c, step_size, 1),
+        "the losses were averaged over the batch: here each sample has its own step": _stepped(
+            lambda ratio, A, c: _clipped(ratio, A, c) / len(A)
         ),
     },
 )
 
 
-# --------------------------------------------------------------------------------------- 8.4 win rates
+# --------------------------------------------------------------------- 8.4 a judge that likes length
 
 
 @st.composite
-def two_policies(draw):
-    """Two policies over Y completions of one prompt, and rewards of which some may be equal."""
-    Y = draw(st.integers(2, 4))
-    rewards = draw(st.lists(st.integers(0, 3), min_size=Y, max_size=Y))
-    return {
-        "logps": draw(log_distribution(Y)),
-        "other_logps": draw(log_distribution(Y)),
-        "rewards": torch.tensor(rewards, dtype=torch.float64),
-    }
+def better_but_shorter(draw):
+    """Two policies, rewards and lengths: by reward one of them wins more than half, by length the other.
+
+    Always three numbers of each are drawn, so that a search can leave the third out.
+    """
+    Y = draw(st.sampled_from([2, 3]))
+    counts = [torch.tensor(draw(st.tuples(*3 * [st.integers(1, 9)]))[:Y]).double() for _ in range(2)]
+    scores = [torch.tensor(draw(st.tuples(*3 * [st.integers(1, 3)]))[:Y]).double() for _ in range(2)]
+    logps, other = ((count / count.sum()).log() for count in counts)
+    leads = [pair_by_pair(logps, other, score) - 0.5 for score in scores]
+    assume(leads[0] * leads[1] < -1e-4)
+    return {"logps": logps, "other_logps": other, "rewards": scores[0], "lengths": scores[1]}
 
 
-def pair_by_pair(logps, other_logps, rewards) -> Tensor:
+def pair_by_pair(logps, other_logps, scores) -> float:
     """Every completion of one policy against every completion of the other."""
     total = 0.0
-    for mine, r in zip(logps.tolist(), rewards.tolist()):
-        for theirs, s in zip(other_logps.tolist(), rewards.tolist()):
+    for mine, r in zip(logps.tolist(), scores.tolist()):
+        for theirs, s in zip(other_logps.tolist(), scores.tolist()):
             points = 1.0 if r > s else 0.5 if r == s else 0.0
             total += math.exp(mine) * math.exp(theirs) * points
-    return torch.tensor(total, dtype=torch.float64)
+    return total
 
 
-def _met(points):
-    """A student's win rate: what a completion of reward r gets against one of reward s."""
-
-    def win_rate(logps, other_logps, rewards):
-        return logps.exp() @ points(rewards[:, None] - rewards[None, :]) @ other_logps.exp()
-
-    return win_rate
+def halved_until_even(logps, other_logps, rewards, lengths) -> Tensor:
+    """Halve [0, 1] until the judge calls the policies even."""
+    by_reward, by_length = (pair_by_pair(logps, other_logps, scores) for scores in (rewards, lengths))
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        share = (low + high) / 2
+        lead = (1 - share) * by_reward + share * by_length - 0.5
+        low, high = (share, high) if lead * (by_reward - 0.5) > 0 else (low, share)
+    return torch.tensor(low, dtype=torch.float64)
 
 
 def _half_for_ties(lead):
     return (lead > 0).double() + (lead == 0).double() / 2
 
 
-WIN_RATE = Exercise(
+def _rate(logps, other_logps, scores, points=_half_for_ties):
+    return logps.exp() @ points(scores[:, None] - scores[None, :]) @ other_logps.exp()
+
+
+def _evened(by_reward, by_length):
+    return (by_reward - 0.5) / (by_reward - by_length)
+
+
+def _judged(points):
+    """A student's answer, from what a completion gets against another."""
+    return lambda logps, other, r, lengths: _evened(
+        _rate(logps, other, r, points), _rate(logps, other, lengths, points)
+    )
+
+
+def _win_rates(formula):
+    """A student's answer, from the two win rates."""
+    return lambda logps, other, r, lengths: formula(_rate(logps, other, r), _rate(logps, other, lengths))
+
+
+BIAS = Exercise(
     number="8.4",
-    function="win_rate",
-    inputs=two_policies(),
-    expected=pair_by_pair,
-    source="every completion of one policy against every one of the other",
+    function="bias_that_hides",
+    inputs=better_but_shorter(),
+    expected=halved_until_even,
+    source="bisection: the share at which the judge calls the policies even, from all pairs of completions",
+    within=1e-6,  # the share of a search that was stopped; the mistakes differ by far more
     mistakes={
-        "ties count nothing; they count one half": _met(lambda lead: (lead > 0).double()),
-        "ties count as won; they count one half": _met(lambda lead: (lead >= 0).double()),
-        "this is how often the other policy wins": (
-            lambda logps, other, r: _met(_half_for_ties)(other, logps, r)
+        "ties count nothing; they count one half": _judged(lambda lead: (lead > 0).double()),
+        "ties count as won; they count one half": _judged(lambda lead: (lead >= 0).double()),
+        "average lengths are compared: the judge counts how often the longer one wins, not by how much": (
+            lambda logps, other, r, lengths: _evened(
+                _rate(logps, other, r), 0.5 + (logps.exp() - other.exp()) @ lengths
+            )
         ),
-        "σ of the difference is how a noisy judge decides; here the higher reward always wins": (
-            _met(torch.sigmoid)
+        "average rewards are compared: a win rate counts how often, not by how much": (
+            lambda logps, other, r, lengths: _evened(
+                0.5 + (logps.exp() - other.exp()) @ r, _rate(logps, other, lengths)
+            )
         ),
-        "this is the difference of the average rewards: a win rate counts how often, not by how much": (
-            lambda logps, other, r: (logps.exp() - other.exp()) @ r
+        "the two shares are exchanged: by length in the share asked for, by reward in the rest": _win_rates(
+            lambda by_reward, by_length: 1 - _evened(by_reward, by_length)
         ),
-        "this is always ½: both policies must be used, each completion weighed by its probability": (
-            lambda logps, other, r: _half_for_ties(r[:, None] - r[None, :]).mean()
+        "the reward still counts in the rest only, 1 minus the share": _win_rates(
+            lambda by_reward, by_length: (0.5 - by_reward) / (by_length - 0.5)
         ),
-        "log-probabilities are used as weights; take exp": (
-            lambda logps, other, r: logps @ _half_for_ties(r[:, None] - r[None, :]) @ other
+        "this is by how much the two win rates differ": _win_rates(
+            lambda by_reward, by_length: (by_reward - by_length).abs()
         ),
+        "this is the win rate by reward": _win_rates(lambda by_reward, by_length: by_reward),
     },
 )
 
-EXERCISES = [FRONTIER, BEST_OF_N, SURROGATE, WIN_RATE]
+EXERCISES = [FRONTIER, DRAWS, CLIP, BIAS]

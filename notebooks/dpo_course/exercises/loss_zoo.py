@@ -1,312 +1,299 @@
-"""Notebook 7: labels that may be wrong, and the relatives of DPO."""
+"""Notebook 7: labels that may be wrong, and where the relatives of DPO end."""
 
 import math
 
 import torch
-import torch.nn.functional as F
+from hypothesis import assume
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpo_minimal import dpo_loss
-from dpo_minimal.bench.exercises import Exercise, completion_logps, vector
+from dpo_minimal import Rankings, maximum_likelihood, optimal_logps
+from dpo_minimal.bench.exercises import Exercise, betas, vector
 
-# ------------------------------------------------------------------------- 7.1 flipped_probability
+FLIPS = st.sampled_from([0.1, 0.2, 0.3, 0.05])
+
+
+def noisy(p, flip):
+    """The share of labels for the first, after a share `flip` of all was reversed."""
+    return flip + (1 - 2 * flip) * p
+
+
+# ------------------------------------------------------------------------- 7.1 flips_behind
 
 
 @st.composite
-def clean_probabilities(draw):
-    """B probabilities that the first of a pair is preferred, and the chance that a label is reversed."""
-    p = draw(vector(draw(st.integers(1, 3)), 0, 1))
-    return {"p": p, "flip": draw(st.sampled_from([0.1, 0.2, 0.3, 0.4, 0.05]))}
+def margins_of_noisy_labels(draw):
+    """True differences of reward, away from zero, and DPO's margins with some of the labels reversed."""
+    difference = draw(vector(draw(st.integers(1, 2)), 0.5, 4))
+    return {
+        "difference": difference,
+        "margin": torch.logit(noisy(torch.sigmoid(difference), draw(FLIPS))),
+    }
 
 
-def counted_labels(p, flip) -> Tensor:
-    """Four stories, what was meant and whether the label was reversed; add up those labelled "first"."""
-    chances = []
-    for first in p.tolist():
-        stories = [
-            (meant, reversed_, chance * happens)
-            for meant, chance in ((True, first), (False, 1 - first))
-            for reversed_, happens in ((True, flip), (False, 1 - flip))
-        ]
-        chances.append(sum(chance for meant, reversed_, chance in stories if meant != reversed_))
-    return torch.tensor(chances, dtype=torch.float64)
+def raised_until_it_fits(difference, margin) -> Tensor:
+    """Pair by pair: halve [0, 1/2] until labels reversed at that rate have the margin as their log-odds."""
+    found = []
+    for true, seen in zip(difference.tolist(), margin.tolist()):
+        low, high = 0.0, 0.5
+        for _ in range(60):
+            flip = (low + high) / 2
+            share = noisy(1 / (1 + math.exp(-true)), flip)
+            low, high = (flip, high) if math.log(share / (1 - share)) > seen else (low, flip)
+        found.append(low)
+    return torch.tensor(found, dtype=torch.float64)
 
 
-FLIPPED = Exercise(
+def _of_shares(formula):
+    """A student's answer, from the clean and the noisy share of labels for the first."""
+    return lambda difference, margin: formula(torch.sigmoid(difference), torch.sigmoid(margin))
+
+
+FLIPS_BEHIND = Exercise(
     number="7.1",
-    function="flipped_probability",
-    inputs=clean_probabilities(),
-    expected=counted_labels,
-    source="all four stories: what was meant, and whether the label was reversed",
+    function="flips_behind",
+    inputs=margins_of_noisy_labels(),
+    expected=raised_until_it_fits,
+    source="bisection: the rate of reversed labels at which DPO finds this margin",
     mistakes={
-        "labels reversed in favour of the first are missing: the second was meant in 1 - p of all pairs": (
-            lambda p, flip: (1 - flip) * p
+        "σ(-margin) is it if the worse completion never won by itself: for very large differences only": (
+            _of_shares(lambda p, share: 1 - share)
         ),
-        "every reversed label counts for the first: it does so only where the second was meant": (
-            lambda p, flip: (1 - flip) * p + flip
+        "margins are log-odds, and flips mix probabilities: apply σ to both first": (
+            lambda difference, margin: (1 - margin / difference) / 2
         ),
-        "reversed, not redrawn: this replaces a share of the labels by tosses of a fair coin": (
-            lambda p, flip: (1 - flip) * p + flip / 2
+        "p and the share of the labels are exchanged: divide by 2p - 1, with the clean p": _of_shares(
+            lambda p, share: (p - share) / (2 * share - 1)
         ),
-        "kept and reversed labels are exchanged: flip is the chance of a reversal": (
-            lambda p, flip: flip * p + (1 - flip) * (1 - p)
+        "this is how far the share has moved; a flip moves it by 2p - 1": _of_shares(
+            lambda p, share: p - share
         ),
-        "the constant is missing: at p = 0 the first still wins a share flip of the labels": (
-            lambda p, flip: (1 - 2 * flip) * p
+        "twice too large: a reversed label goes from one side to the other, not to a tossed coin": _of_shares(
+            lambda p, share: (p - share) / (p - 0.5)
         ),
-        "the flip is added: p + flip may exceed one": lambda p, flip: p + flip,
-        "this undoes a flip: it is the clean probability if p is the noisy one": (
-            lambda p, flip: (p - flip) / (1 - 2 * flip)
+        "the sign is reversed: flips make margins smaller": _of_shares(
+            lambda p, share: (share - p) / (2 * p - 1)
         ),
-        "nothing has changed": lambda p, flip: p.clone(),
+        "this is the margin that is left, in parts of the true one": lambda difference, margin: (
+            margin / difference
+        ),
     },
 )
 
 
-# ------------------------------------------------------------------- 7.2 and 7.3 cDPO and robust DPO
+# ------------------------------------------------------------------- 7.2 robust DPO at the wrong rate
 
 
 @st.composite
-def pairs_and(draw, **more):
-    """Log-probabilities of B pairs, beta, and whatever else is drawn. Margins stay below 12 in size, where
-    log(1 - sigmoid) still has its digits."""
-    B = draw(st.integers(1, 3))
-    names = ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")
-    beta = draw(st.sampled_from([1.0, 2.0, 0.5, 0.1, 3.0]))
-    rest = {name: draw(strategy) for name, strategy in more.items()}
-    return {name: draw(completion_logps(B, -2.7)) for name in names} | {"beta": beta} | rest
+def wrongly_told(draw):
+    """Probabilities of single pairs, the rate of flips, and the rate that robust DPO is told."""
+    p = draw(vector(draw(st.integers(1, 2)), 0.1, 0.9))
+    flip, told = (draw(st.sampled_from([0.1, 0.2, 0.0, 0.3])) for _ in range(2))
+    left = (noisy(p, flip) - told) / (1 - 2 * told)
+    assume(bool(((left - 0.5).abs() - 0.5).abs().min() > 0.01))  # no share on the border of [0, 1]
+    return {"p": p, "flip": flip, "told": told}
 
 
-def _both_labels(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta) -> tuple[Tensor, Tensor]:
-    """The library's DPO losses of the label as it is, and of its opposite."""
-    kept = dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=beta)
-    opposite = dpo_loss(policy_rejected, policy_chosen, ref_rejected, ref_chosen, beta=beta)
-    return kept.losses, opposite.losses
+def along_the_loss(p, flip, told) -> Tensor:
+    """The slope of the average loss, label by label; a minimum by bisection, if its sign changes at all."""
+
+    def slope(u, p):
+        for_first, for_second = 1 / (1 + math.exp(u)), 1 / (1 + math.exp(-u))  # minus the slopes of l(±u)
+        pull = {  # of robust DPO, for each label
+            True: ((1 - told) * for_first + told * for_second) / (1 - 2 * told),
+            False: ((1 - told) * for_second + told * for_first) / (1 - 2 * told),
+        }
+        meant = {True: p, False: 1 - p}
+        seen = {label: (1 - flip) * meant[label] + flip * meant[not label] for label in (True, False)}
+        return seen[False] * pull[False] - seen[True] * pull[True]
+
+    found = []
+    for chance in p.tolist():
+        low, high = -30.0, 30.0
+        if slope(high, chance) < 0 or slope(low, chance) > 0:
+            found.append(math.copysign(math.inf, -slope(0.0, chance)))
+            continue
+        for _ in range(60):
+            u = (low + high) / 2
+            low, high = (u, high) if slope(u, chance) < 0 else (low, u)
+        found.append(low)
+    return torch.tensor(found, dtype=torch.float64)
 
 
-def average_over_flips(label_smoothing, **pairs) -> Tensor:
-    """The mean of DPO's loss over the label kept and the label reversed."""
-    kept, opposite = _both_labels(**pairs)
-    return (1 - label_smoothing) * kept + label_smoothing * opposite
+def _end(share):
+    """The log-odds of a share, infinite outside of [0, 1]."""
+    return torch.logit(share.clamp(0, 1))
 
 
-def solved_for_the_clean(flip_probability, **pairs) -> Tensor:
-    """The losses of both labels whose mean over a flip is DPO's loss of the clean one: two equations."""
-    stays, flips = 1 - flip_probability, flip_probability
-    equations = torch.tensor([[stays, flips], [flips, stays]], dtype=torch.float64)
-    return torch.linalg.solve(equations, torch.stack(_both_labels(**pairs)))[0]
-
-
-def _with_margin(formula):
-    """A student's loss, from its formula in the margin u = beta h, in h itself, and in epsilon."""
-
-    def loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, eps):
-        h = (policy_chosen - policy_rejected) - (ref_chosen - ref_rejected)
-        return formula(beta * h, h, eps)
-
-    return loss
-
-
-def _without_reference(formula):
-    """The same of a student who leaves the reference out."""
-
-    def loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, eps):
-        h = policy_chosen - policy_rejected
-        return formula(beta * h, h, eps)
-
-    return loss
-
-
-def _plus_reference(formula):
-    """The same of a student who adds the reference where it is subtracted."""
-
-    def loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, eps):
-        h = (policy_chosen - policy_rejected) + (ref_chosen - ref_rejected)
-        return formula(beta * h, h, eps)
-
-    return loss
-
-
-def _ell(margin: Tensor) -> Tensor:
-    return -F.logsigmoid(margin)
-
-
-def _cdpo(u, h, eps):
-    return (1 - eps) * _ell(u) + eps * _ell(-u)
-
-
-def _robust(u, h, eps):
-    return ((1 - eps) * _ell(u) - eps * _ell(-u)) / (1 - 2 * eps)
-
-
-EPSILONS = st.sampled_from([0.1, 0.2, 0.3, 0.4, 0.05])
-
-CDPO = Exercise(
+ROBUST_MARGIN = Exercise(
     number="7.2",
-    function="cdpo_loss",
-    inputs=pairs_and(label_smoothing=EPSILONS),
-    expected=average_over_flips,
-    source="the mean of dpo_loss over labels kept and reversed",
+    function="robust_margin",
+    inputs=wrongly_told(),
+    expected=along_the_loss,
+    source="the slope of the average loss, label by label, and bisection",
+    within=1e-3,  # whoever trains or searches instead of solving stops at some digit
     mistakes={
-        "the two shares are exchanged, or chosen and rejected: the label as it is has 1 - ε": _with_margin(
-            lambda u, h, eps: eps * _ell(u) + (1 - eps) * _ell(-u)
+        "this is the true margin: robust DPO finds it only where the told rate is the rate of the flips": (
+            lambda p, flip, told: torch.logit(p)
         ),
-        "the opposite label is missing: it has a share ε": _with_margin(
-            lambda u, h, eps: (1 - eps) * _ell(u)
+        "this is DPO's margin: what robust DPO was told is missing": (
+            lambda p, flip, told: torch.logit(noisy(p, flip))
         ),
-        "the label keeps its whole weight: the shares are 1 - ε and ε": _with_margin(
-            lambda u, h, eps: _ell(u) + eps * _ell(-u)
+        "this is cDPO's margin: it adds flips, robust DPO takes some out": (
+            lambda p, flip, told: torch.logit(noisy(noisy(p, flip), told))
         ),
-        "the opposite label is subtracted: that goes towards robust DPO, cDPO adds it": _with_margin(
-            lambda u, h, eps: (1 - eps) * _ell(u) - eps * _ell(-u)
+        "the labels are not clean: a share flip of them was reversed": (
+            lambda p, flip, told: _end((p - told) / (1 - 2 * told))
         ),
-        "this is robust DPO: it undoes flips, cDPO adds some": _with_margin(_robust),
-        "the mixture stands inside the logarithm: mix the two losses, not the two probabilities": (
-            _with_margin(lambda u, h, eps: -torch.log((1 - eps) * torch.sigmoid(u) + eps * torch.sigmoid(-u)))
+        "the two rates are exchanged: flip was done to the labels, told is what the loss undoes": (
+            lambda p, flip, told: _end((noisy(p, told) - flip) / (1 - 2 * flip))
         ),
-        "the margins are mixed: mix the two losses": _with_margin(
-            lambda u, h, eps: _ell((1 - eps) * u - eps * u)
+        "the share that is left is to be divided by 1 - 2 told": (
+            lambda p, flip, told: _end(noisy(p, flip) - told)
         ),
-        "the sign of the extra term is reversed: it is ℓ(u) + εu": _with_margin(
-            lambda u, h, eps: _ell(u) - eps * u
+        "beyond 0 and 1 nothing is a probability, and there is no minimum: the margin is infinite": (
+            lambda p, flip, told: torch.logit((noisy(p, flip) - told) / (1 - 2 * told))
         ),
-        "β is missing in the linear term: in ℓ(u) + εu the margin u contains β": _with_margin(
-            lambda u, h, eps: _ell(u) + eps * h
+        "where the second completion is the better one, the margin runs to minus infinity": (
+            lambda p, flip, told: _end((noisy(p, flip) - told) / (1 - 2 * told)).nan_to_num(
+                posinf=math.inf, neginf=math.inf
+            )
         ),
-        "β is missing": _with_margin(lambda u, h, eps: _cdpo(h, h, eps)),
-        "the reference is missing: the margin compares log-ratios": _without_reference(_cdpo),
-        "the sign of the reference is reversed: the margin subtracts its log-ratio": _plus_reference(_cdpo),
-        "this is DPO: the smoothing is missing": _with_margin(lambda u, h, eps: _ell(u)),
-        "mean over the batch: return one loss for each pair": _with_margin(
-            lambda u, h, eps: _cdpo(u, h, eps).mean()
-        ),
-        "sum over the batch: return one loss for each pair": _with_margin(
-            lambda u, h, eps: _cdpo(u, h, eps).sum()
+        "these are probabilities: the margin is their log-odds": (
+            lambda p, flip, told: (noisy(p, flip) - told) / (1 - 2 * told)
         ),
     },
 )
 
-ROBUST = Exercise(
+
+# ------------------------------------------------------------------------------ 7.3 IPO's beta
+
+
+@st.composite
+def decided_pairs(draw):
+    """Probabilities of single pairs, none of them a fair coin, and DPO's beta."""
+    p = draw(vector(draw(st.integers(1, 2)), 0.6, 0.9))
+    return {"p": 1 - p if draw(st.booleans()) else p, "beta": draw(betas())}
+
+
+def target_by_bisection(p, beta) -> Tensor:
+    """Pair by pair: halve an interval of IPO's targets until its mean slope is zero where DPO ends."""
+    found = []
+    for chance in p.tolist():
+        h = math.log(chance / (1 - chance)) / beta  # where DPO ends
+        low, high = 0.0, 1e4
+        for _ in range(100):
+            target = (low + high) / 2
+            slope = chance * 2 * (h - target) + (1 - chance) * 2 * (h + target)
+            low, high = (target, high) if slope * h > 0 else (low, target)
+        found.append(1 / (2 * low))
+    return torch.tensor(found, dtype=torch.float64)
+
+
+IPO_BETA = Exercise(
     number="7.3",
-    function="robust_dpo_loss",
-    inputs=pairs_and(flip_probability=EPSILONS),
-    expected=solved_for_the_clean,
-    source="two equations, solved: for either label, the mean over a flip is DPO's loss of the clean one",
+    function="ipo_beta",
+    inputs=decided_pairs(),
+    expected=target_by_bisection,
+    source="bisection: the target 1/(2β) with which IPO's mean slope is zero where DPO ends",
     mistakes={
-        "the denominator 1 - 2ε is missing": _with_margin(
-            lambda u, h, eps: (1 - eps) * _ell(u) - eps * _ell(-u)
+        "the opposite labels are missing: they pull towards -1/(2β), so IPO ends at (2p - 1)/(2β)": (
+            lambda p, beta: beta / (2 * torch.logit(p).abs())
         ),
-        "the denominator is 1 - 2ε, not 1 - ε": _with_margin(
-            lambda u, h, eps: ((1 - eps) * _ell(u) - eps * _ell(-u)) / (1 - eps)
+        "DPO's β is missing: it ends at h = logit(p) / β": lambda p, beta: (2 * p - 1) / (2 * torch.logit(p)),
+        "upside down: a large target belongs to a small β": (
+            lambda p, beta: 2 * torch.logit(p) / ((2 * p - 1) * beta)
         ),
-        "the linear term εu has the denominator 1 - 2ε": _with_margin(lambda u, h, eps: _ell(u) - eps * u),
-        "the denominator of the linear term is 1 - 2ε, not 1 - ε": _with_margin(
-            lambda u, h, eps: _ell(u) - eps * u / (1 - eps)
+        "off by 2: IPO's target is 1/(2β)": lambda p, beta: (2 * p - 1) * beta / torch.logit(p),
+        "the opposite labels pull the other way: the mean target has 2p - 1, not p": (
+            lambda p, beta: p * beta / (2 * torch.logit(p))
         ),
-        "brackets are missing: x / 1 - 2ε is x - 2ε; write x / (1 - 2ε)": _with_margin(
-            lambda u, h, eps: (1 - eps) * _ell(u) - eps * _ell(-u) - 2 * eps
+        "β in the wrong place: DPO's h is the margin divided by β": (
+            lambda p, beta: (2 * p - 1) / (2 * beta * torch.logit(p))
         ),
-        "brackets are missing: ε / 1 - 2ε u is ε - 2εu; write ε / (1 - 2ε) · u": _with_margin(
-            lambda u, h, eps: _ell(u) - eps - 2 * eps * u
+        "equal βs are two different policies: IPO's is no unit of reward": (
+            lambda p, beta: torch.full_like(p, beta)
         ),
-        "brackets are missing: εu / 1 - 2ε is εu - 2ε; write εu / (1 - 2ε)": _with_margin(
-            lambda u, h, eps: _ell(u) - eps * u - 2 * eps
-        ),
-        "multiplied by 1 - 2ε: divide by it": _with_margin(
-            lambda u, h, eps: ((1 - eps) * _ell(u) - eps * _ell(-u)) * (1 - 2 * eps)
-        ),
-        "the opposite label is added: this is cDPO's loss, divided by 1 - 2ε": _with_margin(
-            lambda u, h, eps: _cdpo(u, h, eps) / (1 - 2 * eps)
-        ),
-        "this is cDPO: it adds flips (or brackets are missing, for ε/1 - 2ε is -ε)": _with_margin(_cdpo),
-        "the two shares are exchanged: the label as it is has 1 - ε": _with_margin(
-            lambda u, h, eps: (eps * _ell(u) - (1 - eps) * _ell(-u)) / (1 - 2 * eps)
-        ),
-        "chosen and rejected are exchanged": _with_margin(lambda u, h, eps: _robust(-u, -h, eps)),
-        "the label has its whole weight: before the division its share is 1 - ε": _with_margin(
-            lambda u, h, eps: (_ell(u) - eps * _ell(-u)) / (1 - 2 * eps)
-        ),
-        "the sign of the linear term is reversed: it is ℓ(u) - εu / (1 - 2ε)": _with_margin(
-            lambda u, h, eps: _ell(u) + eps * u / (1 - 2 * eps)
-        ),
-        "β is missing in the linear term: the margin u contains it": _with_margin(
-            lambda u, h, eps: _ell(u) - eps * h / (1 - 2 * eps)
-        ),
-        "β is missing": _with_margin(lambda u, h, eps: _robust(h, h, eps)),
-        "the reference is missing: the margin compares log-ratios": _without_reference(_robust),
-        "the sign of the reference is reversed: the margin subtracts its log-ratio": _plus_reference(_robust),
-        "this is DPO: the flips are not undone": _with_margin(lambda u, h, eps: _ell(u)),
-        "mean over the batch: return one loss for each pair": _with_margin(
-            lambda u, h, eps: _robust(u, h, eps).mean()
-        ),
-        "sum over the batch: return one loss for each pair": _with_margin(
-            lambda u, h, eps: _robust(u, h, eps).sum()
+        "this is where IPO ends with DPO's β; the question is which β ends where DPO does": (
+            lambda p, beta: (2 * p - 1) / (2 * beta)
         ),
     },
 )
 
 
-# ------------------------------------------------------------------------------------ 7.4 ipo_loss
+# ------------------------------------------------------------------ 7.4 training with a wrong rate
+
+# Few and small, because every try trains. In all of them robust DPO is told too little.
+TRAININGS = [
+    {"ref": ref, "rewards": rewards, "beta": beta, "flip": flip, "told": told}
+    for ref, rewards, beta, flip, told in [
+        ((0.5, 0.3, 0.2), (0.0, 1.0, 2.0), 1.0, 0.1, 0.05),
+        ((0.2, 0.2, 0.6), (1.0, 2.0, 0.0), 0.5, 0.2, 0.1),
+        ((0.2, 0.3, 0.5), (0.0, 2.0, 1.0), 1.0, 0.2, 0.05),
+        ((0.4, 0.3, 0.3), (2.0, 0.0, 0.5), 2.0, 0.3, 0.1),
+    ]
+]
 
 
-def distance_of_margins(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta) -> Tensor:
-    """Pair by pair, in plain numbers: how far DPO's margin is from one half, in units of beta, squared."""
-    losses = []
-    for numbers in zip(*(t.tolist() for t in (policy_chosen, policy_rejected, ref_chosen, ref_rejected))):
-        won, lost, ref_won, ref_lost = (math.exp(number) for number in numbers)
-        margin = beta * math.log(won * ref_lost / (lost * ref_won))
-        losses.append(((margin - 0.5) / beta) ** 2)
-    return torch.tensor(losses, dtype=torch.float64)
+def a_training(numbers):
+    """The arguments of one training, in tensors."""
+    return {
+        "ref_logps": torch.tensor(numbers["ref"], dtype=torch.float64).log(),
+        "rewards": torch.tensor(numbers["rewards"], dtype=torch.float64),
+    } | {name: numbers[name] for name in ("beta", "flip", "told")}
 
 
-def _log_ratios(formula):
-    """A student's IPO loss, from its formula in h and beta."""
-    return lambda pc, pr, rc, rr, beta: formula((pc - pr) - (rc - rr), beta)
+def flips_that_are_left(ref_logps, rewards, beta, flip, told) -> Tensor:
+    """DPO's end on labels with the flips that robust DPO leaves in, (flip - told) / (1 - 2 told) of them, by
+    Newton's method on the rewards and Eq. 4, without training a policy."""
+    return _dpo_end(ref_logps, rewards, beta, (flip - told) / (1 - 2 * told))
 
 
-IPO = Exercise(
+def _dpo_end(ref_logps, rewards, beta, flip) -> Tensor:
+    """Where DPO ends if a share of the labels is reversed; the share may be negative, for flips undone that
+    were never done."""
+    exists = torch.ones(1, len(rewards), dtype=torch.bool)
+    first, second = pairs = torch.combinations(torch.arange(len(rewards))).T
+    share = noisy(torch.sigmoid(rewards[first] - rewards[second]), flip)
+    order = torch.cat([pairs.T, pairs.T.flip(-1)])
+    data = Rankings(torch.zeros(len(order)).long(), order, torch.cat([share, 1 - share]))
+    return optimal_logps(ref_logps[None], maximum_likelihood(data, exists), beta=beta)[0]
+
+
+TRAINED = Exercise(
     number="7.4",
-    function="ipo_loss",
-    inputs=pairs_and(),
-    expected=distance_of_margins,
-    source="the distance of DPO's margin from one half, pair by pair in plain numbers",
+    function="trained_on_flips",
+    inputs=st.sampled_from(TRAININGS).map(a_training),
+    expected=flips_that_are_left,
+    source="the most likely rewards of labels with the flips that are left, by Newton's method",
+    within=1e-3,  # a training that was stopped; the mistakes differ by more than 0.01
     mistakes={
-        "the target is 1/(2β), not 1/β": _log_ratios(lambda h, beta: (h - 1 / beta) ** 2),
-        "the target is 1/(2β), not β/2": _log_ratios(lambda h, beta: (h - beta / 2) ** 2),
-        "the target is 1/(2β), not 1/2: a small β asks for a large difference": _log_ratios(
-            lambda h, beta: (h - 1 / 2) ** 2
+        "this is π*: told too little, robust DPO leaves some flips in the labels": (
+            lambda ref, r, beta, flip, told: optimal_logps(ref, r, beta=beta)
         ),
-        "β multiplies h here: IPO's h is the difference of log-ratios, without β": _log_ratios(
-            lambda h, beta: (beta * h - 1 / (2 * beta)) ** 2
+        "this is DPO's end on the reversed labels: the told rate is missing in the loss": (
+            lambda ref, r, beta, flip, told: _dpo_end(ref, r, beta, flip)
         ),
-        "off by β²: DPO's margin and the target 1/2 are both β times too large": _log_ratios(
-            lambda h, beta: (beta * h - 1 / 2) ** 2
+        "the labels were not reversed: expected_pairs has a flip_probability": (
+            lambda ref, r, beta, flip, told: _dpo_end(ref, r, beta, -told / (1 - 2 * told))
         ),
-        "the reference is missing: h compares log-ratios, not log-probabilities": (
-            lambda pc, pr, rc, rr, beta: (pc - pr - 1 / (2 * beta)) ** 2
+        "cDPO instead of robust DPO: it adds flips": (
+            lambda ref, r, beta, flip, told: _dpo_end(ref, r, beta, flip + told - 2 * flip * told)
         ),
-        "the sign of the reference is reversed": (
-            lambda pc, pr, rc, rr, beta: (pc - pr + rc - rr - 1 / (2 * beta)) ** 2
+        "the flips that are left are not the difference of the rates: they are (flip - told)/(1 - 2 told)": (
+            lambda ref, r, beta, flip, told: _dpo_end(ref, r, beta, flip - told)
         ),
-        "the sign of the target is reversed, or chosen and rejected are exchanged": _log_ratios(
-            lambda h, beta: (h + 1 / (2 * beta)) ** 2
+        "nothing was trained: this is the reference": lambda ref, *_: ref.clone(),
+        "the reference is missing in the loss": (
+            lambda ref, r, beta, flip, told: flips_that_are_left(torch.zeros_like(ref), r, beta, flip, told)
         ),
-        "the square is missing: the distance itself": _log_ratios(lambda h, beta: (h - 1 / (2 * beta)).abs()),
-        "the square is missing: without it the loss falls for ever": _log_ratios(
-            lambda h, beta: h - 1 / (2 * beta)
+        "β is missing in the loss": (
+            lambda ref, r, beta, flip, told: flips_that_are_left(ref, r, 1.0, flip, told)
         ),
-        "nothing is paid beyond the target: IPO's square is on both sides": _log_ratios(
-            lambda h, beta: (1 / (2 * beta) - h).clamp(min=0) ** 2
-        ),
-        "this is DPO's loss": _log_ratios(lambda h, beta: _ell(beta * h)),
-        "mean over the batch: return one loss for each pair": _log_ratios(
-            lambda h, beta: ((h - 1 / (2 * beta)) ** 2).mean()
-        ),
-        "sum over the batch: return one loss for each pair": _log_ratios(
-            lambda h, beta: ((h - 1 / (2 * beta)) ** 2).sum()
+        "these are probabilities: return their logarithms": (
+            lambda *given: flips_that_are_left(*given).exp()
         ),
     },
 )
 
-EXERCISES = [FLIPPED, CDPO, ROBUST, IPO]
+EXERCISES = [FLIPS_BEHIND, ROBUST_MARGIN, IPO_BETA, TRAINED]
