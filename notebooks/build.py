@@ -7,7 +7,7 @@ A source is a text file in jupytext's percent format. Two things in it are ours:
 - a cell tagged `outcome`, what happened after a prediction, is folded in the student's notebook, below a cell
   in which the prediction can be written down.
 Before the set-up, the student's notebook gets a cell that installs the course where it is missing.
-Below the first cell that names a result such as [D3.4], its derivation can be opened. Headings become slides.
+Below the first cell that names a result such as [D3.4], its derivation can be opened.
 
 The student's notebook has no outputs. The solved one is executed when its code has changed, and its outputs
 are kept. What a source has not changed is left alone. The tables of notebooks/README.md are read off the
@@ -124,7 +124,6 @@ def _cell(cell: NotebookNode, name: str, code: Callable[[str], str], *, solved: 
     text = cell.source
     tags = list(cell.metadata.get("tags", []))
     metadata = {"tags": tags} if tags else {}
-    metadata["slideshow"] = {"slide_type": _slide_type(cell, tags)}
     if cell.cell_type == "markdown":
         if "outcome" in tags and not solved:
             text = folded(OPEN, text)
@@ -139,13 +138,13 @@ def folded(summary: str, text: str) -> str:
 
 def to_write_in(name: str) -> NotebookNode:
     """The cell below a question, for the student's prediction."""
-    metadata = {"tags": ["prediction"], "slideshow": {"slide_type": "skip"}}
+    metadata = {"tags": ["prediction"]}
     return nbformat.v4.new_markdown_cell(PREDICTION, metadata=metadata, id=f"{name}-prediction")
 
 
 def to_install(name: str) -> NotebookNode:
     """The cell before the set-up, which fetches what is missing where somebody opens the notebook alone."""
-    metadata = {"tags": ["install"], "slideshow": {"slide_type": "skip"}}
+    metadata = {"tags": ["install"]}
     text = INSTALL.format(requirement=syllabus.requirement())
     return nbformat.v4.new_code_cell(text, metadata=metadata, id=f"{name}-install")
 
@@ -193,19 +192,8 @@ def derivations(tags: list[str], name: str) -> NotebookNode:
         text = syllabus.without_code(sections[tag].text)
         text = re.sub(r"\[([^\]]+)\]\((?!http)[^)\s]*\)", r"\1", text)  # links to files of the repository
         parts.append(folded(f"Derivation of {tag}: {sections[tag].title}", text))
-    metadata = {"tags": ["derivation"], "slideshow": {"slide_type": "skip"}}
+    metadata = {"tags": ["derivation"]}
     return nbformat.v4.new_markdown_cell("\n\n".join(parts), metadata=metadata, id=f"{name}-derivation")
-
-
-def _slide_type(cell: NotebookNode, tags: list[str]) -> str:
-    """Headings begin a slide; code stands on a slide below it; set-up and answers are not shown."""
-    if {"setup", "answer"} & set(tags):
-        return "skip"
-    if cell.cell_type == "code":
-        return "subslide"
-    if cell.source.startswith(("# ", "## ")):
-        return "slide"
-    return "subslide" if cell.source.startswith("### ") else "fragment"
 
 
 # ------------------------------------------------------------------------------------- files and runs

@@ -4,9 +4,6 @@ import ast
 import functools
 import html
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import nbformat
 import pytest
@@ -283,15 +280,6 @@ def test_solved_notebooks_were_executed_in_order_and_without_error(source):
             assert ": right." in cell.outputs[0].text
 
 
-@by_notebook
-def test_slides_begin_at_headings(source):
-    for cell in student_notebook(source).cells:
-        kind = cell.metadata["slideshow"]["slide_type"]
-        if cell.source.startswith(("# ", "## ")) and cell.cell_type == "markdown":
-            assert kind == "slide"
-        assert kind in ("slide", "subslide", "fragment", "skip")
-
-
 # ----------------------------------------------------------------------------------- slow: they are executed
 
 
@@ -335,17 +323,6 @@ def test_student_notebooks_run_to_the_end(source):
     for cell in tagged(notebook, "check"):
         # One print may arrive in two parts: its text, and then its line end.
         assert "".join(output.text for output in cell.outputs).endswith("not solved yet.\n")
-
-
-@pytest.mark.slow
-def test_notebooks_can_be_presented(tmp_path):
-    """nbconvert makes slides of a solved notebook, one for each heading at least."""
-    notebook = build.solved_path(SOURCES[2])
-    command = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "slides", "--output-dir", str(tmp_path)]
-    subprocess.run([*command, str(notebook)], check=True, capture_output=True)
-    (page,) = Path(tmp_path).glob("*.slides.html")
-    headings = [c for c in build.solved_notebook(SOURCES[2]).cells if c.source.startswith(("# ", "## "))]
-    assert page.read_text(encoding="utf-8").count("<section") >= len(headings)
 
 
 # ------------------------------------------------------------------------------------------------ figures
