@@ -33,11 +33,12 @@ from nbformat import NotebookNode
 from dpo_minimal.text.runs import write_atomically
 from dpo_minimal.validation import InputError
 
-from . import lecture, syllabus
+from . import given, lecture, syllabus
+from .stubs import SOLUTION as SOLUTION
+from .stubs import STUB as STUB  # for the versions of classrooms.py
+from .stubs import solution, stub
 
 FOLDER = Path(__file__).parent
-SOLUTION = re.compile(r"^( *)### BEGIN SOLUTION\n(.*?)^ *### END SOLUTION(?:\n|\Z)", re.MULTILINE | re.DOTALL)
-STUB = "raise NotImplementedError  # your code"
 QUESTION = "**Predict before you run.**"
 PREDICTION = "**My prediction:** *(double-click here and write it down)*"
 OPEN = "What happened? Open this after you have predicted, and run the cell above."
@@ -149,16 +150,6 @@ def to_install(name: str) -> NotebookNode:
     return nbformat.v4.new_code_cell(text, metadata=metadata, id=f"{name}-install")
 
 
-def stub(code: str) -> str:
-    """The code with every solution replaced by `raise NotImplementedError`."""
-    return SOLUTION.sub(lambda match: f"{match[1]}{STUB}\n", code).rstrip("\n")
-
-
-def solution(code: str) -> str:
-    """The code with its solutions, without the markers."""
-    return SOLUTION.sub(lambda match: match[2], code).rstrip("\n")
-
-
 def where_to_derive(cells: list[NotebookNode]) -> list[list[str]]:
     """For each cell of a source, the tags such as D3.4 that are derived below it: those that it names first.
 
@@ -254,7 +245,7 @@ def take_outputs(notebook: NotebookNode, path: Path) -> bool:
 
 
 def build(source: Path, *, force: bool = False) -> str:
-    """Bring both notebooks of a source up to date; return what was done, for people.
+    """Bring both notebooks of a source and the package's data up to date; return what was done, for people.
 
     Args:
         force: execute the solved one even if its code is the same, as after a change of the library. The old
@@ -272,6 +263,9 @@ def build(source: Path, *, force: bool = False) -> str:
             seconds = execute(solved, solved_path(source).parent)
             done.append(f"solved executed in {seconds:.0f} s")
         write(solved, solved_path(source))
+    if given.is_stale(source):
+        given.write(source)
+        done.append("package data written")
     return ", ".join(done) or "up to date"
 
 
@@ -293,7 +287,7 @@ def main(arguments: list[str] | None = None) -> int:
     for source in wanted:
         if options.check:
             late = is_stale(student_path(source), student_notebook(source))
-            late |= is_stale(solved_path(source), solved_notebook(source))
+            late |= is_stale(solved_path(source), solved_notebook(source)) or given.is_stale(source)
             stale += late
             print(f"{source.stem}: {'stale; run python -m notebooks.build' if late else 'up to date'}")
             continue

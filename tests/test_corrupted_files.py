@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import pytest
 import safetensors.torch
 import torch
-from dpo_course import examine
-from dpo_course.grade import submissions
+from dpo_course import cells
+from dpo_course.submissions import submissions
 
 from dpo_minimal.experiments.bandit.tables import load_comparisons, load_table
 from dpo_minimal.experiments.options import declared, resolve
@@ -204,12 +204,12 @@ def gone_on(folder):
 
 def submitted(folder):
     """What the grader takes from a notebook; its sentence for what is none, as ours."""
-    if not submissions(folder):
+    if not submissions(folder, folder / "unpacked"):
         raise InputError("there is no notebook to read.")
     path = folder / "03.ipynb"
     try:
-        notebook = examine.read(path)
-        examine.cells_to_run(notebook, examine.chapter_of(path, notebook))
+        notebook = cells.read(path)
+        cells.cells_to_run(notebook, cells.chapters_of(path, notebook))
     except (ValueError, OSError) as error:
         assert re.match(r"this (file )?is no|.*Permission denied", str(error)), error
         raise InputError(f"{error}.") from None

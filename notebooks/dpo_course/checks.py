@@ -12,6 +12,7 @@ from dpo_minimal.bench import checks
 from dpo_minimal.bench.checks import Verdict
 from dpo_minimal.bench.exercises import Exercise
 
+from . import own_work
 from .exercises import CHAPTERS, of_chapter
 
 __all__ = ["Verdict", "check", "judge"]
@@ -33,8 +34,15 @@ def check(number: str | float, function: Callable[..., Any]) -> Verdict:
 
 
 def judge(number: str | float, function: Callable[..., Any]) -> Verdict:
-    """What `check` prints, as a `Verdict`."""
-    return checks.judge(find_exercise(number), function)
+    """What `check` prints, as a `Verdict`. The right numbers are not enough: the answer must not be a call of
+    the library's own function."""
+    exercise = find_exercise(number)
+    verdict = checks.judge(exercise, own_work.guarded(function))
+    if not verdict.passed or (lender := own_work.lender(exercise, function)) is None:
+        return verdict
+    mistake = f"the library's `{lender}` does the work; write it without that call"
+    rows = [f"{exercise.number} {exercise.function}: not right yet.", f"  {'but':<15} {mistake}"]
+    return Verdict("wrong", "\n".join(rows), mistake)
 
 
 def find_exercise(number: str | float) -> Exercise:
