@@ -47,15 +47,18 @@ def read(path: Path) -> Notebook:
 def _script(text: str) -> Notebook:
     """Cells where the script marks them; otherwise one for each statement, so that what fails costs only
     itself."""
-    starts = [0, *(match.end() for match in MARKER.finditer(text))]
-    if len(starts) == 1:
+    markers = list(MARKER.finditer(text))
+    starts = [0, *(marker.end() for marker in markers)]
+    ends = [*(marker.start() for marker in markers), len(text)]
+    if not markers:
         try:
-            starts = [_offset(text, statement) for statement in ast.parse(text).body]
+            places = [_offset(text, statement) for statement in ast.parse(text).body]
         except (SyntaxError, ValueError, RecursionError):
-            starts = [match.start() for match in DEFINITION.finditer(text)]
-        starts = sorted({0, *starts})
+            places = [match.start() for match in DEFINITION.finditer(text)]
+        starts = sorted({0, *places})
+        ends = [*starts[1:], len(text)]
     cells = []
-    for start, end in zip(starts, [*starts[1:], len(text)]):
+    for start, end in zip(starts, ends):
         metadata = {"line": text.count("\n", 0, start) + 1}
         cells.append({"cell_type": "code", "source": text[start:end], "metadata": metadata})
     return {"cells": cells, "metadata": {"script": True}}
