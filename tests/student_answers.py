@@ -1,5 +1,5 @@
-"""Answers as students write them to the five central exercises, to the experiments, and to those of notebook
-10: right ones, and the mistakes of many.
+"""Answers as students write them, to the central exercises and to many others: right ones, and the mistakes
+of many.
 
 They are written without a look at the checks' own mistakes: with loops, in another order, by another formula.
 Each wrong one stands beside a part of the name that the check must find for it.
@@ -9,7 +9,77 @@ import math
 
 import torch
 
-# ------------------------------------------------------------------------------- 2.3 the optimum
+# ------------------------------------------------------------------------------- 1 preferences
+
+
+def chain_by_odds(first_over_second, second_over_third):
+    odds = (first_over_second / (1 - first_over_second)) * (second_over_third / (1 - second_over_third))
+    return odds / (1 + odds)
+
+
+def chain_as_two_coins(p, q):
+    return [float(a * b) for a, b in zip(p, q)]
+
+
+def chain_of_odds(p, q):
+    return (1 / p - 1) ** -1 * (1 / q - 1) ** -1
+
+
+def pool_by_training(shares, gaps):
+    gap = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    won = sum(share / (1 + torch.exp(-g)) for share, g in zip(shares, gaps))
+    for _ in range(60):  # Newton's steps on the loss of the pool
+        chance = torch.sigmoid(gap.detach())
+        gap.data -= (chance - won) / (chance * (1 - chance))
+    return gap.detach()
+
+
+def pool_averaged(shares, gaps):
+    return sum(share * gap for share, gap in zip(shares, gaps))
+
+
+def pool_as_a_share(shares, gaps):
+    return sum(share * math.exp(gap) / (1 + math.exp(gap)) for share, gap in zip(shares, gaps))
+
+
+# ------------------------------------------------------------------------------- 2 the optimum
+
+
+def filter_by_its_mass(ref_logps, kept):
+    return torch.stack([-torch.log(row[stays].exp().sum()) for row, stays in zip(ref_logps, kept)])
+
+
+def filter_the_other_way(ref_logps, kept):
+    return -torch.log((ref_logps.exp() * ~kept).sum(-1))
+
+
+def filter_not_normalised(ref_logps, kept):
+    policy = ref_logps.exp() * kept
+    return (policy * (ref_logps - ref_logps)).sum(-1)
+
+
+def price_from_two_values_of_J(logps, ref_logps, rewards):
+    def advantage(beta):
+        value = ((rewards - beta * (logps - ref_logps)) * logps.exp()).sum(-1)
+        return value - (rewards * ref_logps.exp()).sum(-1)
+
+    return advantage(0) / (advantage(0) - advantage(1))
+
+
+def price_without_the_references_reward(logps, ref_logps, rewards):
+    return (logps.exp() * rewards).sum(-1) / (logps.exp() * (logps - ref_logps)).sum(-1)
+
+
+def overoptimise_by_loops(ref_logps, rewards, believed, betas):
+    earned = []
+    for beta in betas:
+        parts = [math.exp(p + b / beta) for p, b in zip(ref_logps, believed)]
+        earned.append(sum(part * r for part, r in zip(parts, rewards)) / sum(parts))
+    return max(earned), earned[-1]
+
+
+def overoptimise_what_is_true(ref_logps, rewards, believed, betas):
+    return overoptimise_by_loops(ref_logps, rewards, rewards, betas)
 
 
 def optimum_by_loops(ref_logps, rewards, beta):
@@ -78,6 +148,59 @@ def loss_without_log(pc, pr, rc, rr, beta):
 
 def loss_averaged(pc, pr, rc, rr, beta):
     return torch.mean(torch.log(1 + torch.exp(-beta * (pc - rc - pr + rr))))
+
+
+def loss_of_ratios(pc, pr, rc, rr, beta):
+    return torch.log(1 + torch.exp(-beta * (pc / rc - pr / rr)))
+
+
+def loss_as_a_hinge(pc, pr, rc, rr, beta):
+    return torch.relu(1 - beta * (pc - rc - pr + rr))
+
+
+def loss_centred(pc, pr, rc, rr, beta):
+    margin = beta * (pc - rc - pr + rr)
+    return torch.log(1 + torch.exp(margin.mean() - margin))
+
+
+# ------------------------------------------------------------------------------- 3.3 training, 3.4 rounds
+
+
+def train_by_backward(ref_logps, wins, beta, learning_rate, steps, clear=True):
+    theta = torch.nn.Parameter(ref_logps.clone())
+    chosen, rejected = wins.nonzero().T
+    counts = wins[chosen, rejected]
+    for _ in range(steps):
+        if clear:
+            theta.grad = None
+        logps = torch.log_softmax(theta, 0)
+        h = (logps - ref_logps)[chosen] - (logps - ref_logps)[rejected]
+        (counts @ torch.nn.functional.softplus(-beta * h) / counts.sum()).backward()
+        with torch.no_grad():
+            theta -= learning_rate * theta.grad
+    return torch.log_softmax(theta.detach(), 0)
+
+
+def train_without_clearing(*given):
+    return train_by_backward(*given, clear=False)
+
+
+def train_on_every_pair_alike(ref_logps, wins, *settings):
+    return train_by_backward(ref_logps, (wins > 0).double(), *settings)
+
+
+def rounds_by_products(ref_logps, rewards, beta, rounds):
+    parts = ref_logps.exp() * torch.exp(rewards / beta) ** rounds
+    return torch.log(parts / parts.sum())
+
+
+def rounds_that_cost_more(ref_logps, rewards, beta, rounds):
+    parts = ref_logps.exp() * torch.exp(rewards / (beta * rounds))
+    return torch.log(parts / parts.sum())
+
+
+def rounds_that_stop(ref_logps, rewards, beta, rounds):
+    return rounds_by_products(ref_logps, rewards, beta, 1)
 
 
 # ------------------------------------------------------------------------------- 4.1 the gradient weight
@@ -362,6 +485,13 @@ def forward_that_is_reverse(ref_logps, rewards, beta):
 
 
 RIGHT = [
+    ("1.1", chain_by_odds),
+    ("1.5", pool_by_training),
+    ("2.1", filter_by_its_mass),
+    ("2.2", price_from_two_values_of_J),
+    ("2.4", overoptimise_by_loops),
+    ("3.3", train_by_backward),
+    ("3.4", rounds_by_products),
     ("2.3", optimum_by_loops),
     ("3.1", loss_by_softplus),
     ("4.1", weight_from_the_loss),
@@ -381,6 +511,21 @@ RIGHT = [
 ]
 
 WRONG = [
+    ("1.1", chain_as_two_coins, "the chances are multiplied"),
+    ("1.1", chain_of_odds, "these are odds"),
+    ("1.5", pool_averaged, "the average of the groups' rewards"),
+    ("1.5", pool_as_a_share, "the reward is its log-odds"),
+    ("2.1", filter_the_other_way, "the probability of what is thrown away"),
+    ("2.1", filter_not_normalised, "no longer sums to one"),
+    ("2.2", price_without_the_references_reward, "the reference earns something too"),
+    ("2.4", overoptimise_what_is_true, "the policy optimises the true reward"),
+    ("3.1", loss_of_ratios, "ratios of log-probabilities"),
+    ("3.1", loss_as_a_hinge, "the hinge"),
+    ("3.1", loss_centred, "the mean margin of the batch is subtracted"),
+    ("3.3", train_without_clearing, "gradients pile up"),
+    ("3.3", train_on_every_pair_alike, "each kind of choice counts once"),
+    ("3.4", rounds_that_cost_more, "n rounds at β are one at β/n"),
+    ("3.4", rounds_that_stop, "this is the first round's policy"),
     ("2.3", optimum_with_beta_upside_down, "β multiplies the reward"),
     ("2.3", optimum_without_reference, "the reference is missing"),
     ("2.3", optimum_not_normalised, "not normalised"),

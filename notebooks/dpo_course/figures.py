@@ -93,6 +93,9 @@ def slide(draw: Callable[[float], plt.Figure], values: Sequence[float], name: st
     interact(lambda value: show(draw(value), figure), value=slider)
 
 
+# ------------------------------------------------------------------------------ what several notebooks draw
+
+
 def bars_side_by_side(
     axes: plt.Axes,
     names: Sequence[object],
@@ -118,3 +121,45 @@ def bars_side_by_side(
             axes.bar_label(bars, fmt=fmt, padding=3)
     axes.set_xticks(range(len(names)), [str(name) for name in names])
     axes.legend()
+
+
+def lines(x: Sequence[float], curves: dict[str, Sequence[float]], **labels: object) -> tuple:
+    """Named curves over the same numbers, each in a style of its own; return the figure and its axes.
+
+    Args:
+        labels: what `Axes.set` takes: xlabel, ylabel, ylim, xscale.
+    """
+    figure, axes = plt.subplots()
+    for (name, values), style in zip(curves.items(), ("-", "--", ":", "-.")):
+        axes.plot(x, values, style, label=name)
+    axes.set(**labels)
+    axes.legend()
+    return figure, axes
+
+
+def pipeline() -> plt.Figure:
+    """From a language model to one that people prefer: by a reward model and PPO, or by DPO."""
+    figure, axes = plt.subplots(figsize=(12, 3.4))
+    axes.axis("off")
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    places = {
+        "language\nmodel": (0.06, BLACK),
+        "reference\nπ_ref": (0.24, BLACK),
+        "two answers,\none is chosen": (0.47, BLACK),
+        "reward\nmodel r": (0.71, ORANGE),
+        "policy\nπ*": (0.93, BLUE),
+    }
+    boxes = []
+    for text, (x, colour) in places.items():
+        frame = {"boxstyle": "round,pad=0.5", "facecolor": "white", "edgecolor": colour, "linewidth": 2.5}
+        boxes.append(axes.text(x, 0.68, text, ha="center", va="center", bbox=frame))
+    steps = [("SFT", 0, 1, BLACK), ("sample", 1, 2, BLACK), ("fit", 2, 3, ORANGE), ("PPO", 3, 4, ORANGE)]
+    for name, start, end, colour in [*steps, ("DPO: one loss, no reward model, no sampling", 2, 4, BLUE)]:
+        begin, stop = boxes[start].get_position(), boxes[end].get_position()
+        shape = {"arrowstyle": "-|>", "color": colour, "linewidth": 2.5, "mutation_scale": 22}
+        shape["connectionstyle"] = f"arc3,rad={0.3 * (end - start > 1)}"
+        shape |= {"patchA": boxes[start].get_bbox_patch(), "patchB": boxes[end].get_bbox_patch()}
+        axes.annotate("", stop, begin, arrowprops=shape)
+        middle, height = (begin[0] + stop[0]) / 2, 0.75 if end - start == 1 else 0.2
+        axes.text(middle, height, name, ha="center", color=colour)
+    return figure

@@ -2,7 +2,7 @@
 # # 3 · Direct Preference Optimization
 #
 # **Before this:** notebooks 1 and 2, or what they show: Bradley–Terry, and π\* = π_ref exp(r/β) / Z ·
-# **Read:** 25 minutes · **Solve:** 30 minutes · **Difficulty:** ●●○ · **Derivations:** [D4.1], [D4.2], [D4.3], [D4.4], [D6.2], [D6.3], [D6.4], [D6.5]
+# **Read:** 25 minutes · **Solve:** 35 minutes · **Difficulty:** ●●○ · **Derivations:** [D3.5], [D4.1], [D4.2], [D4.3], [D4.4], [D5.1], [D6.2], [D6.3], [D6.4], [D6.5]
 #
 # **The claim.** A policy that is optimal for *some* reward carries that reward inside it. So we need not fit a reward model and then search for its best policy: we can write the reward model's loss for the policy itself, and minimise that. Nothing is approximated on the way.
 
@@ -28,28 +28,28 @@ figures.use_style()
 #
 # The last term needs a sum over everything a model could say. It is also the same for all completions of a prompt.
 #
-# **Predict before you run.** Below, each completion has a true reward (black), and we print from the optimal policy only $\beta\log\frac{\pi}{\pi_{\rm ref}}$ (blue). How do the two sets of bars differ?
+# **Predict before you run.** Below are three completions of *Why is the sky blue?* Each has a true reward (black), and from the optimal policy we print only $\beta\log\frac{\pi}{\pi_{\rm ref}}$ (blue). How do the two sets of bars differ?
 
 # %%
-ref_logps = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
-rewards = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+answers = {  # a short name for the figures: the completion, its probability under π_ref, its reward
+    "sea": ("It reflects the sea.", 0.5, 1.0),
+    "air": ("The air scatters light.", 0.3, 2.0),
+    "blue light": ("The air scatters blue light more than red.", 0.2, 3.0),
+}
+names, (_, chances, rewards) = list(answers), zip(*answers.values())
+ref_logps, rewards = torch.tensor(chances).double().log(), torch.tensor(rewards).double()
 beta = 0.5
 optimal = dpo.optimal_logps(ref_logps, rewards, beta=beta)
 implicit = beta * (optimal - ref_logps)
-print("reward          ", rewards)
-print("β log(π*/π_ref) ", implicit.round(decimals=4))
-print("their difference", (rewards - implicit).round(decimals=4))
-print("β log Z         ", dpo.soft_value(ref_logps, rewards, beta=beta).round(decimals=4))
+for name, reward, value in zip(names, rewards, implicit):
+    print(f"{name:10} reward {reward:.0f}   β log(π*/π_ref) {value:7.4f}   difference {reward - value:.4f}")
 
 # %%
+print(f"β log Z = {dpo.soft_value(ref_logps, rewards, beta=beta):.4f}")
 figure, axes = plt.subplots()
-places = torch.arange(3)
-axes.bar(places - 0.2, rewards, 0.4, color=figures.BLACK, label="true reward r")
-axes.bar(places + 0.2, implicit, 0.4, color=figures.BLUE, label="β log(π*/π_ref)")
-axes.set(
-    xticks=places, xticklabels=["y₁", "y₂", "y₃"], xlabel="completion", ylabel="reward (nats of log-odds)"
-)
-axes.legend()
+pair = {"true reward r": rewards, "β log(π*/π_ref)": implicit}
+figures.bars_side_by_side(axes, names, pair, (figures.REFERENCE, figures.OPTIMUM))
+axes.set(xlabel="completion", ylabel="reward (nats of log-odds)")
 figures.show(figure, "3.a")
 
 # %% [markdown] tags=["outcome"]
@@ -71,7 +71,7 @@ figures.show(figure, "3.a")
 # %% [markdown]
 # ### Exercise 3.1: the loss
 #
-# *10 minutes · central.* Log-probabilities of $B$ pairs come in as four tensors of shape $(B,)$. Return the $B$ losses; whoever calls it takes the mean.
+# *8 minutes · central.* Log-probabilities of $B$ pairs come in as four tensors of shape $(B,)$. Return the $B$ losses; whoever calls it takes the mean.
 
 
 # %% tags=["exercise"]
@@ -110,23 +110,23 @@ check("3.2", implied_preferences)
 # %% [markdown]
 # ## Training finds π\*
 #
-# Now forget the rewards. All that is left of them are people's choices: here all pairs with their exact probabilities, so that no luck of sampling blurs the picture. We minimise the DPO loss of a table of logits by gradient descent, starting at the reference.
+# Now forget the rewards. All that is left of them are people's choices: here all pairs with their exact probabilities, so that nothing depends on what was sampled. We minimise the DPO loss of a table of logits by gradient descent, starting at the reference.
 #
 # **Predict before you run.** Where does the loss start, whatever β and the rewards are? Does it go to zero?
 
 # %%
-shown = dpo.all_sets(torch.ones(1, 3, dtype=torch.bool))
-pairs = dpo.expected_pairs(rewards[None], shown)  # every outcome, with its probability
+slate = dpo.all_sets(torch.ones(1, 3, dtype=torch.bool))  # all pairs of the three are shown, alike
+pairs = dpo.expected_pairs(rewards[None], slate)  # every outcome, with its probability
 theta, (chosen, rejected) = ref_logps.clone().requires_grad_(), pairs.order.T
 losses, path = [], []
-for _ in range(120):
+for _ in range(400):
     logps = theta.log_softmax(-1)
     four = logps[chosen], logps[rejected], ref_logps[chosen], ref_logps[rejected]
     loss = pairs.weight @ dpo.dpo_loss(*four, beta=beta).losses
     (gradient,) = torch.autograd.grad(loss, theta)
     losses.append(loss.item())
     path.append(logps.detach().exp())
-    theta.data -= 2 / beta**2 * gradient  # a step that never raises the loss
+    theta.data -= 0.3 / beta**2 * gradient  # up to 2 / β² a step never raises the loss
 
 # %%
 floor = pairs.weight @ dpo.bradley_terry_loss(rewards[chosen], rewards[rejected])
@@ -134,42 +134,63 @@ print(f"last loss {losses[-1]:.6f}, entropy of the choices {floor:.6f}")
 print(f"largest error of a log-probability: {(path[-1].log() - optimal).abs().max():.0e}")
 
 # %%
-figure, (left, right) = plt.subplots(1, 2)
-left.plot(losses, color=figures.BLUE)
+figure, (left, right) = plt.subplots(1, 2)  # the first 80 steps
+left.plot(losses[:80], color=figures.BLUE)
 for level, name in ((torch.tensor(2.0).log(), "log 2"), (floor, "entropy of the choices")):
     left.axhline(level, color=figures.BLACK, linestyle=":")
-    left.text(120, level - 0.004, name, va="top", ha="right")
+    left.text(80, level - 0.004, name, va="top", ha="right")
 left.set(xlabel="gradient step", ylabel="loss (nats)", ylim=(0.49, 0.71))
 for y, colour in enumerate([figures.BLUE, figures.ORANGE, figures.GREEN]):
-    right.plot([p[y] for p in path], color=colour)
+    right.plot([p[y] for p in path[:80]], color=colour)
     right.axhline(optimal[y].exp(), color=colour, linestyle=":")
-    right.text(122, path[-1][y], f"y{'₁₂₃'[y]}", color=colour, va="center")
+    right.text(50, optimal[y].exp() + 0.03, names[y], color=colour)
 right.set(xlabel="gradient step", ylabel="π(y), dotted: π*", ylim=(0, 1))
 figures.show(figure, "3.b")
 
 # %% [markdown] tags=["outcome"]
-# **What happened.** The margin is zero at the reference, so the loss starts at $-\log\sigma(0)=\log2$. It ends at the *entropy* of people's choices: they contradict themselves, and no policy can predict better than the coin they toss ([D4.4]). Only labels without noise would let it go to zero, and then no finite policy is best.
+# **What happened.** The margin is zero at the reference, so the loss starts at $-\log\sigma(0)=\log2$. It ends at the *entropy* of people's choices: they contradict themselves, and no policy can predict better than their own probabilities do ([D4.4]). Only labels without noise would let it go to zero, and then no finite policy is best.
 
 # %% [markdown]
-# ### Exercise 3.3: one step
+# ### Exercise 3.3: train
 #
-# *10 minutes.* Write one step of gradient descent on the loss of a single pair, for a table: $\pi=\mathrm{softmax}(\theta)$. You may differentiate by hand (notebook 4 does) or let autograd do it. Return the new $\theta$; leave the old one as it was.
+# *12 minutes.* Now train yourself, on real counts: `wins[i, j]` is how often $y_i$ was chosen over $y_j$. The policy is a table, $\pi=\mathrm{softmax}(\theta)$. Start at the reference, take `steps` steps of gradient descent on the mean loss of all choices, and return the policy's log-probabilities. Use autograd, or find the gradient by hand (notebook 4 does). Your own 3.1 may help. In your head first: if $y_1$ won 3 of 3 against $y_2$, and nobody was asked about $y_3$, what happens to the probability of $y_3$?
 
 
 # %% tags=["exercise"]
-def dpo_step(theta, ref_logps, chosen, rejected, beta, learning_rate):
-    """(Y,) logits, two completion numbers -> (Y,) logits after one step."""
+def train_dpo(ref_logps, wins, beta, learning_rate, steps):
+    """(Y,) log-probabilities, (Y, Y) counts -> (Y,) log-probabilities after training."""
     ### BEGIN SOLUTION
-    theta = theta.clone().requires_grad_()
-    logratios = theta.log_softmax(-1) - ref_logps
-    loss = -F.logsigmoid(beta * (logratios[chosen] - logratios[rejected]))
-    (gradient,) = torch.autograd.grad(loss, theta)
-    return (theta - learning_rate * gradient).detach()
+    theta = ref_logps.clone().requires_grad_()
+    for _ in range(steps):
+        rewards = beta * (theta.log_softmax(-1) - ref_logps)
+        margins = rewards[:, None] - rewards[None, :]
+        loss = -(wins * F.logsigmoid(margins)).sum() / wins.sum()
+        (gradient,) = torch.autograd.grad(loss, theta)
+        theta.data -= learning_rate * gradient
+    return theta.detach().log_softmax(-1)
     ### END SOLUTION
 
 
 # %% tags=["check"]
-check("3.3", dpo_step)
+check("3.3", train_dpo)
+
+# %% [markdown]
+# The same with the library, for the counts of the question.
+
+# %%
+pair = dpo.tally(torch.zeros(3, dtype=torch.long), torch.tensor([[0, 1]] * 3))  # y₁ over y₂, three times
+policy = dpo.TabularPolicy(ref_logps[None])
+optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+for _ in range(20):
+    loss, _ = dpo_objective(policy(), ref_logps[None], pair, beta=beta)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+print("before", ref_logps.exp().round(decimals=3).tolist())
+print("after ", policy().detach()[0].exp().round(decimals=3).tolist())
+
+# %% [markdown] tags=["outcome"]
+# **What happened.** Each choice pushes two logits, the winner's up and the loser's down by as much ([D5.1]). The logit of $y_3$ does not move. Its probability changes all the same, because the three must sum to one: what nobody was asked about is decided by the normalisation, and not by people.
 
 # %% [markdown]
 # ## It does not matter which pairs you show
@@ -196,15 +217,13 @@ def distances(slate, world, steps=900):
 
 # %%
 generator = torch.Generator().manual_seed(0)
-world = dpo.random_bandit(1, 6, generator=generator)
+world = dpo.random_bandit(1, 6, generator=generator)  # six completions, reference and rewards at random
 ring = dpo.random_cycles(world.exists, cycles=1, generator=generator)
 uneven = ring._replace(weight=ring.weight * torch.tensor([1, 10, 1, 10, 1, 10.0]))
 slates = {"all pairs": dpo.all_sets(world.exists), "a ring": ring, "a ring, unevenly": uneven}
-figure, axes = plt.subplots()
-for name, slate in slates.items():
-    axes.semilogy(distances(slate, world), label=name)
-axes.set(xlabel="gradient step", ylabel="KL(π‖π*) (nats)", ylim=(1e-12, 10))
-axes.legend()
+curves = {name: distances(slate, world) for name, slate in slates.items()}
+labels = {"xlabel": "gradient step", "ylabel": "KL(π‖π*) (nats)", "yscale": "log", "ylim": (1e-12, 10)}
+figure, _ = figures.lines(range(900), curves, **labels)
 figures.show(figure, "3.c")
 
 # %% [markdown] tags=["outcome"]
@@ -231,29 +250,57 @@ for (name, kind), style in zip(kinds.items(), ["o-", "s--", "^:"]):
     axes.plot(projected, style, color=figures.BLUE)
     print(f"f({name})".ljust(9), projected.round(decimals=4).tolist())
 axes.text(2.06, projected[2], "f of each", color=figures.BLUE, va="center")
-axes.set(xticks=range(3), xticklabels=["y₁", "y₂", "y₃"], xlabel="completion", ylabel="reward (nats)")
+axes.set(xticks=range(3), xticklabels=names, xlabel="completion", ylabel="reward (nats)")
 figures.show(figure, "3.d")
 
 # %% [markdown] tags=["outcome"]
 # **What happened.** All to the same place: adding $c$ to the reward adds $c$ to $\beta\log Z$, and the two cancel.
 
 # %% [markdown]
-# ### Exercise 3.4: the reward with Z = 1
+# ## A second round
 #
-# *5 minutes.* Return $f(r)$ for each of $X$ prompts, by Eq. 8. What is projected comes first: mind the order of the arguments.
+# Training has found $\pi^\ast$. Why stop? Let $\pi^\ast$ write new pairs, ask the same people again, and train again, with the same $\beta$, and with $\pi^\ast$ as the new reference. This is often done; so-called iterative or online DPO trains in such rounds.
+#
+# **Predict before you run.** The people, their reward and $\beta$ have not changed. Does the second round change anything? If it does: where do many rounds lead?
+
+# %% [markdown]
+# ### Exercise 3.4: after many rounds
+#
+# *10 minutes.* Change the experiment. Return the log-probabilities of the policy after the given number of rounds. Each is trained to its end, on all pairs with exact probabilities, and the policy of each is the reference of the next. You may train, or think. Then say in a sentence: which *single* round would have led to the same policy?
 
 
 # %% tags=["exercise"]
-def canonical_reward(rewards, ref_logps, beta):
-    """(X, Y) rewards, (X, Y) log-probabilities of the reference -> (X, Y) rewards with Z = 1 (Eq. 8)."""
+def after_rounds(ref_logps, rewards, beta, rounds):
+    """(Y,) log-probabilities of the first reference, (Y,) rewards -> (Y,) after the last round."""
     ### BEGIN SOLUTION
-    log_Z = (ref_logps + rewards / beta).logsumexp(-1, keepdim=True)
-    return rewards - beta * log_Z
+    policy = ref_logps
+    for _ in range(rounds):
+        policy = (policy + rewards / beta).log_softmax(-1)  # this round's optimum (Eq. 4)
+    return policy
     ### END SOLUTION
 
 
 # %% tags=["check"]
-check("3.4", canonical_reward)
+check("3.4", after_rounds)
+
+# %% [markdown]
+# Below the rounds are trained, with 300 steps each.
+
+# %%
+reference = ref_logps
+for number in range(1, 5):
+    theta = reference.clone().requires_grad_()
+    for _ in range(300):
+        logps = theta.log_softmax(-1)
+        four = logps[chosen], logps[rejected], reference[chosen], reference[rejected]
+        (gradient,) = torch.autograd.grad(pairs.weight @ dpo.dpo_loss(*four, beta=beta).losses, theta)
+        theta.data -= 2 / beta**2 * gradient
+    reference = theta.detach().log_softmax(-1)
+    moved = dpo.kl_divergence(reference, ref_logps)
+    print(f"round {number}:", reference.exp().round(decimals=4).tolist(), f"KL(π‖π_ref) = {moved:.3f} nats")
+
+# %% [markdown] tags=["outcome"]
+# **What happened.** Every round multiplies by $e^{r/\beta}$ once more, so $n$ rounds at $\beta$ are one round at $\beta/n$ ([D3.5]). The penalty keeps a round close to *its* reference, and nobody keeps it close to the first. Many rounds lead to the best completion alone. So rounds are no way to find $\pi^\ast$ better: that takes the *first* reference in every round, and new pairs. Such pairs are useful where the reference hardly ever says what $\pi^\ast$ says ([D11.22]).
 
 # %% [markdown]
 # ## An open question

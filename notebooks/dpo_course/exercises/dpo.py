@@ -1,20 +1,19 @@
 """Notebook 3: the loss of preferences, written for a policy."""
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpo_minimal import dpo_loss
 from dpo_minimal.bench.exercises import (
     Exercise,
     Strain,
     betas,
     completion_logps,
     log_distribution,
-    table,
     tenths,
     vector,
 )
@@ -84,6 +83,21 @@ LOSS = Exercise(
         "this is the margin; the loss is -log σ of it": (
             lambda pc, pr, rc, rr, beta: beta * (pc - pr - rc + rr)
         ),
+        "ratios of log-probabilities: the logarithm of a ratio is a difference of logarithms": (
+            lambda pc, pr, rc, rr, beta: -F.logsigmoid(beta * (pc / rc - pr / rr))
+        ),
+        "ratios of probabilities: the margin compares their logarithms": (
+            lambda pc, pr, rc, rr, beta: -F.logsigmoid(beta * ((pc - rc).exp() - (pr - rr).exp()))
+        ),
+        "this is the hinge max(0, 1 - margin), the loss of a support vector machine; DPO's is -log σ": (
+            lambda pc, pr, rc, rr, beta: (1 - beta * (pc - pr - rc + rr)).clamp(min=0)
+        ),
+        "the mean margin of the batch is subtracted: each pair is judged by itself": (
+            lambda pc, pr, rc, rr, beta: (lambda m: -F.logsigmoid(m - m.mean()))(beta * (pc - pr - rc + rr))
+        ),
+        "in bits: log2 where the natural logarithm is meant": (
+            lambda pc, pr, rc, rr, beta: -F.logsigmoid(beta * (pc - pr - rc + rr)) / math.log(2)
+        ),
         "mean over the batch: return one loss for each pair, the caller averages": (
             lambda pc, pr, rc, rr, beta: -F.logsigmoid(beta * (pc - pr - rc + rr)).mean()
         ),
@@ -146,153 +160,182 @@ PREFERENCES = Exercise(
 )
 
 
-# ------------------------------------------------------------------------------ 3.3 one step of training
+# ------------------------------------------------------------------------- 3.3 training on many pairs
 
 
 @st.composite
-def one_step(draw):
-    """Logits and reference of one prompt, a pair of different completions, beta and a step size."""
-    Y = draw(st.integers(2, 4))
-    chosen = draw(st.integers(0, Y - 1))
-    rejected = draw(st.integers(0, Y - 1).filter(lambda l: l != chosen))
+def data_and_settings(draw):
+    """A reference over Y completions, how often each was chosen over each other, and how to train."""
+    Y = draw(st.integers(2, 3))
+    pairs = Y * (Y - 1)
+    counts = draw(st.lists(st.integers(0, 3), min_size=pairs, max_size=pairs).filter(any))
+    wins = torch.zeros(Y, Y, dtype=torch.float64)
+    wins[~torch.eye(Y, dtype=torch.bool)] = torch.tensor(counts, dtype=torch.float64)
     return {
-        "theta": draw(vector(Y, -3, 3)),
         "ref_logps": draw(log_distribution(Y)),
-        "chosen": chosen,
-        "rejected": rejected,
+        "wins": wins,
         "beta": draw(betas()),
         "learning_rate": draw(tenths(0.1, 2)),
+        "steps": draw(st.integers(1, 4)),
     }
 
 
-def descended(theta, ref_logps, chosen, rejected, beta, learning_rate) -> Tensor:
-    """theta after a step along autograd's gradient of the library's loss."""
+def pushed_choice_by_choice(ref_logps, wins, beta, learning_rate, steps) -> Tensor:
+    """Every choice pushes its winner's logit up and its loser's down, by beta σ(-margin) [D5.1]."""
+    choices = [
+        (i, j) for i, row in enumerate(wins.tolist()) for j, n in enumerate(row) for _ in range(int(n))
+    ]
+    ref, theta = ref_logps.tolist(), ref_logps.tolist()
+    for _ in range(steps):
+        push = [0.0] * len(theta)
+        for won, lost in choices:
+            margin = beta * (theta[won] - ref[won] - theta[lost] + ref[lost])
+            weight = beta / (1 + math.exp(margin)) / len(choices)
+            push[won] += weight
+            push[lost] -= weight
+        theta = [number + learning_rate * change for number, change in zip(theta, push)]
+    total = sum(math.exp(number) for number in theta)
+    return torch.tensor([number - math.log(total) for number in theta], dtype=torch.float64)
+
+
+def _slope(theta, ref_logps, wins, beta, *, loss=lambda m: -F.logsigmoid(m), average=True) -> Tensor:
+    """The gradient of the mean loss of all choices."""
     theta = theta.clone().requires_grad_()
-    logps = theta.log_softmax(-1)
-    pair = (logps[chosen], logps[rejected], ref_logps[chosen], ref_logps[rejected])
-    loss = dpo_loss(*(entry.view(1) for entry in pair), beta=beta).losses.sum()
-    return (theta - learning_rate * torch.autograd.grad(loss, theta)[0]).detach()
+    rewards = beta * (theta.log_softmax(-1) - ref_logps)
+    total = (wins * loss(rewards[:, None] - rewards[None, :])).sum() / (wins.sum() if average else 1)
+    return torch.autograd.grad(total, theta)[0]
 
 
-def _moved(theta, chosen, rejected, up, down):
-    moved = theta.clone()
-    moved[chosen] += up
-    moved[rejected] += down
-    return moved
+def _trained(slope=_slope, start=lambda ref: ref, end=lambda theta: theta.log_softmax(-1), fewer=0):
+    """Somebody's training: the slope, where it starts, what is returned, and how many steps are left out."""
+
+    def train(ref_logps, wins, beta, learning_rate, steps):
+        theta = start(ref_logps).clone()
+        for _ in range(steps - fewer):
+            theta = theta - learning_rate * slope(theta, ref_logps, wins, beta)
+        return end(theta)
+
+    return train
 
 
-def _margin(theta, ref_logps, chosen, rejected, beta):
-    return beta * ((theta - ref_logps)[chosen] - (theta - ref_logps)[rejected])
+def _accumulating(ref_logps, wins, beta, learning_rate, steps):
+    theta, total = ref_logps.clone(), torch.zeros_like(ref_logps)
+    for _ in range(steps):
+        total = total + _slope(theta, ref_logps, wins, beta)
+        theta = theta - learning_rate * total
+    return theta.log_softmax(-1)
 
 
-def _step(scale: float, *, up: float = 1.0, down: float = -1.0):
-    """A student's step: the right one times `scale`, or with one side only."""
-
-    def step(theta, ref_logps, chosen, rejected, beta, learning_rate):
-        size = (
-            scale * learning_rate * beta * torch.sigmoid(-_margin(theta, ref_logps, chosen, rejected, beta))
-        )
-        return _moved(theta, chosen, rejected, up * size, down * size)
-
-    return step
+def _towards_the_winners(theta, ref_logps, wins, beta) -> Tensor:
+    """The gradient of -log pi of the winners alone."""
+    return theta.softmax(-1) - wins.sum(-1) / wins.sum()
 
 
-def _without_outer_beta(theta, ref_logps, chosen, rejected, beta, learning_rate):
-    size = learning_rate * torch.sigmoid(-_margin(theta, ref_logps, chosen, rejected, beta))
-    return _moved(theta, chosen, rejected, size, -size)
-
-
-def _confident(theta, ref_logps, chosen, rejected, beta, learning_rate):
-    size = learning_rate * beta * torch.sigmoid(_margin(theta, ref_logps, chosen, rejected, beta))
-    return _moved(theta, chosen, rejected, size, -size)
-
-
-STEP = Exercise(
+TRAINING = Exercise(
     number="3.3",
-    function="dpo_step",
-    inputs=one_step(),
-    expected=descended,
-    source="a step along autograd's gradient of the loss",
+    function="train_dpo",
+    inputs=data_and_settings(),
+    expected=pushed_choice_by_choice,
+    source="training without autograd: every choice pushes two logits, one up and one down",
     mistakes={
-        "uphill: gradient descent subtracts the gradient": _step(-1.0),
-        "the gradient's factor β is missing": _without_outer_beta,
-        "the weight is σ(-margin): pairs in the wrong order are pushed hardest": _confident,
-        "only the chosen logit moves; the rejected one goes down by as much": _step(1.0, down=0.0),
-        "only the rejected logit moves; the chosen one goes up by as much": _step(1.0, up=0.0),
-        "this is the step; the logits after it are asked for": (
-            lambda theta, *rest: _step(1.0)(theta, *rest) - theta
+        "uphill: gradient descent subtracts the gradient": _trained(lambda *given: -_slope(*given)),
+        "gradients pile up: clear the old one before each step": _accumulating,
+        "the sum over all choices: take their mean": _trained(partial(_slope, average=False)),
+        "the mean over the cells of the table: divide by the number of choices": _trained(
+            lambda theta, ref, wins, beta: _slope(theta, ref, wins, beta, average=False) / wins.numel()
         ),
-        "nothing moves": lambda theta, *_: theta.clone(),
+        "each kind of choice counts once: weight it by how often it happened": _trained(
+            lambda theta, ref, wins, beta: _slope(theta, ref, (wins > 0).double(), beta)
+        ),
+        "winners and losers are exchanged: wins[i, j] counts how often i was chosen over j": _trained(
+            lambda theta, ref, wins, beta: _slope(theta, ref, wins.T, beta)
+        ),
+        "training starts at zero: it starts at the reference": _trained(start=torch.zeros_like),
+        "the reference is missing in the loss": _trained(
+            lambda theta, ref, wins, beta: _slope(theta, 0 * ref, wins, beta)
+        ),
+        "the reference follows the policy: it must stay where training began": _trained(
+            lambda theta, ref, wins, beta: _slope(theta, theta.log_softmax(-1), wins, beta)
+        ),
+        "β is missing": _trained(lambda theta, ref, wins, beta: _slope(theta, ref, wins, 1.0)),
+        "the logarithm is missing: this trains on -σ(margin)": _trained(
+            partial(_slope, loss=lambda m: -m.sigmoid())
+        ),
+        "-log π of the winners is minimised: that is SFT on them, the losers do not count": _trained(
+            _towards_the_winners
+        ),
+        "one step too few": _trained(fewer=1),
+        "one step too many": _trained(fewer=-1),
+        "these are logits: log_softmax makes log-probabilities of them": _trained(end=lambda theta: theta),
+        "these are probabilities: return their logarithms": _trained(end=lambda theta: theta.softmax(-1)),
     },
 )
 
-# ------------------------------------------------------------------------- 3.4 the member with Z = 1
+# ----------------------------------------------------------------- 3.4 the policy becomes the reference
 
 
 @st.composite
-def rewards_and_reference(draw):
-    """Rewards and reference of X prompts, and beta."""
-    X, Y = draw(st.integers(1, 3)), draw(st.integers(2, 4))
-    return {"rewards": draw(table(X, Y)), "ref_logps": draw(log_distribution(X, Y)), "beta": draw(betas())}
+def world_and_rounds(draw):
+    """A reference and rewards of one prompt's Y completions, beta, and how many rounds."""
+    Y = draw(st.integers(2, 4))
+    return {
+        "ref_logps": draw(log_distribution(Y)),
+        "rewards": draw(vector(Y, -2, 2)),
+        "beta": draw(st.sampled_from([1.0, 2.0, 0.5, 3.0])),
+        "rounds": draw(st.integers(1, 4)),
+    }
 
 
-def reward_of_the_optimum(rewards, ref_logps, beta) -> Tensor:
-    """beta log(pi* / pi_ref) with pi* by its definition, completion by completion."""
-    rows = []
-    for reward, ref in zip(rewards.tolist(), ref_logps.tolist()):
-        strengths = [math.exp(p + r / beta) for p, r in zip(ref, reward)]
-        optimum = [strength / sum(strengths) for strength in strengths]
-        rows.append([beta * (math.log(p) - q) for p, q in zip(optimum, ref)])
-    return torch.tensor(rows, dtype=torch.float64)
+def round_after_round(ref_logps, rewards, beta, rounds) -> Tensor:
+    """The optimum, number by number, whose probabilities are the next round's reference."""
+    policy = [math.exp(p) for p in ref_logps.tolist()]
+    for _ in range(rounds):
+        parts = [p * math.exp(r / beta) for p, r in zip(policy, rewards.tolist())]
+        policy = [part / sum(parts) for part in parts]
+    return torch.tensor([math.log(p) for p in policy], dtype=torch.float64)
 
 
-def _log_Z(rewards, ref_logps, beta):
-    return (ref_logps + rewards / beta).logsumexp(-1, keepdim=True)
+def _tilted(ref_logps, rewards, beta) -> Tensor:
+    return (ref_logps + rewards / beta).log_softmax(-1)
 
 
-CANONICAL = Exercise(
+ROUNDS = Exercise(
     number="3.4",
-    function="canonical_reward",
-    inputs=rewards_and_reference(),
-    expected=reward_of_the_optimum,
-    source="the implicit reward of π*, which is the reward's equivalent with Z = 1",
-    strain=Strain(
-        {
-            "rewards": torch.tensor([[800.0, 0.0]], dtype=torch.float64),
-            "ref_logps": torch.tensor([[0.5, 0.5]], dtype=torch.float64).log(),
-            "beta": 1.0,
-        },
-        torch.tensor([[math.log(2), math.log(2) - 800]], dtype=torch.float64),
-    ),
+    function="after_rounds",
+    inputs=world_and_rounds(),
+    expected=round_after_round,
+    source="the optimum of each round, with that of the round before as its reference",
     mistakes={
-        "log Z is subtracted: β log Z is in units of reward": lambda r, ref, beta: r - _log_Z(r, ref, beta),
-        "the sign is reversed: subtract β log Z": lambda r, ref, beta: r + beta * _log_Z(r, ref, beta),
-        "the reference is missing in Z": lambda r, ref, beta: (
-            r - beta * (r / beta).logsumexp(-1, keepdim=True)
+        "this is the first round's policy: the second has another reference, so it moves on": (
+            lambda ref, r, beta, rounds: _tilted(ref, r, beta)
         ),
-        "β multiplies the reward in Z, which has e^(r/β)": (
-            lambda r, ref, beta: r - beta * (ref + r * beta).logsumexp(-1, keepdim=True)
+        "each round costs more: n rounds at β are one at β/n, not at nβ": (
+            lambda ref, r, beta, rounds: _tilted(ref, r, beta * rounds)
         ),
-        "one Z for all prompts: each prompt has its own": (
-            lambda r, ref, beta: r - beta * (ref + r / beta).flatten().logsumexp(-1)
+        "the reference is counted once a round: only the reward is": (
+            lambda ref, r, beta, rounds: (rounds * (ref + r / beta)).log_softmax(-1)
         ),
-        "the mean under the reference is subtracted: that makes E_ref[r] zero, not Z one": (
-            lambda r, ref, beta: r - (ref.exp() * r).sum(-1, keepdim=True)
+        "the reward doubles from round to round: people's choices stay as they are, it adds up": (
+            lambda ref, r, beta, rounds: _tilted(ref, r * (2**rounds - 1), beta)
         ),
-        "the mean reward is subtracted: that makes the mean zero, not Z one": (
-            lambda r, ref, beta: r - r.mean(-1, keepdim=True)
+        "β falls from round to round: it stays, the reference moves": (
+            lambda ref, r, beta, rounds: _tilted(ref, r * rounds * (rounds + 1) / 2, beta)
         ),
-        "Z without its logarithm": lambda r, ref, beta: r - beta * _log_Z(r, ref, beta).exp(),
-        "this is log π*: leave out log π_ref, and multiply by β": (
-            lambda r, ref, beta: ref + r / beta - _log_Z(r, ref, beta)
+        "one round too many": lambda ref, r, beta, rounds: _tilted(ref, (rounds + 1) * r, beta),
+        "one round too few": lambda ref, r, beta, rounds: _tilted(ref, (rounds - 1) * r, beta),
+        "the reference is missing": lambda ref, r, beta, rounds: _tilted(0 * ref, rounds * r, beta),
+        "β multiplies the reward: π* has e^(r/β)": (
+            lambda ref, r, beta, rounds: _tilted(ref, rounds * r, 1 / beta)
         ),
-        "each prompt's Z has lost its axis: keepdim=True": (
-            lambda r, ref, beta: r - beta * _log_Z(r, ref, beta).squeeze(-1)
+        "β is missing": lambda ref, r, beta, rounds: _tilted(ref, rounds * r, 1.0),
+        "the best completion alone: rounds lead there, but only in the limit": (
+            lambda ref, r, beta, rounds: (r == r.max()).double().log()
         ),
-        "this is β log Z; the reward less it is asked for": (
-            lambda r, ref, beta: beta * _log_Z(r, ref, beta).squeeze(-1)
+        "not normalised: subtract log Z": lambda ref, r, beta, rounds: ref + rounds * r / beta,
+        "these are probabilities: return their logarithms": (
+            lambda ref, r, beta, rounds: _tilted(ref, rounds * r, beta).exp()
         ),
     },
 )
 
-EXERCISES = [LOSS, PREFERENCES, STEP, CANONICAL]
+EXERCISES = [LOSS, PREFERENCES, TRAINING, ROUNDS]

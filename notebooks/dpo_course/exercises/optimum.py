@@ -6,40 +6,43 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpo_minimal.bench.exercises import Exercise, Strain, betas, log_distribution, table
+from dpo_minimal.bench.exercises import Exercise, Strain, betas, log_distribution, table, vector
 
-# Where exponentials leave the range of float64: a long completion, and rewards of hundreds of nats.
+# Where exponentials leave the range of float64: a long completion.
 LONG_COMPLETIONS = {
     "ref_logps": torch.tensor([[-800.0, 0.0]], dtype=torch.float64),
     "rewards": torch.zeros(1, 2, dtype=torch.float64),
     "beta": 1.0,
 }
-LARGE_REWARDS = {
-    "ref_logps": torch.tensor([[0.5, 0.5]], dtype=torch.float64).log(),
-    "rewards": torch.tensor([[800.0, 0.0]], dtype=torch.float64),
-    "beta": 1.0,
-}
 
-# --------------------------------------------------------------------------------- 2.1 the KL divergence
+# ------------------------------------------------------------------------- 2.1 how far a filter moves
 
 
 @st.composite
-def two_policies(draw):
-    """Two policies for X prompts; the first never gives some completions, the second gives them all."""
-    X, Y = draw(st.integers(1, 2)), draw(st.integers(2, 3))
-    row = st.lists(st.integers(0, 5), min_size=Y, max_size=Y).filter(any)
-    parts = torch.tensor(draw(st.lists(row, min_size=X, max_size=X)), dtype=torch.float64)
-    logps = (parts / parts.sum(-1, keepdim=True)).log()
-    return {"logps": logps, "other_logps": draw(log_distribution(X, Y))}
+def reference_and_filter(draw):
+    """A reference for X prompts with Y completions, and which of these a filter keeps: one at least."""
+    X, Y = draw(st.integers(1, 2)), draw(st.integers(2, 4))
+    row = st.lists(st.booleans(), min_size=Y, max_size=Y).filter(any)
+    kept = draw(st.lists(row, min_size=X, max_size=X))
+    return {"ref_logps": draw(log_distribution(X, Y)), "kept": torch.tensor(kept)}
 
 
-def average_log_ratio(logps, other_logps) -> Tensor:
-    """Over the completions that the first policy gives, one after the other, in Python's own numbers."""
+def average_log_ratio_of_the_kept(ref_logps, kept) -> Tensor:
+    """Over the completions that are kept, one after the other, in Python's own numbers."""
     divergences = []
-    for row, other_row in zip(logps.tolist(), other_logps.tolist()):
-        given = [(math.exp(a), math.exp(b)) for a, b in zip(row, other_row) if a > -math.inf]
-        divergences.append(sum(p * math.log(p / q) for p, q in given))
+    for row, keep in zip(ref_logps.tolist(), kept.tolist()):
+        chances = [math.exp(logp) for logp, stays in zip(row, keep) if stays]
+        given = [chance / sum(chances) for chance in chances]
+        divergences.append(sum(p * math.log(p / q) for p, q in zip(given, chances)))
     return torch.tensor(divergences, dtype=torch.float64)
+
+
+def _filtered(ref_logps: Tensor, kept: Tensor) -> Tensor:
+    return ref_logps.masked_fill(~kept, -math.inf).log_softmax(-1)
+
+
+def _entropy(logps: Tensor) -> Tensor:
+    return -torch.where(logps > -math.inf, logps.exp() * logps, 0).sum(-1)
 
 
 def _kl(logps: Tensor, other_logps: Tensor) -> Tensor:
@@ -47,119 +50,144 @@ def _kl(logps: Tensor, other_logps: Tensor) -> Tensor:
     return (logps.exp() * torch.where(logps > -math.inf, logps - other_logps, 0)).sum(-1)
 
 
-def _cross_entropy(logps: Tensor, other_logps: Tensor) -> Tensor:
-    return -(logps.exp() * other_logps).sum(-1)
-
-
-KL = Exercise(
+FILTER = Exercise(
     number="2.1",
-    function="kl",
-    inputs=two_policies(),
-    expected=average_log_ratio,
-    source="the average log-ratio over the completions that the first policy gives",
+    function="filtered_kl",
+    inputs=reference_and_filter(),
+    expected=average_log_ratio_of_the_kept,
+    source="the average log-ratio over the completions that are kept",
+    strain=Strain(
+        {
+            "ref_logps": torch.tensor([[-800.0, 0.0]], dtype=torch.float64),
+            "kept": torch.tensor([[True, False]]),
+        },
+        torch.tensor([800.0], dtype=torch.float64),
+    ),
     mistakes={
         "NaN where π(y) = 0: there 0 · log 0 counts as 0": (
-            lambda logps, other_logps: (logps.exp() * (logps - other_logps)).sum(-1)
+            lambda ref, kept: (lambda p: (p.exp() * (p - ref)).sum(-1))(_filtered(ref, kept))
         ),
-        "the two policies are exchanged: average under the first, divide by the second": (
-            lambda logps, other_logps: (other_logps.exp() * (other_logps - logps)).sum(-1)
+        "the two policies are exchanged: average under the filtered one, divide by the reference": (
+            lambda ref, kept: (ref.exp() * (ref - _filtered(ref, kept))).sum(-1)
         ),
-        "the ratio is upside down: log π - log π'": lambda logps, other_logps: -_kl(logps, other_logps),
-        "averaged under the wrong policy: the weights are those of the first": (
-            lambda logps, other_logps: (
-                other_logps.exp() * torch.where(logps > -math.inf, logps - other_logps, 0)
-            ).sum(-1)
+        "the sign is reversed: a divergence is never negative": (
+            lambda ref, kept: -_kl(_filtered(ref, kept), ref)
         ),
-        "each log-ratio counts alike: weight it by π(y)": (
-            lambda logps, other_logps: torch.where(logps > -math.inf, logps - other_logps, 0).sum(-1)
+        "what is kept no longer sums to one: normalise it, then every log-ratio moves": (
+            lambda ref, kept: 0 * ref.sum(-1)
         ),
-        "this is the cross-entropy: the term log π is missing": _cross_entropy,
-        "the mean over completions: they are already weighted by π(y), so sum": (
-            lambda logps, other_logps: _kl(logps, other_logps) / logps.shape[-1]
+        "normalised with softmax over zeros: what is thrown away has log-probability -∞, not 0": (
+            lambda ref, kept: (lambda p: (p.exp() * (p - ref)).sum(-1))((ref * kept).log_softmax(-1))
+        ),
+        "averaged over the completions alike: weight each log-ratio by its probability": (
+            lambda ref, kept: -torch.where(kept, ref, -math.inf).logsumexp(-1) * kept.double().mean(-1)
+        ),
+        "this is the entropy of the filtered policy: the reference is missing": (
+            lambda ref, kept: _entropy(_filtered(ref, kept))
+        ),
+        "the fall in entropy: the divergence averages log π - log π_ref under π": (
+            lambda ref, kept: _entropy(ref) - _entropy(_filtered(ref, kept))
+        ),
+        "this is the cross-entropy: the term log π is missing": (
+            lambda ref, kept: _entropy(_filtered(ref, kept)) + _kl(_filtered(ref, kept), ref)
+        ),
+        "the share of completions that are kept: count each by its probability": (
+            lambda ref, kept: -kept.double().mean(-1).log()
+        ),
+        "the probability of what is thrown away: it is that of what is kept": (
+            lambda ref, kept: -torch.where(kept, -math.inf, ref).logsumexp(-1)
+        ),
+        "this is a probability: minus its logarithm is in nats": (
+            lambda ref, kept: torch.where(kept, ref.exp(), 0).sum(-1)
+        ),
+        "in bits: log2 where the natural logarithm is meant": (
+            lambda ref, kept: _kl(_filtered(ref, kept), ref) / math.log(2)
         ),
         "summed over all prompts: return one divergence for each": (
-            lambda logps, other_logps: _kl(logps, other_logps).sum()
+            lambda ref, kept: _kl(_filtered(ref, kept), ref).sum()
         ),
     },
 )
 
 
-# ------------------------------------------------------------------------------------ 2.2 the objective
+# ----------------------------------------------------------------------- 2.2 the β of no gain and no loss
 
 
 @st.composite
-def policy_in_a_world(draw):
-    """A policy, a reference and rewards for X prompts with Y completions, and beta."""
+def policy_that_earns_more(draw):
+    """A policy, another reference, and rewards that the policy has more of, for X prompts."""
     X, Y = draw(st.integers(1, 2)), draw(st.integers(2, 3))
-    return {
-        "logps": draw(log_distribution(X, Y)),
-        "ref_logps": draw(log_distribution(X, Y)),
-        "rewards": draw(table(X, Y, -3, 3)),
-        "beta": draw(betas()),
-    }
+    both = st.tuples(log_distribution(X, Y), log_distribution(X, Y))
+    logps, ref_logps = draw(both.filter(lambda pair: bool((pair[0] - pair[1]).abs().amax(-1).min() > 0.1)))
+    rewards = draw(table(X, Y, -3, 3))
+    gain = ((logps.exp() - ref_logps.exp()) * rewards).sum(-1, keepdim=True)
+    return {"logps": logps, "ref_logps": ref_logps, "rewards": torch.where(gain < 0, -rewards, rewards)}
 
 
-def average_of_penalised_reward(logps, ref_logps, rewards, beta) -> Tensor:
-    """Every completion is paid its reward less a penalty of beta times its log-ratio [D3.2]."""
-    values = []
+def price_at_which_both_are_worth_the_same(logps, ref_logps, rewards) -> Tensor:
+    """By halving an interval: below that price the policy has the greater J, above it the reference."""
+    prices = []
     for row, ref_row, reward_row in zip(logps.tolist(), ref_logps.tolist(), rewards.tolist()):
-        value = 0.0
-        for logp, ref_logp, reward in zip(row, ref_row, reward_row):
-            p, ref = math.exp(logp), math.exp(ref_logp)
-            value += p * (reward - beta * math.log(p / ref))
-        values.append(value)
-    return torch.tensor(values, dtype=torch.float64)
+        policy, ref = [math.exp(p) for p in row], [math.exp(q) for q in ref_row]
+
+        def advantage(beta, policy=policy, ref=ref, reward_row=reward_row):
+            mine = sum(p * (r - beta * math.log(p / q)) for p, q, r in zip(policy, ref, reward_row))
+            return mine - sum(q * r for q, r in zip(ref, reward_row))
+
+        low, high = 0.0, 1e5
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if advantage(middle) > 0 else (low, middle)
+        prices.append(low)
+    return torch.tensor(prices, dtype=torch.float64)
 
 
 def _expected(logps: Tensor, rewards: Tensor) -> Tensor:
     return (logps.exp() * rewards).sum(-1)
 
 
-OBJECTIVE = Exercise(
+def _gain(logps: Tensor, ref_logps: Tensor, rewards: Tensor) -> Tensor:
+    return _expected(logps, rewards) - _expected(ref_logps, rewards)
+
+
+PRICE = Exercise(
     number="2.2",
-    function="objective",
-    inputs=policy_in_a_world(),
-    expected=average_of_penalised_reward,
-    source="the average over completions of reward less β log(π/π_ref), one after the other",
+    function="break_even",
+    inputs=policy_that_earns_more(),
+    expected=price_at_which_both_are_worth_the_same,
+    source="the β at which J of both is the same, by halving an interval",
+    # Near its end a halved interval compares two values of J, which round at 1e-15; the divergence that the
+    # difference is divided by may be 1e-3.
+    within=1e-8,
     mistakes={
-        "the divergence is added: moving away from the reference costs": (
-            lambda logps, ref_logps, rewards, beta: _expected(logps, rewards) + beta * _kl(logps, ref_logps)
-        ),
-        "β is missing": (
-            lambda logps, ref_logps, rewards, beta: _expected(logps, rewards) - _kl(logps, ref_logps)
-        ),
-        "β multiplies the reward as well: it is the price of the divergence only": (
-            lambda logps, ref_logps, rewards, beta: beta * (_expected(logps, rewards) - _kl(logps, ref_logps))
-        ),
-        "β divides: each nat of divergence costs β": (
-            lambda logps, ref_logps, rewards, beta: _expected(logps, rewards) - _kl(logps, ref_logps) / beta
+        "the reference earns something too: its J is its own reward, not 0": (
+            lambda p, q, r: _expected(p, r) / _kl(p, q)
         ),
         "the divergence is taken from the reference: it is KL(π‖π_ref)": (
-            lambda logps, ref_logps, rewards, beta: _expected(logps, rewards) - beta * _kl(ref_logps, logps)
+            lambda p, q, r: _gain(p, q, r) / _kl(q, p)
         ),
-        "the reward is averaged under the reference: average it under π": (
-            lambda logps, ref_logps, rewards, beta: (
-                _expected(ref_logps, rewards) - beta * _kl(logps, ref_logps)
-            )
+        "upside down: β is units of reward per nat": lambda p, q, r: _kl(p, q) / _gain(p, q, r),
+        "this is the gain in reward: divide by what it costs in nats": _gain,
+        "this is the gain at β = 1: solve for the β at which it is zero": (
+            lambda p, q, r: _gain(p, q, r) - _kl(p, q)
         ),
-        "the rewards are added up: average them under π": (
-            lambda logps, ref_logps, rewards, beta: rewards.sum(-1) - beta * _kl(logps, ref_logps)
+        "the sign is reversed": lambda p, q, r: -_gain(p, q, r) / _kl(p, q),
+        "the fall in entropy is no divergence: average log π - log π_ref under π": (
+            lambda p, q, r: _gain(p, q, r) / (_entropy(q) - _entropy(p))
         ),
-        "π weights the divergence twice: it is an average already": (
-            lambda logps, ref_logps, rewards, beta: (
-                _expected(logps, rewards) - beta * ((2 * logps).exp() * (logps - ref_logps)).sum(-1)
-            )
+        "this is divided by the cross-entropy: the term log π is missing": (
+            lambda p, q, r: _gain(p, q, r) / (_entropy(p) + _kl(p, q))
         ),
-        "one number for all prompts: return one for each": (
-            lambda logps, ref_logps, rewards, beta: (
-                _expected(logps, rewards) - beta * _kl(logps, ref_logps)
-            ).mean()
+        "each log-ratio counts alike: weight it by π(y)": (lambda p, q, r: _gain(p, q, r) / (p - q).sum(-1)),
+        "the rewards are added up: average them": (lambda p, q, r: r.sum(-1) / _kl(p, q)),
+        "one β for all prompts: return one for each": (
+            lambda p, q, r: _gain(p, q, r).sum() / _kl(p, q).sum()
         ),
     },
 )
 
 
-# ----------------------------------------------------------------------------- 2.3 its optimum, 2.4 its value
+# ----------------------------------------------------------------------------- 2.3 the optimum
 
 
 @st.composite
@@ -241,49 +269,88 @@ OPTIMUM = Exercise(
 )
 
 
-def value_at_the_optimum(ref_logps, rewards, beta) -> Tensor:
-    """J of pi*: its reward less its penalty, completion by completion [D7.1]."""
-    return average_of_penalised_reward(shares_of_tilted(ref_logps, rewards, beta), ref_logps, rewards, beta)
+# ------------------------------------------------------------------- 2.4 the optimum of a wrong reward
 
 
-def _soft(ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
-    return beta * (ref_logps + rewards / beta).logsumexp(-1)
+@st.composite
+def two_rewards(draw):
+    """A reference, what is good, what a reward model believes, and values of beta that fall."""
+    Y = draw(st.integers(2, 4))
+    chosen = draw(
+        st.sampled_from([(2.0, 1.0), (1.0, 0.5, 0.2), (3.0, 1.0, 0.3), (1.0, 0.3, 0.1), (2.0, 0.1)])
+    )
+    return {
+        "ref_logps": draw(log_distribution(Y)),
+        "rewards": draw(vector(Y, -2, 2)),
+        "believed": draw(vector(Y, -2, 2)),
+        "betas": torch.tensor(chosen, dtype=torch.float64),
+    }
 
 
-VALUE = Exercise(
+def earned_on_the_way(ref_logps, rewards, believed, betas) -> tuple[Tensor, Tensor]:
+    """True reward of the believed reward's optimum for every beta, completion by completion."""
+    earned = []
+    for beta in betas.tolist():
+        (parts,) = _tilted(ref_logps[None], believed[None], beta)
+        earned.append(sum(part / sum(parts) * reward for part, reward in zip(parts, rewards.tolist())))
+    best, last = max(earned), earned[-1]
+    return torch.tensor(best, dtype=torch.float64), torch.tensor(last, dtype=torch.float64)
+
+
+def _path(ref_logps, paid, believed, betas) -> Tensor:
+    """What is paid to the believed reward's optimum, for each beta."""
+    optima = (ref_logps + believed / betas[:, None]).log_softmax(-1)
+    return optima.exp() @ paid
+
+
+def _best_and_last(values: Tensor) -> tuple[Tensor, Tensor]:
+    return values.max(), values[-1]
+
+
+def _values_of_J(ref_logps, rewards, believed, betas) -> Tensor:
+    optima = (ref_logps + believed / betas[:, None]).log_softmax(-1)
+    return optima.exp() @ rewards - betas * _kl(optima, ref_logps.expand_as(optima))
+
+
+PROXY = Exercise(
     number="2.4",
-    function="soft_value",
-    inputs=world_and_beta(),
-    expected=value_at_the_optimum,
-    source="the objective of π*: its reward less β times its divergence, completion by completion",
-    strain=Strain(LARGE_REWARDS, torch.tensor([800 - math.log(2)], dtype=torch.float64)),
+    function="overoptimise",
+    inputs=two_rewards(),
+    expected=earned_on_the_way,
+    source="the true reward of the believed reward's optimum, completion by completion",
     mistakes={
-        "this is log Z: multiply by β": (
-            lambda ref_logps, rewards, beta: (ref_logps + rewards / beta).logsumexp(-1)
+        "the policy optimises the true reward: it only sees what the reward model believes": (
+            lambda ref, r, b, betas: _best_and_last(_path(ref, r, r, betas))
         ),
-        "this is βZ: the logarithm is missing": (
-            lambda ref_logps, rewards, beta: beta * (ref_logps + rewards / beta).exp().sum(-1)
+        "the believed reward is counted: what counts is the true one": (
+            lambda ref, r, b, betas: _best_and_last(_path(ref, b, b, betas))
         ),
-        "the reference is missing: Z averages e^(r/β) under π_ref": (
-            lambda ref_logps, rewards, beta: beta * (rewards / beta).logsumexp(-1)
+        "true and believed reward are exchanged": (
+            lambda ref, r, b, betas: _best_and_last(_path(ref, b, r, betas))
         ),
-        "β multiplies in the exponent: Z has e^(r/β)": (
-            lambda ref_logps, rewards, beta: beta * (ref_logps + beta * rewards).logsumexp(-1)
+        "β multiplies the reward: π* has e^(r/β)": (
+            lambda ref, r, b, betas: _best_and_last(_path(ref, r, b, 1 / betas))
         ),
-        "the sign is reversed": lambda ref_logps, rewards, beta: -_soft(ref_logps, rewards, beta),
-        "the average reward of the reference: that is what doing nothing is worth": (
-            lambda ref_logps, rewards, beta: _expected(ref_logps, rewards)
+        "the reference is missing: π* is π_ref, tilted": (
+            lambda ref, r, b, betas: _best_and_last(_path(0 * ref, r, b, betas))
         ),
-        "the average reward of π*: subtract what its divergence costs": (
-            lambda ref_logps, rewards, beta: _expected((ref_logps + rewards / beta).log_softmax(-1), rewards)
+        "this is J: the penalty shapes the policy, but only the reward is asked for": (
+            lambda ref, r, b, betas: _best_and_last(_values_of_J(ref, r, b, betas))
         ),
-        "the largest reward: the soft value is that only as β goes to 0": (
-            lambda ref_logps, rewards, beta: rewards.amax(-1)
+        "last and best are exchanged": lambda ref, r, b, betas: _best_and_last(_path(ref, r, b, betas))[::-1],
+        "the lowest on the way: the greatest is asked for first": (
+            lambda ref, r, b, betas: (lambda v: (v.min(), v[-1]))(_path(ref, r, b, betas))
         ),
-        "one number for all prompts: return one for each": (
-            lambda ref_logps, rewards, beta: _soft(ref_logps, rewards, beta).sum()
+        "the first β, not the best one: the greatest may lie between": (
+            lambda ref, r, b, betas: (lambda v: (v[0], v[-1]))(_path(ref, r, b, betas))
+        ),
+        "the rewards of the most probable completion: average under the policy": (
+            lambda ref, r, b, betas: _best_and_last(r[(ref + b / betas[:, None]).argmax(-1)])
+        ),
+        "not normalised: subtract log Z for each β": (
+            lambda ref, r, b, betas: _best_and_last((ref + b / betas[:, None]).exp() @ r)
         ),
     },
 )
 
-EXERCISES = [KL, OBJECTIVE, OPTIMUM, VALUE]
+EXERCISES = [FILTER, PRICE, OPTIMUM, PROXY]

@@ -9,51 +9,57 @@ from torch import Tensor
 
 from dpo_minimal.bench.exercises import SINGLE, Exercise, Strain, vector
 
-# ------------------------------------------------------------------- 1.1 the probability of a preference
+# ------------------------------------------------------------------------- 1.1 the odds of a chain
+
+CHANCES = st.sampled_from([0.5, 0.6, 0.7, 0.8, 0.9, 0.4, 0.3, 0.2, 0.1])
 
 
 @st.composite
-def two_rewards(draw):
-    """Rewards of the two completions of B comparisons."""
-    B = draw(st.integers(1, 3))
-    return {"first": draw(vector(B, -3, 3)), "second": draw(vector(B, -3, 3))}
+def two_links(draw):
+    """Chances of B first completions against a second one, and of that against a third."""
+    rows = draw(st.lists(st.tuples(CHANCES, CHANCES), min_size=1, max_size=3))
+    first, second = torch.tensor(rows, dtype=torch.float64).T.contiguous()
+    return {"first_over_second": first, "second_over_third": second}
 
 
-def share_of_strength(first, second) -> Tensor:
-    """Each comparison by itself in Python's own numbers: e^first in units of both strengths."""
+def share_of_strength(first_over_second, second_over_third) -> Tensor:
+    """Each chain by itself, in strengths: 1 for the third, and for the others what gives their chances."""
     shares = []
-    for one, other in zip(first.tolist(), second.tolist()):
-        strength, rival = math.exp(one), math.exp(other)
-        shares.append(strength / (strength + rival))
+    for p, q in zip(first_over_second.tolist(), second_over_third.tolist()):
+        second = q / (1 - q)
+        first = second * p / (1 - p)
+        shares.append(first / (first + 1))
     return torch.tensor(shares, dtype=torch.float64)
 
 
-PREFERENCE = Exercise(
+CHAIN = Exercise(
     number="1.1",
-    function="bradley_terry",
-    inputs=two_rewards(),
+    function="chained",
+    inputs=two_links(),
     expected=share_of_strength,
-    source="the first completion's share of the two strengths e^r",
+    source="the first completion's share of strengths that give both chances",
     mistakes={
-        "first and second are exchanged": lambda first, second: torch.sigmoid(second - first),
-        "rewards are no strengths, they may be negative: strengths are e^r": (
-            lambda first, second: first / (first + second)
+        "the chances are multiplied: it is odds that multiply, p / (1 - p)": lambda p, q: p * q,
+        "the average of the chances: the first is further ahead of the third than of the second": (
+            lambda p, q: (p + q) / 2
         ),
-        "these are the odds e^(r₁ - r₂); a probability is odds / (1 + odds)": (
-            lambda first, second: (first - second).exp()
+        "these are odds; a probability is odds / (1 + odds)": lambda p, q: p / (1 - p) * q / (1 - q),
+        "these are log-odds; σ turns them into a probability": lambda p, q: torch.logit(p) + torch.logit(q),
+        "log-probabilities are added: it is log-odds that add": lambda p, q: torch.sigmoid(p.log() + q.log()),
+        "σ of the sum of the chances: σ takes log-odds, log p - log(1 - p)": (
+            lambda p, q: torch.sigmoid(p + q)
         ),
-        "this is the difference of rewards; σ turns it into a probability": (
-            lambda first, second: first - second
+        "this is the third's chance against the first": (
+            lambda p, q: torch.sigmoid(-torch.logit(p) - torch.logit(q))
         ),
-        "the rewards are added: it is their difference that matters": (
-            lambda first, second: torch.sigmoid(first + second)
+        "the log-odds are subtracted: both links lead downwards, so they add": (
+            lambda p, q: torch.sigmoid(torch.logit(p) - torch.logit(q))
         ),
-        "this is the logarithm of the probability": lambda first, second: F.logsigmoid(first - second),
-        "the better one does not always win: people contradict themselves": (
-            lambda first, second: (first > second).double()
+        "normal quantiles are added, which is Thurstone's model; Bradley–Terry's curve is σ": (
+            lambda p, q: torch.special.ndtr(torch.special.ndtri(p) + torch.special.ndtri(q))
         ),
-        "the denominator sums over the whole batch: each comparison has one of its own": (
-            lambda first, second: first.exp() / (first.exp() + second.exp()).sum()
+        "the log-odds are averaged: they add": (
+            lambda p, q: torch.sigmoid((torch.logit(p) + torch.logit(q)) / 2)
         ),
     },
 )
@@ -132,6 +138,9 @@ LOSS = Exercise(
         ),
         "half of the table is missing: j chosen over i counts as well as i over j": (
             lambda rewards, wins: -(wins.triu() * _log_chances(rewards)).sum() / wins.sum()
+        ),
+        "in bits: log2 where the natural logarithm is meant": (
+            lambda rewards, wins: -(wins * _log_chances(rewards)).sum() / wins.sum() / math.log(2)
         ),
         "softmax over all completions: a comparison is between two": (
             lambda rewards, wins: -(wins.sum(-1) * rewards.log_softmax(-1)).sum() / wins.sum()
@@ -269,4 +278,62 @@ RECOVERY = Exercise(
     },
 )
 
-EXERCISES = [PREFERENCE, LOSS, GRADIENT, RECOVERY]
+# ----------------------------------------------------------------------- 1.5 one reward for two groups
+
+
+@st.composite
+def groups_of_people(draw):
+    """Shares of G groups of people, and how much further the first completion is ahead in each."""
+    G = draw(st.integers(2, 3))
+    parts = torch.tensor(draw(st.lists(st.integers(1, 9), min_size=G, max_size=G)), dtype=torch.float64)
+    return {"shares": parts / parts.sum(), "gaps": draw(vector(G, -3, 3))}
+
+
+def least_loss_of_the_pool(shares, gaps) -> Tensor:
+    """The difference of rewards at which the slope of the pool's loss is zero, by halving an interval."""
+    people = list(zip(shares.tolist(), gaps.tolist()))
+
+    def slope(
+        gap: float,
+    ) -> float:  # in each group: wins expected under the pool's reward, less observed ones
+        return sum(share / (1 + math.exp(-gap)) - share / (1 + math.exp(-own)) for share, own in people)
+
+    low, high = -4.0, 4.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(middle) < 0 else (low, middle)
+    return torch.tensor(low, dtype=torch.float64)
+
+
+def _wins(shares: Tensor, gaps: Tensor) -> Tensor:
+    return shares @ torch.sigmoid(gaps)
+
+
+POOL = Exercise(
+    number="1.5",
+    function="pooled_gap",
+    inputs=groups_of_people(),
+    expected=least_loss_of_the_pool,
+    source="the difference of rewards at which the slope of the pool's loss is zero",
+    mistakes={
+        "the average of the groups' rewards: it is their choices that are pooled": lambda s, g: s @ g,
+        "the reward of the largest group: the others choose as well": lambda s, g: g[s.argmax()],
+        "this is the share that chooses the first; the reward is its log-odds": _wins,
+        "σ of the average reward: average the probabilities": lambda s, g: torch.sigmoid(s @ g),
+        "the logarithm of the share; rewards are logarithms of odds, log p - log(1 - p)": (
+            lambda s, g: _wins(s, g).log()
+        ),
+        "the average of the groups' strengths e^r: average the probabilities": (
+            lambda s, g: (s @ g.exp()).log()
+        ),
+        "every group counts alike: weight each by its share": (
+            lambda s, g: torch.logit(torch.sigmoid(g).mean())
+        ),
+        "the difference the other way round": lambda s, g: -torch.logit(_wins(s, g)),
+        "everyone always chooses what they prefer: people contradict themselves within a group too": (
+            lambda s, g: torch.logit((s @ ((g.sign() + 1) / 2)).clamp(1e-9, 1 - 1e-9))
+        ),
+    },
+)
+
+EXERCISES = [CHAIN, LOSS, GRADIENT, RECOVERY, POOL]
