@@ -19,6 +19,7 @@ CHAPTERS = {
     "8": "comparisons",
     "9": "what_goes_wrong",
     "10": "your_own_loss",
+    "11": "training_log",
 }
 
 
