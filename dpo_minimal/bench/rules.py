@@ -383,6 +383,7 @@ RULES = (
 )  # fmt: skip
 EXPLAINED_BY = {  # a finding that follows from another one
     "ties": {"nothing scored"},
+    "another beta": {"ties"},  # where no reward moves, β seems to be 0
     "not at the reference": {"no reference"},
     "displacement": {"no reference", "not at the reference", "the reference moves"},
     "the reference moves": {"no reference"},

@@ -2,7 +2,7 @@
 # # 11 · Reading a training log
 #
 # **Before this:** notebooks 3 and 4, or what they show: the DPO loss of a margin $u$, β times the difference of a pair's log-ratios, and the pull σ(−u) of a pair ·
-# **Read:** 25 minutes · **Solve:** 30 minutes · **Difficulty:** ●●○ · **Derivations:** [D2.1], [D2.2], [D4.1], [D4.3], [D4.4], [D5.1], [D13.1], [D13.4], [D13.6]
+# **Read:** 25 minutes · **Solve:** 30 minutes · **Difficulty:** ●●○ · **Derivations:** [D2.1], [D2.2], [D4.1], [D4.3], [D4.4], [D5.1], [D13.1], [D13.4], [D13.7]
 #
 # **The claim.** A trainer writes a dozen numbers every few steps, and most of them are tied to one another by identities. Where an identity is broken, there is a mistake in the program, whatever the data are. Where none is broken, the numbers say how good a policy is, and a loss that no longer falls may be as low as people's contradictions allow.
 
@@ -63,7 +63,7 @@ print({name: round(value, 3) for name, value in training[0].items()})
 # %% [markdown]
 # ## Identities
 #
-# What holds for every pair and is linear holds for means too: `rewards/margins` is `rewards/chosen` minus `rewards/rejected`, in every record. The loss is not linear in the margin. But $-\log\sigma$ is convex, and the mean of a convex function is at least the function of the mean (Jensen's inequality, [D13.6]). What does this say about `loss` and `rewards/margins`?
+# What holds for every pair and is linear holds for means too: `rewards/margins` is `rewards/chosen` minus `rewards/rejected`, in every record. The loss is not linear in the margin. But $-\log\sigma$ is convex, and the mean of a convex function is at least the function of the mean (Jensen's inequality, [D13.7]). What does this say about `loss` and `rewards/margins`?
 #
 # ### Exercise 11.1: can this record be right?
 #
@@ -129,7 +129,7 @@ check("11.3", best_possible)
 # **Predict before you run.** The people of this run are known, so both bounds are. How far above the first is the loss at the end? Can the loss of a *batch* be below it?
 
 # %%
-p = training_logs.chances()
+p, late = training_logs.chances(), training[len(training) // 2 :]
 floor, ceiling = -(p * p.log() + (1 - p) * (1 - p).log()).mean(), torch.maximum(p, 1 - p).mean()
 figure, (left, right) = plt.subplots(1, 2)
 for axes, name, bound in ((left, "loss", floor), (right, "rewards/accuracies", ceiling)):
@@ -139,7 +139,8 @@ for axes, name, bound in ((left, "loss", floor), (right, "rewards/accuracies", c
 left.set(ylabel="loss (nats)")
 right.set(ylabel="accuracy")
 figures.show(figure, "11.b")
-late = training[len(training) // 2 :]
+
+# %%
 for name, bound in (("loss", floor), ("rewards/accuracies", ceiling)):
     print(f"{name:18} {sum(r[name] for r in late) / len(late):.3f} in the second half; bound {bound:.3f}")
 
@@ -194,7 +195,7 @@ for letter, path in paths.items():
 #
 # ### Prove it
 #
-# A diagnosis is right if the finding goes when its cause goes. The next cell repairs one thing in each run, trains again with the same seed, and asks again.
+# A diagnosis is right if the finding goes when its cause goes. The next cell undoes in each run the one thing that was planted, trains again with the same seed, and asks again. Then all five should do what B does.
 
 # %%
 for letter in "ACDEF":
@@ -238,20 +239,22 @@ check("11.4", large_and_small_steps)
 # **Predict before you run.** The next figure follows both trainings: the change of the chosen completion against the *margin* that has been reached. Are the two lines the same?
 
 # %%
-figure, axes = plt.subplots()
-phi = torch.tensor([1.0, 0.0, 3.0], dtype=torch.float64)
-for rate, style in ((1.0, "o"), (0.1, "-")):
-    v, path = 0.0, []
+phi, paths = torch.tensor([1.0, 0.0, 3.0], dtype=torch.float64), {}
+for rate in (1.0, 0.1):
+    v, paths[rate] = 0.0, []
     for _ in range(round(12 / rate)):
-        logps = (v * phi).log_softmax(-1) + math.log(3)
-        path.append([v, logps[0]])
+        change = (v * phi).log_softmax(-1)[0] + math.log(3)
+        paths[rate].append([v, change])  # with beta = 1 and features 1 and 0 the margin is v
         v += rate * torch.sigmoid(torch.tensor(-v)).item()
-    margins, changes = torch.tensor(path).T
-    axes.plot(margins, changes, style, label=f"learning rate {rate:g}")
+
+# %%
+figure, axes = plt.subplots()
+for (rate, path), style in zip(paths.items(), ("o", "-")):
+    axes.plot(*torch.tensor(path).T, style, label=f"learning rate {rate:g}")
 axes.set(xlabel="margin (nats)", ylabel="change of log π(chosen) (nats)")
 axes.legend()
 figures.show(figure, "11.d")
-print(f"at a margin of 1: {-torch.logsumexp(phi, 0) + 1 + math.log(3):.2f} nats, whatever the steps were")
+print(f"at a margin of 1: {phi.log_softmax(-1)[0] + math.log(3):.2f} nats, whatever the steps were")
 
 # %% [markdown] tags=["outcome"]
 # **What happened.** They are one line. With one weight the margin says where $v$ is, and so where everything is; the steps only say how soon. A smaller rate over the same number of steps falls less because it *learns* less. What helps is a model that can tell the third completion from the chosen one, pairs in which the third one is rejected, or a term that holds the chosen one.
@@ -282,21 +285,21 @@ def accuracy_seen(chance, people):
 check("11.5", accuracy_seen)
 
 # %%
-people, kept = range(1, 31), {}
-figure, axes = plt.subplots()
-for chance, style in ((0.7, "-"), (0.5, "--")):
-    seen = []
+people, seen = range(1, 31), {0.7: [], 0.5: []}
+for chance, line in seen.items():
     for n in people:
         said = torch.arange(n + 1, dtype=torch.float64)
         odds = torch.distributions.Binomial(n, torch.tensor(chance, dtype=torch.float64)).log_prob(said)
-        seen.append((odds.exp() * torch.maximum(said, n - said)).sum() / n)
-    kept[f"p = {chance}"] = seen
-    axes.plot(people, seen, style, label=f"p = {chance}")
+        line.append((odds.exp() * torch.maximum(said, n - said)).sum().item() / n)
+
+# %%
+figure, axes = plt.subplots()
+for (chance, line), style in zip(seen.items(), ("-", "--")):
+    axes.plot(people, line, style, label=f"p = {chance}")
+    print(f"p = {chance}:", ", ".join(f"{n} people {line[n - 1]:.3f}" for n in (1, 2, 10, 30)))
 axes.set(xlabel="people who label a pair", ylabel="accuracy on their labels", ylim=(0.48, 1.02))
 axes.legend()
 figures.show(figure, "11.e")
-for name, line in kept.items():
-    print(name, ", ".join(f"{n} people {line[n - 1]:.3f}" for n in (1, 2, 10, 30)))
 
 # %% [markdown] tags=["answer"]
 # With two people it is 0.79 for $p=0.7$: half of the promise of a single label is gone, and the truth, $p$, is reached from above. Pairs about which nothing can be known look as if a policy had learnt them: the accuracy on a coin's labels is 1 with one person and still 0.57 with thirty. So compare accuracies only on pairs that were not trained on, and margins too.
