@@ -110,10 +110,9 @@ def nbgrader_notebook(source: Path) -> NotebookNode:
     for cell in notebook.cells:
         for tag in {"install", "setup"} & set(cell.metadata.get("tags", [])):
             _grading(cell, tag, locked=True)
-    for answer, check, exercise in _exercises(notebook):
-        number = exercise.number.replace(".", "-")
-        _grading(answer, f"exercise-{number}", solution=True)
-        _grading(check, f"check-{number}", locked=True, grade=True, points=exercise.points)
+    for answer, check, exercise in _exercises(notebook):  # known by names: a number may change
+        _grading(answer, f"answer-{exercise.function}", solution=True)
+        _grading(check, f"check-{exercise.function}", locked=True, grade=True, points=exercise.points)
         check.metadata.tags.append("raises-exception")  # with this, "Run All" goes on after it
         check.source = (  # imported, because a student's own variable may be called check
             "from dpo_course.checks import check\n\n"
@@ -159,12 +158,12 @@ def _for_otter(match: re.Match) -> str:
 
 def _question(answer: NotebookNode, exercise: Exercise) -> Iterator[NotebookNode]:
     """An exercise between Otter's raw cells."""
-    name = exercise.number.replace(".", "_")
-    question = f"# BEGIN QUESTION\nname: q{name}\npoints: {exercise.points}\ncheck_cell: false"
+    name = exercise.function
+    question = f"# BEGIN QUESTION\nname: {name}\npoints: {exercise.points}\ncheck_cell: false"
     test = (
-        f"def test_{name}({exercise.function}):\n"
+        f"def test_{name}({name}):\n"
         "    from dpo_course.checks import judge\n\n"
-        f'    judge("{exercise.number}", {exercise.function}).require()'
+        f'    judge("{exercise.number}", {name}).require()'
     )
 
     def raw(text: str, place: str) -> NotebookNode:
@@ -227,7 +226,7 @@ def main(arguments: list[str] | None = None) -> int:
         write(VERSIONS[options.version](sources), options.folder)
     except InputError as error:
         parser.error(str(error))
-    print(f"{options.folder}: {len(sources)} notebooks, version {options.version}.")
+    print(f"{options.folder}: {', '.join(source.stem for source in sources)}")
     if "YOUR_NAME" in syllabus.repository():
         told = (
             "set Repository in pyproject.toml: links and the cell that installs the course lead nowhere yet"
