@@ -35,7 +35,6 @@ from dpo_minimal.validation import InputError
 
 from . import given, lecture, syllabus
 from .stubs import SOLUTION as SOLUTION
-from .stubs import STUB as STUB  # for the versions of classrooms.py
 from .stubs import solution, stub
 
 FOLDER = Path(__file__).parent

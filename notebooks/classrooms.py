@@ -27,6 +27,7 @@ from dpo_minimal.bench.exercises import Exercise
 from dpo_minimal.validation import InputError
 
 from . import build, syllabus
+from .stubs import SOLUTION, STUB
 
 Files = dict[str, str]  # path within the folder -> text
 CELL_SECONDS = 120  # demonstrations take some seconds each; an endless loop should not hold up a class
@@ -99,7 +100,7 @@ def _exercises(notebook: NotebookNode) -> Iterator[tuple[NotebookNode, NotebookN
 
 def nbgrader(sources: list[Path]) -> Files:
     """An nbgrader course, whose release nbgrader makes."""
-    config = NBGRADER.format(stub=build.STUB, seconds=CELL_SECONDS)
+    config = NBGRADER.format(stub=STUB, seconds=CELL_SECONDS)
     notebooks = {f"source/{s.stem}/{s.stem}.ipynb": _text(nbgrader_notebook(s)) for s in sources}
     return {"nbgrader_config.py": config, **notebooks}
 
@@ -142,7 +143,7 @@ def otter_notebook(source: Path) -> NotebookNode:
     notebook = build.marked_notebook(source)
     blocks = {}
     for answer, _, exercise in _exercises(notebook):
-        answer.source = build.SOLUTION.sub(_for_otter, answer.source).rstrip("\n")
+        answer.source = SOLUTION.sub(_for_otter, answer.source).rstrip("\n")
         blocks[answer.id] = list(_question(answer, exercise))
     config = OTTER.format(name=source.stem, requirement=syllabus.requirement())
     cells = [nbformat.v4.new_raw_cell(config, id=f"{source.stem}-config")]
@@ -153,7 +154,7 @@ def otter_notebook(source: Path) -> NotebookNode:
 
 
 def _for_otter(match: re.Match) -> str:
-    return OTTER_SOLUTION.format(indent=match[1], solution=match[2], stub=build.STUB)
+    return OTTER_SOLUTION.format(indent=match[1], solution=match[2], stub=STUB)
 
 
 def _question(answer: NotebookNode, exercise: Exercise) -> Iterator[NotebookNode]:

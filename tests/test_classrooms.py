@@ -22,6 +22,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 
 from dpo_minimal.validation import InputError
 from notebooks import build, classrooms, syllabus
+from notebooks.stubs import SOLUTION, STUB
 
 SOURCES = build.sources()
 by_notebook = pytest.mark.parametrize("source", SOURCES, ids=[source.stem for source in SOURCES])
@@ -307,7 +308,7 @@ def test_every_exercise_is_graded_in_nbgrader(source):
     for cell, exercise in zip(graded, exercises(source), strict=True):
         answer = cells[cells.index(cell) - 1]
         assert answer.metadata.nbgrader.grade_id == f"answer-{exercise.function}"
-        assert answer.metadata.nbgrader.solution and len(build.SOLUTION.findall(answer.source)) == 1
+        assert answer.metadata.nbgrader.solution and len(SOLUTION.findall(answer.source)) == 1
         assert cell.source.endswith(f'check("{exercise.number}", {exercise.function}).require()')
     for tag in ("install", "setup"):
         (cell,) = tagged(classrooms.nbgrader_notebook(source), tag)
@@ -363,9 +364,7 @@ def test_every_exercise_is_a_question_in_otter(source):
             "# END QUESTION",
         ]
         place = next(n for n, cell in enumerate(cells) if cell.source == question)
-        assert (
-            build.STUB in cells[place + 2].source and "# BEGIN SOLUTION NO PROMPT" in cells[place + 2].source
-        )
+        assert STUB in cells[place + 2].source and "# BEGIN SOLUTION NO PROMPT" in cells[place + 2].source
         assert f'judge("{exercise.number}", {exercise.function}).require()' in cells[place + 5].source
     assert raw[1:] == wanted
 
