@@ -67,7 +67,7 @@ def test_the_optimum_by_hand(shown):
         assert frame["reward"] == pytest.approx(star @ rewards, abs=EXACT)
         assert frame["value"] == pytest.approx(frame["beta"] * math.log(tilted.sum()), abs=EXACT)
     betas = [frame["beta"] for frame in shown["optimum"]]
-    assert betas == sorted(betas) and (betas[0], betas[-1]) == (BETA / 16, BETA * 32) and BETA in betas
+    assert betas == sorted(betas) and (betas[0], betas[-1]) == (1 / 16, 32) and BETA in betas
     assert shown["target"] == shown["optimum"][betas.index(BETA)]["probs"]
 
 
@@ -75,9 +75,9 @@ def test_the_ends_of_the_slider_show_what_the_page_says():
     """In the command's own world: nearly all on the best completion, nearly the reference, and in between
     another completion is the most likely."""
     world = frames.page_world(command.OPTIONS["options"]["seed"].default)
-    betas = [2**octave for octave in frames.OCTAVES]
-    modes = [np.argmax(frame["probs"]) for frame in frames.optimum_frames(world, betas)]
-    first, *_, last = frames.optimum_frames(world, betas)
+    optimum = frames.optimum_frames(world, frames.BETAS)
+    modes = [np.argmax(frame["probs"]) for frame in optimum]
+    first, *_, last = optimum
     assert first["probs"][0] > 0.99 and modes[0] == 0  # the most reward stands first
     assert np.abs(np.array(last["probs"]) - world.ref_logps[0].exp().numpy()).max() < 0.03
     assert len({*modes}) >= 3

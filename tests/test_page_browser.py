@@ -266,6 +266,10 @@ def test_it_fits_every_screen(page, size):
     page.refresh()
     press(page, "step", Keys.END)
     width, height = SIZES[size]
+    longest = "is not a wonderful debut"
+    assert len(longest) == frames.LONGEST
+    page.execute_script(f"data.completions.forEach(c => c.text = '{longest}'); names.fill('{longest}')")
+    page.execute_script("drawAll()")
     for pair in range(len(words.SHOWN)):
         page.execute_script(f"set('text', {pair}); set('pair', {27 - pair})")
         assert page.execute_script("return document.documentElement.scrollWidth") <= width

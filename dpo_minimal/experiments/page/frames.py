@@ -29,7 +29,7 @@ Frame = dict[str, Any]
 PROMPT = "The film"
 SIGNS = (1, 1, 1, 0, 0, -1, -1, -1)  # of the eight: praise, facts, complaints
 LONGEST = 24  # letters of a completion, which must fit on a telephone
-OCTAVES = [k / 6 for k in range(-24, 31)]  # of beta, around the training's own, which is 0
+BETAS = [2 ** (k / 6) for k in range(-24, 31)]  # 1/16 to 32, six to an octave
 STEPS = sorted(
     {0, *(round(10 ** (k / 16)) for k in range(49))}
 )  # that have a frame: 16 a decade, up to 1,000
@@ -136,7 +136,7 @@ def world_frames(beta: float, seed: int) -> Frame:
         "beta": beta,
         "prompt": PROMPT,
         "completions": [dict(zip(("text", "reward", "ref"), row)) for row in zip(*columns)],
-        "optimum": optimum_frames(world, [beta * 2**octave for octave in OCTAVES]),
+        "optimum": optimum_frames(world, sorted({beta, *BETAS})),
         "target": probs_of(optimal_logps(*tables, beta=beta)),
         "training": training_frames(world, beta),
         "pairs": [{"items": i, "chance": chance} for i, chance in zip(slate.items.tolist(), chances)],
