@@ -379,6 +379,64 @@ def sequence_without_its_beginning(logits, ids, prompt_lengths, lengths):
     return _sums(logits, ids, prompt_lengths + 1, lengths)
 
 
+# ------------------------------------------------------------------- 7 and 8: noise, and comparisons
+
+
+def flips_by_halving(difference, margin):
+    shares = []
+    for d, m in zip(difference.tolist(), margin.tolist()):
+        odds, seen = math.exp(d), math.exp(m)
+        shares.append((odds - seen) / ((1 + seen) * (odds - 1)))
+    return torch.tensor(shares, dtype=torch.float64)
+
+
+def robust_by_steps(p, flip, told):
+    """Newton's steps on the mean loss; where it has no minimum the slope far out says so."""
+    share = p * (1 - flip) + (1 - p) * flip
+    kept, opposite = share * (1 - told) - (1 - share) * told, (1 - share) * (1 - told) - share * told
+    u = torch.zeros_like(p)
+    for _ in range(50):
+        slope = opposite * torch.sigmoid(u) - kept * torch.sigmoid(-u)
+        u = (u - slope / ((1 - 2 * told) * torch.sigmoid(u) * torch.sigmoid(-u))).clamp(-20, 20)
+    u[opposite < 0] = math.inf
+    u[kept < 0] = -math.inf
+    return u
+
+
+def draws_one_by_one(ref_logps, rewards, beta):
+    def best(n):
+        levels = [(rewards <= v, rewards < v) for v in rewards]
+        up = torch.stack([ref_logps.exp()[a].sum() ** n - ref_logps.exp()[b].sum() ** n for a, b in levels])
+        tie = torch.stack([ref_logps.exp()[rewards == v].sum() for v in rewards])
+        return ref_logps.exp() * up / tie
+
+    goal = _worth_of(ref_logps, rewards, beta).exp()
+    n = next(n for n in range(1, 1000) if best(n) @ rewards >= goal @ rewards)
+    nats = [(q * (q.log() - ref_logps)).sum() for q in (best(n), goal)]
+    return float(n), nats[0] - nats[1]
+
+
+def ratios_by_hand(advantages, clip, step_size, steps):
+    rho = torch.ones_like(advantages)
+    for _ in range(steps):
+        going = ((advantages >= 0) & (rho <= 1 + clip)) | ((advantages < 0) & (rho >= 1 - clip))
+        rho = torch.where(going, rho * torch.exp(step_size * advantages * rho), rho)
+    return rho
+
+
+def bias_by_halving(logps, other_logps, rewards, lengths):
+    def lead(share):
+        met = torch.outer(logps.exp(), other_logps.exp())
+        signs = [(s[:, None] - s[None]).sign() for s in (rewards, lengths)]
+        return (met * ((1 - share) * signs[0] + share * signs[1])).sum()
+
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if lead(middle) * lead(0.0) > 0 else (low, middle)
+    return torch.tensor(low, dtype=torch.float64)
+
+
 # ------------------------------------------------------------------------------- 10 your own loss
 
 
@@ -466,22 +524,40 @@ def optimum_of_dpo_twice(wins):
     return (optimum_by_walking(wins)[0],) * 2
 
 
-def forward_by_newton(ref_logps, rewards, beta):
-    weights, level = beta * ref_logps.exp(), (rewards + beta * ref_logps.exp()).max()
-    for _ in range(30):  # from the left the sum is convex and falls: no step goes too far
-        shares = weights / (level - rewards)
-        level = level + (shares.sum() - 1) / (shares / (level - rewards)).sum()
-    return (weights / (level - rewards)).log()
+def _worth_of(ref_logps, rewards, beta):
+    worth = ref_logps.exp() * (rewards / beta).exp()
+    return (worth / worth.sum()).log()
 
 
-def forward_normalised_afterwards(ref_logps, rewards, beta):
-    shares = ref_logps.exp() / (rewards.max() + beta - rewards)
-    return (shares / shares.sum()).log()
+def squares_of_probabilities(pc, pr, rc, rr):
+    wrong = 1 / (1 + ((pc - rc) - (pr - rr)).exp())
+    return wrong * wrong
 
 
-def forward_that_is_reverse(ref_logps, rewards, beta):
-    shares = ref_logps.exp() * (rewards / beta).exp()
-    return (shares / shares.sum()).log()
+def own_by_thought(ref_logps, rewards):
+    """A square error of probabilities rests at the probabilities, so at pi* of beta = 1."""
+    return squares_of_probabilities, _worth_of(ref_logps, rewards, 1)
+
+
+def own_by_training(ref_logps, rewards):
+    """Two log-ratios that do not stand in it by their difference, trained by another optimiser."""
+
+    def loss(pc, pr, rc, rr):
+        return (pr - rr).exp() - (pc - rc)
+
+    theta, wins = ref_logps.clone().requires_grad_(), torch.sigmoid(rewards[:, None] - rewards)
+    optimizer = torch.optim.Adam([theta], lr=0.05)
+    for _ in range(150):
+        logps = torch.log_softmax(theta, 0)
+        table = loss(logps[:, None], logps[None], ref_logps[:, None], ref_logps[None])
+        optimizer.zero_grad()
+        (wins * table).fill_diagonal_(0).sum().backward()
+        optimizer.step()
+    return loss, torch.log_softmax(theta, 0).detach()
+
+
+def own_without_an_end(ref_logps, rewards):
+    return (lambda pc, pr, rc, rr: (pr - rr).exp() - (pc - rc).exp()), None
 
 
 RIGHT = [
@@ -507,7 +583,14 @@ RIGHT = [
     ("10.3", fitting_by_odds),
     ("10.4", repaired_by_probabilities),
     ("10.5", optimum_by_walking),
-    ("10.6", forward_by_newton),
+    ("7.1", flips_by_halving),
+    ("7.2", robust_by_steps),
+    ("8.2", draws_one_by_one),
+    ("8.3", ratios_by_hand),
+    ("8.4", bias_by_halving),
+    ("10.6", own_by_thought),
+    ("10.6", own_by_training),
+    ("10.6", own_without_an_end),
 ]
 
 WRONG = [
@@ -570,6 +653,4 @@ WRONG = [
     ("10.4", repaired_in_the_wrong_variable, "du is not ds"),
     ("10.5", optimum_if_nobody_always_wins, "a win and a loss of each completion are not enough"),
     ("10.5", optimum_of_dpo_twice, "IPO needs no win against the order"),
-    ("10.6", forward_normalised_afterwards, "dividing by the sum does not find λ"),
-    ("10.6", forward_that_is_reverse, "under the reverse KL"),
 ]

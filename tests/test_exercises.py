@@ -141,6 +141,75 @@ def substitutes(seen):
         return
 
 
+def own_losses():
+    """Losses of students, and where each ends in a world: None where it falls for ever. By closed forms."""
+
+    def tilted(beta):
+        return lambda ref, rewards: (ref + rewards / beta).log_softmax(-1)
+
+    def difference(pc, pr, rc, rr):
+        return (pc - rc) - (pr - rr)
+
+    def winners(ref, rewards):
+        wins = torch.sigmoid(rewards[:, None] - rewards).fill_diagonal_(0).sum(-1)
+        return (wins / wins.sum()).log()
+
+    def mean_of_targets(ref, rewards):  # IPO on all pairs: each h is a difference of mean chances to win
+        chances = 2 * torch.sigmoid(rewards[:, None] - rewards) - 1
+        return (ref + chances.mean(-1)).log_softmax(-1)
+
+    return {
+        "brier": (lambda *four: torch.sigmoid(-difference(*four)) ** 2, tilted(1.0)),
+        "scaled down": (lambda *four: 1e-6 * (-difference(*four)).exp(), tilted(2.0)),
+        "ipo": (lambda *four: (difference(*four) - 1) ** 2, mean_of_targets),
+        "no reference": (
+            lambda pc, pr, rc, rr: -torch.nn.functional.logsigmoid(pc - pr),
+            lambda ref, rewards: rewards.log_softmax(-1),
+        ),
+        "only the chosen": (lambda pc, pr, rc, rr: -pc, winners),
+        "bounded": (lambda *four: -torch.sigmoid(difference(*four)), None),
+        "straight": (lambda *four: -difference(*four), None),
+        "for one completion only": (
+            lambda pc, pr, rc, rr: -torch.sigmoid(pc - rc) - torch.sigmoid(rr - pr),
+            None,
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", own_losses())
+def test_a_loss_of_ones_own_is_judged_by_where_it_ends(name):
+    """10.6: each consistent answer is accepted; another end is refused, and none where there is one."""
+    worlds = {world["rewards"].tolist()[-1]: world for world in samples(EXERCISES["10.6"].inputs)}
+    world = worlds[0.0 if name == "for one completion only" else 2.0]  # in the others it raises one, too
+    loss, end = own_losses()[name]
+
+    def complaint(claimed):
+        return EXERCISES["10.6"].complaint((loss, claimed), **world)
+
+    right = None if end is None else end(*world.values())
+    assert complaint(right) is None
+    away = torch.tensor([0.2, -0.2, 0.0])  # of a fifth of a nat: ten times what the check lets pass
+    wrong = world["rewards"].log_softmax(-1) + world["ref_logps"] if end is None else right + away.double()
+    assert "leaves it" in complaint(wrong.log_softmax(-1))
+    if end is not None:
+        assert "stops at" in complaint(None)
+
+
+def test_what_cannot_be_trained_is_no_loss_of_ones_own():
+    world = samples(EXERCISES["10.6"].inputs)[0]
+
+    def complaint(loss):
+        return EXERCISES["10.6"].complaint((loss, None), **world)
+
+    logsigmoid = torch.nn.functional.logsigmoid
+    assert "no slope" in complaint(lambda pc, pr, rc, rr: rc - rr + 0 * pc)
+    assert "have the shape ()" in complaint(lambda pc, pr, rc, rr: (pr - pc).mean())
+    assert "depends on the other pairs" in complaint(lambda pc, pr, rc, rr: (pr - pc) * pc.mean())
+    assert "DPO's loss" in complaint(lambda pc, pr, rc, rr: -logsigmoid(0.3 * (pc - rc - pr + rr)))
+    assert "raises TypeError" in complaint(lambda margin: margin)
+    assert "is nan" in complaint(lambda pc, pr, rc, rr: pc.log())
+
+
 def test_a_stub_is_not_solved_yet(capsys):
     def stub(*_):
         raise NotImplementedError

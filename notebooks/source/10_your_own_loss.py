@@ -2,7 +2,7 @@
 # # 10 · Your own loss
 #
 # **Before this:** notebook 7, or what it shows: DPO's loss is $-\log\sigma(u)$ of a margin $u$, β times the difference of a pair's log-ratios, and other losses end at other policies than π\* ·
-# **Read:** 25 minutes · **Solve:** 35 minutes · **Difficulty:** ●●● · **Derivations:** [D2.3], [D4.4], [D5.1], [D11.1], [D11.11], [D11.12], [D12.1], [D13.4], [D13.6]
+# **Read:** 22 minutes · **Solve:** 38 minutes · **Difficulty:** ●●● · **Derivations:** [D2.3], [D4.4], [D5.1], [D11.1], [D11.11], [D11.12], [D12.1], [D13.4], [D13.6]
 #
 # **The claim.** A preference loss is invented in a line, and nearly any will train: the loss falls, the margins grow. Where it ends is decided before any training, by one equation about the loss itself. So a new loss can be examined in minutes, with a few questions that each have a number for an answer.
 
@@ -111,7 +111,7 @@ print(f"{'with a second':13} up {-up.item():.4f}, down {down.item():.4f}")
 # %% [markdown]
 # ### Exercise 10.1: both pulls
 #
-# *5 minutes.* Return the two pulls of this loss, for each of $B$ pairs, without autograd. The first is the coefficient of $-\nabla\log\pi(y_w)$ in its gradient, the second that of $+\nabla\log\pi(y_l)$.
+# *4 minutes.* Return the two pulls of this loss, for each of $B$ pairs, without autograd. The first is the coefficient of $-\nabla\log\pi(y_w)$ in its gradient, the second that of $+\nabla\log\pi(y_l)$.
 
 
 # %% tags=["exercise"]
@@ -149,7 +149,7 @@ for name, batch in {"the pair alone": margins[:1], "with two others": margins}.i
 #
 # ### Exercise 10.2: the pulls of a batch
 #
-# *5 minutes.* Return minus the slope of the *mean* loss of the batch, $\frac1B\sum_i\ell_i$, in each of the $B$ margins, without autograd.
+# *4 minutes.* Return minus the slope of the *mean* loss of the batch, $\frac1B\sum_i\ell_i$, in each of the $B$ margins, without autograd.
 
 
 # %% tags=["exercise"]
@@ -406,44 +406,47 @@ print(f"squared error over the Cramér-Rao bound, repaired {repaired.json()['eff
 # **What happened.** The first verdict has what was found above by hand, and one thing more: the focal loss ends *near* the optimum of β = 0.89. Its curve in the figure of question 4 is close to $\sigma(1.8\,u)$, so its margins are right but for a factor of about 1.8. With a β divided by that factor it would nearly do; but the factor is nobody's choice, and the remainder depends on the pairs. The repaired loss ends at π\*, needs hardly more data than DPO, and with a tenth of the labels flipped it is a little nearer to π\* than DPO is. Both lose their end where one label is never contradicted, as every proper loss does.
 
 # %% [markdown]
-# **Your turn.** Invent one: choose an even $k$, or break a rule on purpose. Predict the card before you ask for it.
-
-# %% [markdown]
-# ## Another penalty
+# ## Your own loss, to its end
 #
-# "Ends at π\*" is no verdict on a loss as such: π\* belongs to the penalty β KL(π‖π_ref). With another penalty there is another optimum, and another loss for it. Exchange the two policies in the divergence (the *forward* KL, [D11.11]):
+# ### Exercise 10.6: a loss, and where it ends
 #
-# $$\max_\pi\ \sum_y\pi_yr_y-\beta\,\mathrm{KL}(\pi_{\rm ref}\Vert\pi),\qquad\mathrm{KL}(\pi_{\rm ref}\Vert\pi)=\sum_y\pi_{{\rm ref},y}\log\frac{\pi_{{\rm ref},y}}{\pi_y}.$$
+# *12 minutes.* Invent a loss of a pair: of the margin, or of both log-ratios, with or without the reference. It may be a bad one; it may not be DPO's. **Predict before you run.** Does it have an end? Is it π\* of some β, near it, or something else?
 #
-# With a multiplier λ for $\sum_y\pi_y=1$, the slope in each $\pi_y$ must be the same:
-#
-# $$r_y+\beta\frac{\pi_{{\rm ref},y}}{\pi_y}=\lambda\quad\Longrightarrow\quad\pi_y=\frac{\beta\,\pi_{{\rm ref},y}}{\lambda-r_y}.$$
-#
-# There is no closed form for λ. But it must exceed every reward, for probabilities are positive, and above them the sum of the $\pi_y$ falls steadily from infinity to zero: there is one root.
-
-# %% [markdown]
-# ### Exercise 10.6: the optimum under the forward KL
-#
-# *7 minutes.* Return its log-probabilities, for one prompt. (Hint: halve an interval. $\lambda=\max_yr_y+\beta$ is large enough; why?)
+# Then return the loss, a function of four columns of log-probabilities, and its end: the log-probabilities at which training rests, if all pairs of the $Y$ completions are compared with the exact probabilities of Bradley–Terry; or `None`, if the loss falls for ever. Find the end by the balance of the pulls, by the card, or by a few lines of training, such as `trained` above. The check trains your loss as well, from the end that you claim, and sees whether it stays there.
 
 
 # %% tags=["exercise"]
-def forward_kl_optimum(ref_logps, rewards, beta):
-    """(Y,) log-probabilities of the reference, (Y,) rewards -> (Y,) log-probabilities."""
+def my_invention(ref_logps, rewards):
+    """(Y,) log-probabilities, (Y,) rewards -> (your loss, (Y,) log-probabilities where it ends, or None)."""
     ### BEGIN SOLUTION
-    low, high = rewards.max(), rewards.max() + beta
+    pairs = dpo.expected_pairs(rewards[None], dpo.all_sets(rewards[None].isfinite()))
+
+    def cautious(policy_chosen, policy_rejected, ref_chosen, ref_rejected):
+        h = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)
+        return -F.logsigmoid(h) + h**2 / 10  # DPO, and a term that holds every pair near the reference
+
+    theta, reference = ref_logps[None].clone().requires_grad_(), pairs.gather(ref_logps[None]).T
     for _ in range(100):
-        level = (low + high) / 2
-        too_low = (beta * ref_logps.exp() / (level - rewards)).sum() > 1
-        low, high = (level, high) if too_low else (low, level)
-    return (beta * ref_logps.exp() / (high - rewards)).log()
+        columns = pairs.gather(theta.log_softmax(-1)).T
+        (slope,) = torch.autograd.grad(pairs.weight @ cautious(*columns, *reference), theta)
+        theta.data -= 2 * slope
+    return cautious, theta.detach().log_softmax(-1)[0]
     ### END SOLUTION
 
 
 # %% tags=["check"]
-check("10.6", forward_kl_optimum)
+check("10.6", my_invention)
+
+# %% [markdown] tags=["answer"]
+# This one rests where $p\,w(h)=(1-p)\,w(-h)$ with $w(h)=\sigma(-h)-\frac h5$, that is at $p-\sigma(h)=\frac h5$: its margins are too small, and with several completions it ends at a compromise. The card would say "ends elsewhere". What it has for that is an end on unanimous labels too, where $\sigma(-h)=\frac h5$. Others: $e^{-h}$ ends at π\* of β = 2, by the equation of question 4; $-h$ has no end; $-\sigma(h)$ has none either, since its average falls for ever in the direction of the commoner label; and $-\log\pi_\theta(y_w)$, which is no loss of a margin, ends at the law of winners (notebook 8).
 
 # %% [markdown]
+# ## Another penalty
+#
+# "Ends at π\*" is no verdict on a loss as such: π\* belongs to the penalty β KL(π‖π_ref). With another penalty there is another optimum, and another loss for it. Exchange the two policies in the divergence (the *forward* KL, [D11.11]). With a multiplier λ for $\sum_y\pi_y=1$, the best policy has the same slope in each $\pi_y$:
+#
+# $$r_y+\beta\frac{\pi_{{\rm ref},y}}{\pi_y}=\lambda\quad\Longrightarrow\quad\pi_y=\frac{\beta\,\pi_{{\rm ref},y}}{\lambda-r_y}.$$
+#
 # λ cancels in differences of rewards, as $\log Z$ did in DPO. So with $\rho=\pi_\theta/\pi_{\rm ref}$ the margin $m=\beta\,(1/\rho_l-1/\rho_w)$ takes the place of $u$, and $-\log\sigma(m)$ is a loss for this penalty ([D11.12]; Wang et al., 2023, have it for a whole family of divergences).
 #
 # **Predict before you run.** Which of the two optima gives the worst completion more? Where does this loss end, and are its two pulls equal?

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpo_minimal.bench.exercises import Exercise, betas, completion_logps, log_distribution, vector
+from dpo_minimal import optimal_logps
+from dpo_minimal.bench.checks import show
+from dpo_minimal.bench.exercises import Exercise, betas, completion_logps, vector
 
 FOUR = ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")
 
@@ -400,89 +402,172 @@ EXISTENCE = Exercise(
 )
 
 
-# ------------------------------------------------------------------------- 10.6 another divergence
+# --------------------------------------------------------------- 10.6 a loss of one's own, to its end
+
+WORLDS = [  # few, because a student trains in each; all pairs are compared, with exact probabilities
+    {"ref_logps": torch.tensor(ref, dtype=torch.float64).log(), "rewards": torch.tensor(rewards).double()}
+    for ref, rewards in [
+        ((0.5, 0.3, 0.2), (0.0, 0.8, 2.0)),
+        ((0.2, 0.3, 0.5), (1.3, 0.0, 0.5)),
+        ((0.2, 0.5, 0.3), (1.6, 0.9, 0.0)),
+    ]
+]
+SLACK = 1e-3  # of what a nat changes in the loss: an end that is right to two digits costs far less
+NO_END = "your loss has an end: training from the reference stops at log-probabilities"
 
 
-@st.composite
-def small_worlds(draw):
-    """Reference and rewards of Y completions, and beta."""
-    Y = draw(st.integers(2, 4))
-    rewards = draw(vector(Y, -2, 2))
-    return {"ref_logps": draw(log_distribution(Y)), "rewards": rewards, "beta": draw(betas())}
+def exponential(policy_chosen, policy_rejected, ref_chosen, ref_rejected) -> Tensor:
+    """exp(-h), which ends at pi* of beta = 2."""
+    return (-_difference(policy_chosen, policy_rejected, ref_chosen, ref_rejected)).exp()
 
 
-def climbed(ref_logps, rewards, beta) -> Tensor:
-    """Newton's method on the objective itself, along the simplex, shortened where it would leave it."""
-    ref, Y = ref_logps.exp(), len(rewards)
-    pi = ref.clone()
-
-    def value(pi):
-        return rewards @ pi + beta * ref @ pi.log()
-
-    for _ in range(100):
-        system = torch.ones(Y + 1, Y + 1, dtype=torch.float64)
-        system[:Y, :Y], system[Y, Y] = torch.diag(-beta * ref / pi**2), 0.0
-        slope = F.pad(-rewards - beta * ref / pi, (0, 1))
-        step = torch.linalg.solve(system, slope)[:Y]
-        length = min(1.0, 0.9 / max((-step / pi).max().item(), 1e-300))
-        while length > 1e-9 and value(pi + length * step) < value(pi) - 1e-13 * (1 + value(pi).abs()):
-            length /= 2
-        pi = pi + length * step
-        if (step / pi).abs().max() < 1e-9:  # the next one would be its square
-            break
-    return pi.log()
+def linear(policy_chosen, policy_rejected, ref_chosen, ref_rejected) -> Tensor:
+    """-h, which has no end."""
+    return -_difference(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
 
 
-def _root(weights: Tensor, rewards: Tensor) -> Tensor:
-    """log of weights / (lambda - r) that sum to one, lambda above all rewards."""
-    low, high = rewards.max(), rewards.max() + weights.sum()
-    for _ in range(100):
-        level = (low + high) / 2
-        low, high = (level, high) if (weights / (level - rewards)).sum() > 1 else (low, level)
-    return (weights / (high - rewards)).log()
+def _difference(policy_chosen, policy_rejected, ref_chosen, ref_rejected) -> Tensor:
+    return (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)
 
 
-FORWARD = Exercise(
+def expected_loss(loss, ref_logps: Tensor, rewards: Tensor):
+    """From logits (Y,) to the mean loss of all pairs, which is what training on endless data lowers."""
+    first, second = torch.combinations(torch.arange(len(rewards))).T
+    chosen, rejected = torch.cat([first, second]), torch.cat([second, first])
+    chances = torch.sigmoid(rewards[chosen] - rewards[rejected])
+
+    def mean(theta: Tensor) -> Tensor:
+        logps = theta.log_softmax(-1)
+        return chances @ loss(logps[chosen], logps[rejected], ref_logps[chosen], ref_logps[rejected])
+
+    return mean
+
+
+def descended(objective, start: Tensor) -> Tensor:
+    """The logits where a descent from there ends, or as far as it has come."""
+    theta = start.clone().requires_grad_()
+    search = dict(line_search_fn="strong_wolfe", tolerance_grad=1e-10, tolerance_change=1e-14)
+    optimizer = torch.optim.LBFGS([theta], max_iter=200, max_eval=150, **search)
+
+    def closure():
+        value = objective(theta)
+        (theta.grad,) = torch.autograd.grad(value, theta)
+        return value
+
+    optimizer.step(closure)
+    return theta.detach()
+
+
+def runs_away(objective, start: Tensor) -> bool:
+    """Whether the loss never rises when the way that a descent takes goes on, two and four times as far; or,
+    since a loss may lower one completion for ever and leave the others, when that one is lowered further."""
+    moved = descended(objective, start) - start
+    moved = moved - moved.mean()
+    if not moved.isfinite().all():
+        return True
+    lowest = 10 * torch.nn.functional.one_hot(moved.argmin(), len(moved)).double()
+    here = objective(start + moved) + 1e-12  # rounding: far out the slopes are smaller than that
+    ways = [(start + 2 * moved, start + 4 * moved), (start + moved - lowest, start + moved - 2 * lowest)]
+    further = any(objective(near) <= here and objective(far) <= here for near, far in ways)
+    return bool(further and moved.abs().max() > 3)
+
+
+def not_a_loss(loss, ref_logps: Tensor) -> str | None:
+    """Why nothing can be trained with it: four columns of log-probabilities in, a loss of each pair out."""
+    generator = torch.Generator().manual_seed(0)
+    four = [torch.randn(5, generator=generator, dtype=torch.float64) / 2 - 2 for _ in range(4)]
+    for policy in four[:2]:
+        policy.requires_grad_()
+    try:
+        losses = loss(*four)
+        single = loss(*(column[:1] for column in four))
+        slopes = torch.autograd.grad(losses.sum(), four[:2], allow_unused=True)
+    except Exception as error:
+        return f"your loss raises {type(error).__name__}: {error}"[:200]
+    if losses.shape != (5,):
+        return f"five pairs have five losses, yours have the shape {tuple(losses.shape)}"
+    if not losses.isfinite().all():
+        return f"your loss is {losses[~losses.isfinite()][0].item()} for some pair"
+    if all(slope is None or not slope.any() for slope in slopes):
+        return "your loss has no slope in the policy's log-probabilities, so nothing is trained"
+    if not torch.allclose(losses[:1], single):
+        return "the loss of a pair depends on the other pairs (question 3); take one of a pair by itself"
+    beta = -losses.expm1().log() / _difference(*four)
+    if beta.min() > 0 and torch.allclose(beta, beta[0].expand(5)):
+        return "this is DPO's loss, whose end you know; change something"
+    return None
+
+
+def not_its_end(answer, ref_logps, rewards) -> str | None:
+    """What is wrong with a loss and the end that is claimed for it: training must stay where it is."""
+    if not (isinstance(answer, (tuple, list)) and len(answer) == 2 and callable(answer[0])):
+        return "return two things, (loss, end): a function of four columns, and log-probabilities or None"
+    loss, end = answer
+    if (reason := not_a_loss(loss, ref_logps)) is not None:
+        return reason
+    objective = expected_loss(loss, ref_logps, rewards)
+    if end is None:
+        stops = descended(objective, ref_logps).log_softmax(-1)
+        return None if runs_away(objective, ref_logps) else f"{NO_END} {show(stops)}"
+    if not (isinstance(end, Tensor) and end.shape == rewards.shape and end.isfinite().all()):
+        return f"the end has {len(rewards)} finite log-probabilities; where there is none, return None"
+    end = end.detach().double()
+    if (end.exp().sum() - 1).abs() > 1e-3:
+        reason = "these are probabilities" if (end.sum() - 1).abs() < 1e-3 else "they do not sum to one"
+        return f"the end has log-probabilities: {reason}"
+    return _left(objective, end, ref_logps)
+
+
+def _left(objective, end: Tensor, ref_logps: Tensor) -> str | None:
+    """Whether training that begins close to the claimed end goes elsewhere, where the loss is lower."""
+    generator = torch.Generator().manual_seed(0)
+    near = [end + torch.randn(len(end), generator=generator, dtype=torch.float64) for _ in range(6)]
+    claimed = objective(end)
+    scale = torch.stack([(objective(place) - claimed).abs() for place in near]).mean()
+    for place in near[:2]:
+        found = descended(objective, end + 0.1 * (place - end))
+        if not claimed - objective(found) <= SLACK * scale:
+            if runs_away(objective, end):
+                return "training that begins at your end leaves it and goes on and on: is there an end?"
+            if (end - ref_logps).abs().max() < 1e-3:
+                return f"this is the reference; training leaves it for {show(found.log_softmax(-1))}"
+            return f"training that begins at your end leaves it for {show(found.log_softmax(-1))}"
+    return None
+
+
+def _claimed(loss, end):
+    """A student's answer: a loss, and what is claimed to be its end, from the reference and the rewards."""
+    return lambda ref_logps, rewards: (loss, end(ref_logps, rewards))
+
+
+def exponentials_end(ref_logps, rewards) -> tuple:
+    """A loss and its end in closed form: exp(-h) rests where p e^-h = (1 - p) e^h, at half of logit(p)."""
+    return exponential, optimal_logps(ref_logps, rewards, beta=2.0)
+
+
+OWN = Exercise(
     number="10.6",
-    function="forward_kl_optimum",
-    inputs=small_worlds(),
-    expected=climbed,
-    source="Newton's method on the objective, on the simplex",
-    within=1e-6,  # `torch.tensor(beta).log()` has seven digits, and is no mistake
+    function="my_invention",
+    inputs=st.sampled_from(WORLDS),
+    expected=exponentials_end,
+    source="training with your loss: it stays at the end that you gave, or never ends if you gave none",
+    complaint=not_its_end,
+    # For losses of the course; that of any other is said by the complaint.
     mistakes={
-        "this is the optimum under the reverse KL, the usual one": (
-            lambda ref_logps, rewards, beta: (ref_logps + rewards / beta).log_softmax(-1)
+        "this is π* with β = 1: a loss ends where its own pulls balance, exp(-h) at half of logit(p)": (
+            _claimed(exponential, lambda ref, r: optimal_logps(ref, r, beta=1.0))
         ),
-        "λ is the root of Σπ = 1; max r + β is only an upper bound": (
-            lambda ref_logps, rewards, beta: ref_logps + (beta / (rewards.max() + beta - rewards)).log()
+        "exp(-h) has an end, where the pulls of the two labels balance": (
+            _claimed(exponential, lambda ref, r: None)
         ),
-        "dividing by the sum does not find λ: it stands in every denominator": (
-            lambda ref_logps, rewards, beta: (ref_logps - (rewards.max() + beta - rewards).log()).log_softmax(
-                -1
-            )
+        "-h pulls equally hard for ever, so the commoner label wins: there is no end": (
+            _claimed(linear, lambda ref, r: optimal_logps(ref, r, beta=1.0))
         ),
-        "the β is missing": lambda ref_logps, rewards, beta: _root(ref_logps.exp(), rewards),
-        "β is upside down: a large β stays near the reference": (
-            lambda ref_logps, rewards, beta: _root(ref_logps.exp() / beta, rewards)
-        ),
-        "the reference is missing": lambda ref_logps, rewards, beta: _root(
-            torch.full_like(rewards, beta / len(rewards)), rewards
-        ),
-        "the sign of the reward is reversed": lambda ref_logps, rewards, beta: _root(
-            beta * ref_logps.exp(), -rewards
-        ),
-        "these are probabilities: return their logarithms": lambda ref_logps, rewards, beta: _root(
-            beta * ref_logps.exp(), rewards
-        ).exp(),
-        "the logarithm of the reference stands where its probability should": (
-            lambda ref_logps, rewards, beta: _root(-beta * ref_logps, rewards)
-        ),
-        "the reference has moved: at equal rewards the policy is the reference": (
-            lambda ref_logps, rewards, beta: (ref_logps + _root(beta * ref_logps.exp(), rewards)).log_softmax(
-                -1
-            )
+        "this is the reference: nothing was trained": _claimed(exponential, lambda ref, r: ref.clone()),
+        "these are probabilities: return their logarithms": (
+            _claimed(exponential, lambda ref, r: optimal_logps(ref, r, beta=2.0).exp())
         ),
     },
 )
 
-EXERCISES = [PULLS, CENTRED, FITTING, REPAIRED, EXISTENCE, FORWARD]
+EXERCISES = [PULLS, CENTRED, FITTING, REPAIRED, EXISTENCE, OWN]
