@@ -1,11 +1,13 @@
 """Who handed in what: folders, files, zips and platforms' names; scripts as cells; an answer's own work."""
 
+import csv
 import io
 import zipfile
 
 import pytest
+from dpo_course import given
 from dpo_course.cells import chapters_of, code_cells, read
-from dpo_course.exercises import all_exercises
+from dpo_course.exercises import of_chapter
 from dpo_course.grade import main
 from dpo_course.submissions import submissions
 
@@ -152,9 +154,8 @@ def test_a_class_of_scripts_and_zips_is_graded(tmp_path):
     function is remarked."""
     solved = "\n\n".join(cell.source for cell in build.solved_notebook(build.sources()[2]).cells
                          if {"setup", "exercise"} & set(cell.metadata.get("tags", [])))  # fmt: skip
-    renamed = (
-        ANSWER.replace("dpo_loss", "my_dpo_loss") + "\n\ndef canonical_reward(r, ref, beta):\n    return r\n"
-    )
+    other = given.of_chapter("3").tasks["3.2"].function
+    renamed = f"{ANSWER.replace('dpo_loss', 'my_dpo_loss')}\n\ndef {other}(*given):\n    return 0\n"
     files = {
         "Ada_1_assignsubmission_file_/a.py": ANSWER,
         "Bob_2_assignsubmission_file_/b.py": renamed,
@@ -163,8 +164,8 @@ def test_a_class_of_scripts_and_zips_is_graded(tmp_path):
     }
     (tmp_path / "class.zip").write_bytes(zipped(files))
     assert main([str(tmp_path / "class.zip"), "--output", str(tmp_path / "grades.csv")]) == 0
-    text = (tmp_path / "grades.csv").read_text(encoding="utf-8")
-    ada, bob, cy, di = [line.split(",") for line in text.splitlines()[2:]]
-    assert ada[:2] == ["Ada", "2"] and di[:2] == ["Di", "0"] and "no notebook" in di[-1]
-    assert cy[1] == str(sum(e.points for n, e in all_exercises().items() if n.startswith("3.")))
-    assert bob[1] == "0" and "there is `my_dpo_loss`" in text
+    rows = csv.DictReader((tmp_path / "grades.csv").read_text(encoding="utf-8").splitlines())
+    _, ada, bob, cy, di = rows
+    assert (ada["points"], ada["3.2"], di["points"]) == ("2", "", "0") and "no notebook" in di["remarks"]
+    assert cy["points"] == str(sum(exercise.points for exercise in of_chapter("3").values()))
+    assert (bob["3.1"], bob["points"]) == ("0", "0") and "there is `my_dpo_loss`" in bob["remarks"]

@@ -56,7 +56,8 @@ class Library:
 
 def _is_torchs(function: Any, name: str) -> bool:
     """Whether torch itself has made this function for this name."""
-    return getattr(function, "__name__", "") == name and str(function.__module__).startswith("torch")
+    module = getattr(function, "__module__", None)
+    return getattr(function, "__name__", "") == name and str(module).startswith("torch")
 
 
 def _functions(place: Any) -> dict[str, Any]:
