@@ -37,7 +37,7 @@ def data(source: Path) -> str:
                 "text": text,
                 "function": re.search(r"^def (\w+)", asked, re.MULTILINE)[1],
                 "stub": asked,
-                "needs": needed(names(solved)[0] | named_in(f"{title} {text}"), demonstrations),
+                "needs": needed(names(solved)[0] | shown(f"{title} {text}", demonstrations), demonstrations),
                 "solution": given.digest(solved) if is_long(solved) else "",
             }
         elif not {"check", "install"} & set(tags):
@@ -64,12 +64,11 @@ def needed(wanted: set[str], before: list[str]) -> str:
     return "\n\n\n".join(reversed(chosen))
 
 
-def named_in(text: str) -> set[str]:
-    """Names that a text speaks of: exhibit A is `exhibit_a`."""
+def shown(text: str, demonstrations: list[str]) -> set[str]:
+    """The demonstrations' functions that a text speaks of: exhibit A is `exhibit_a`."""
     words = re.findall(r"\w+", text.lower())
-    return {f"{first}_{second}" for first, second in itertools.pairwise(words)} | {
-        w for w in words if "_" in w
-    }
+    spoken = {"_".join(pair) for pair in itertools.pairwise(words)} | {word for word in words if "_" in word}
+    return spoken & set(re.findall(r"^def (\w+)", "\n".join(demonstrations), re.MULTILINE))
 
 
 def is_long(solution: str) -> bool:

@@ -2,7 +2,14 @@
 
 import csv
 import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 from dpo_course import given
@@ -13,6 +20,7 @@ from dpo_course.submissions import submissions
 
 from notebooks import build
 
+ROOT = Path(__file__).parent.parent
 ANSWER = """import torch.nn.functional as F
 
 
@@ -169,3 +177,48 @@ def test_a_class_of_scripts_and_zips_is_graded(tmp_path):
     assert (ada["points"], ada["3.2"], di["points"]) == ("2", "", "0") and "no notebook" in di["remarks"]
     assert cy["points"] == str(sum(exercise.points for exercise in of_chapter("3").values()))
     assert (bob["3.1"], bob["points"]) == ("0", "0") and "there is `my_dpo_loss`" in bob["remarks"]
+
+
+# ------------------------------------------------------------------------------- without the notebooks
+
+
+@pytest.mark.slow
+def test_gradescope_and_the_package_alone(tmp_path):
+    """README's run_autograder, in folders as Gradescope has them, with the package as pip installs it and no
+    clone: points, and the message of the check."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target"]
+    project = tmp_path / "project"
+    for name in ("dpo_minimal", "notebooks/dpo_course"):
+        shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, project)
+    subprocess.run([*pip, str(tmp_path / "site"), str(project)], check=True)
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "notebooks/README.md").read_text("utf-8"), re.DOTALL)
+    (script,) = (block for block in blocks if "run_autograder" in block or "--gradescope" in block)
+    autograder = tmp_path / "autograder"
+    for name in ("submission", "results"):
+        (autograder / name).mkdir(parents=True)
+    (autograder / "run_autograder").write_text(script.replace("/autograder", str(autograder)))
+    wrong = ANSWER.replace("beta * (a - c - b + d)", "beta * (a - b)")
+    other = given.of_chapter("3").tasks["3.2"].stub
+    (autograder / "submission" / "answers.py").write_text(f"{wrong}\n\n{other}\n")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    surroundings = os.environ | {"PYTHONPATH": str(tmp_path / "site"), "PATH": path}
+    subprocess.run(["bash", "run_autograder"], cwd=autograder, env=surroundings, check=True)
+    results = json.loads((autograder / "results" / "results.json").read_text(encoding="utf-8"))
+    tests = {test["number"]: test for test in results["tests"]}
+    assert results["score"] == 0 and list(tests) == list(of_chapter("3"))
+    assert (tests["3.1"]["name"], tests["3.1"]["score"], tests["3.1"]["max_score"]) == ("dpo_loss", 0, 2)
+    assert "looks like      the reference is missing" in tests["3.1"]["output"]
+    assert "not solved yet" in tests["3.2"]["output"] and "not handed in" in tests["3.3"]["output"]
+    assert set(tests["3.1"]) == {"number", "name", "score", "max_score", "output", "visibility"}
+
+
+def test_gradescope_gets_an_answer_where_nothing_was_handed_in(tmp_path):
+    """Without results.json it would tell the student that the autograder has failed."""
+    (tmp_path / "submission").mkdir()
+    arguments = [str(tmp_path / "submission"), "--notebooks", "3", "--gradescope", str(tmp_path / "r.json")]
+    assert main(arguments) == 0
+    results = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert results["score"] == 0 and len(results["tests"]) == len(of_chapter("3"))
+    assert results["output"].startswith("no notebook, no script")
