@@ -29,7 +29,7 @@ figures.use_style()
 # |---|---|
 # | The air scatters light. | The air scatters blue light more than red. |
 #
-# Which one do you choose? Most people choose B, because it explains the colour; some choose A, because it is shorter. Nobody can say that B is worth 7.3 points, but everybody can choose. This course is about how a model learns from such choices.
+# Which one do you choose? Say that most people choose B, because it explains the colour, and some choose A, because it is shorter. Nobody can say how many points B is worth, but everybody can choose. This course is about how a model learns from such choices.
 
 # %%
 figures.show(figures.pipeline(), "1.a")
@@ -82,7 +82,7 @@ figures.show(figure, "1.b")
 print(f"{((fractions - chances).abs() > errors).sum()} of 9 points miss the curve by more than their bar")
 
 # %% [markdown] tags=["outcome"]
-# **What happened.** In the long run about one point in three misses its curve by more than one standard error. That is chance, and no fault of the model. At a difference of zero people toss a coin. Far out they almost always agree, and a choice tells little.
+# **What happened.** In the long run about one point in three misses its curve by more than one standard error. That is chance, and no fault of the model. At a difference of zero each is chosen half of the time. Far out people almost always agree, and a choice tells little.
 
 # %% [markdown]
 # ### Exercise 1.1: a chain
@@ -356,15 +356,15 @@ check("1.5", pooled_gap)
 # The cell below trains on the pool, for several sizes of the first group.
 
 # %%
-for share in (1.0, 0.9, 0.7, 0.5):
+for share in (1.0, 0.9, 0.7, 0.6):
     wins = share * torch.sigmoid(torch.tensor(2.0)) + (1 - share) * torch.sigmoid(torch.tensor(-2.0))
-    learned = trained(wins.item(), 1 - wins.item(), steps=500)[-1] + 0.0  # no -0
+    learned = trained(wins.item(), 1 - wins.item(), steps=500)[-1]
     print(
         f"share {share}: learned {learned:5.2f} nats, average reward {share * 2 - (1 - share) * 2:5.2f} nats"
     )
 
 # %% [markdown] tags=["outcome"]
-# **What happened.** Less than the average, wherever the groups disagree. Training ends where the model's share of wins is the pool's ([D2.2]), so it is *probabilities* that are averaged, and the reward is the log-odds of their average. A group that is already sure can add little to a probability, however strongly it feels. So nobody in the pool has the learned reward, and it is no average of rewards. A pool of two groups with opposite rewards is the same as one group with flipped labels ([D2.3]).
+# **What happened.** Less than the average, in each of these pools of two groups. Training ends where the model's share of wins is the pool's ([D2.2]), so it is *probabilities* that are averaged, and the reward is the log-odds of their average. A group that is already sure can add little to a probability, however strongly it feels. So nobody in the pool has the learned reward, and it is no average of rewards. A pool of two groups with opposite rewards is the same as one group with flipped labels ([D2.3]).
 
 # %% [markdown]
 # ## An open question

@@ -123,7 +123,7 @@ check("2.2", break_even)
 #
 # $$-\tfrac1\beta J(\pi)=E_\pi\Big[\log\frac{\pi(y)}{\pi_{\rm ref}(y)\,e^{r(y)/\beta}}\Big].$$
 #
-# What stands in the denominator is positive but does not sum to one. So divide it by its sum, the *partition function* $Z(x)=\sum_y\pi_{\rm ref}(y|x)\,e^{r(x,y)/\beta}$, and make good for it:
+# What stands in the denominator is positive but does not sum to one. So divide it by its sum, the *partition function* $Z(x)=\sum_y\pi_{\rm ref}(y|x)\,e^{r(x,y)/\beta}$, and correct for it:
 #
 # $$J(\pi)=\beta\log Z-\beta\,\mathrm{KL}(\pi\Vert\pi^\ast),\qquad\pi^\ast(y|x)=\frac1{Z(x)}\,\pi_{\rm ref}(y|x)\,e^{r(x,y)/\beta}.$$
 #
@@ -246,7 +246,7 @@ axes.set(xlabel="KL(π‖π_ref) (nats)", ylabel="expected reward (its units)", 
 figures.show(figure, "2.e")
 
 # %% [markdown] tags=["outcome"]
-# **What happened.** None can: at its own divergence, $\pi^\ast$ has the most reward that any policy can have ([D10.1]). The slope of the curve at the point of $\beta$ is $\beta$ ([D10.2]): the first nats buy much reward, the last ones little.
+# **What happened.** None can: at its own divergence, $\pi^\ast$ has the most reward that any policy can have ([D10.1]). The slope of the curve at the point of $\beta$ is $\beta$ ([D10.2]): the first nats add much reward, the last ones little.
 
 # %% [markdown]
 # ## What the optimum is worth

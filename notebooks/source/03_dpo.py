@@ -153,7 +153,7 @@ figures.show(figure, "3.b")
 # %% [markdown]
 # ### Exercise 3.3: train
 #
-# *12 minutes.* Now train yourself, on real counts: `wins[i, j]` is how often $y_i$ was chosen over $y_j$. The policy is a table, $\pi=\mathrm{softmax}(\theta)$. Start at the reference, take `steps` steps of gradient descent on the mean loss of all choices, and return the policy's log-probabilities. Use autograd, or find the gradient by hand (notebook 4 does). Your own 3.1 may help. In your head first: if $y_1$ won 3 of 3 against $y_2$, and nobody was asked about $y_3$, what happens to the probability of $y_3$?
+# *12 minutes.* Now train yourself, on real counts: `wins[i, j]` is how often $y_i$ was chosen over $y_j$. The policy is a table, $\pi=\mathrm{softmax}(\theta)$. Start at the reference, take `steps` steps of gradient descent on the mean loss of all choices, and return the policy's log-probabilities. Use autograd, or find the gradient by hand (notebook 4 does). Your own 3.1 may help. Predict first: if "sea" won 3 of 3 against "air", and nobody was asked about "blue light", what happens to the probability of "blue light"?
 
 
 # %% tags=["exercise"]
@@ -178,7 +178,7 @@ check("3.3", train_dpo)
 # The same with the library, for the counts of the question.
 
 # %%
-pair = dpo.tally(torch.zeros(3, dtype=torch.long), torch.tensor([[0, 1]] * 3))  # y₁ over y₂, three times
+pair = dpo.tally(torch.zeros(3, dtype=torch.long), torch.tensor([[0, 1]] * 3))  # sea over air, three times
 policy = dpo.TabularPolicy(ref_logps[None])
 optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
 for _ in range(20):
@@ -190,7 +190,7 @@ print("before", ref_logps.exp().round(decimals=3).tolist())
 print("after ", policy().detach()[0].exp().round(decimals=3).tolist())
 
 # %% [markdown] tags=["outcome"]
-# **What happened.** Each choice pushes two logits, the winner's up and the loser's down by as much ([D5.1]). The logit of $y_3$ does not move. Its probability changes all the same, because the three must sum to one: what nobody was asked about is decided by the normalisation, and not by people.
+# **What happened.** Each choice pushes two logits, the winner's up and the loser's down by as much ([D5.1]). The logit of "blue light" does not move. Its probability changes all the same, because the three must sum to one: what nobody was asked about is decided by the normalisation, and not by people.
 
 # %% [markdown]
 # ## It does not matter which pairs you show
@@ -266,7 +266,7 @@ figures.show(figure, "3.d")
 # %% [markdown]
 # ### Exercise 3.4: after many rounds
 #
-# *10 minutes.* Change the experiment. Return the log-probabilities of the policy after the given number of rounds. Each is trained to its end, on all pairs with exact probabilities, and the policy of each is the reference of the next. You may train, or think. Then say in a sentence: which *single* round would have led to the same policy?
+# *10 minutes.* Change the experiment. Return the log-probabilities of the policy after the given number of rounds. Each is trained to its end, on all pairs with exact probabilities, and the policy of each is the reference of the next. You may train, or find where training must end. Then say in a sentence: which *single* round would have led to the same policy?
 
 
 # %% tags=["exercise"]
@@ -300,7 +300,7 @@ for number in range(1, 5):
     print(f"round {number}:", reference.exp().round(decimals=4).tolist(), f"KL(π‖π_ref) = {moved:.3f} nats")
 
 # %% [markdown] tags=["outcome"]
-# **What happened.** Every round multiplies by $e^{r/\beta}$ once more, so $n$ rounds at $\beta$ are one round at $\beta/n$ ([D3.5]). The penalty keeps a round close to *its* reference, and nobody keeps it close to the first. Many rounds lead to the best completion alone. So rounds are no way to find $\pi^\ast$ better: that takes the *first* reference in every round, and new pairs. Such pairs are useful where the reference hardly ever says what $\pi^\ast$ says ([D11.22]).
+# **What happened.** Every round multiplies by $e^{r/\beta}$ once more, so $n$ rounds at $\beta$ are one round at $\beta/n$ ([D3.5]). The penalty keeps a round close to *its* reference, and nothing keeps it close to the first. Many rounds lead to the best completion alone. So rounds are no way to find $\pi^\ast$ better: that takes the *first* reference in every round, and new pairs. Such pairs are useful where the reference hardly ever says what $\pi^\ast$ says ([D11.22]).
 
 # %% [markdown]
 # ## An open question
