@@ -35,7 +35,7 @@ OPTIONS = {
         "output": Option("the file to write", str, "page.html", metavar="FILE"),
         "force": Option("overwrite the file", bool),
         "beta": Option(
-            "of both trainings; the slider of beta goes from 1/16 to 32 anyway", float, 1.0,
+            "of both trainings; the slider of beta covers 1/16 to 32", float, 1.0,
             check=partial(check_range, low=0.05, high=5.0, reason="beyond, the bars of pi* hardly move"),
         ),  # for rewards that are 0.5 to 5.5 apart
         # In this world the best completion is the one that the reference gives least often.
