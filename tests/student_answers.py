@@ -5,9 +5,11 @@ They are written without a look at the checks' own mistakes: with loops, in anot
 Each wrong one stands beside a part of the name that the check must find for it.
 """
 
+import functools
 import math
 
 import torch
+from dpo_course.training import logps_of_rows, small_gpt
 
 # ------------------------------------------------------------------------------- 1 preferences
 
@@ -332,7 +334,7 @@ def too_small_by_variances(K):
     return (K + 1) / 3
 
 
-# ------------------------------------------------------------------------------- 6.2 sequences
+# ------------------------------------------------------------------------------- 6.1 sequences
 
 
 def sequence_by_loops(logits, ids, prompt_lengths, lengths):
@@ -435,6 +437,49 @@ def bias_by_halving(logps, other_logps, rewards, lengths):
         middle = (low + high) / 2
         low, high = (middle, high) if lead(middle) * lead(0.0) > 0 else (low, middle)
     return torch.tensor(low, dtype=torch.float64)
+
+
+# ------------------------------------------------------------------------------- 6.2, 6.4, 6.5
+
+
+def without_end_by_beginnings(texts, logps):
+    chances = dict(zip(texts, logps.exp().tolist()))
+    beginnings = [text.rstrip(".") for text in texts]
+    return sum(p for begin in beginnings for text, p in chances.items() if text.startswith(begin))
+
+
+def without_end_by_lengths(texts, logps):
+    return (logps.exp() * torch.tensor([len(text) for text in texts])).sum()
+
+
+def means_by_bisection(ref_logps, rewards, lengths, beta):
+    low, high = -10.0, 10.0
+    for _ in range(50):
+        c = (low + high) / 2
+        p = ref_logps.exp() * (lengths * (rewards + c) / beta).exp()
+        low, high = (low, c) if p.sum() > 1 else (c, high)
+    return (p * lengths).sum()
+
+
+def means_normalised_afterwards(ref_logps, rewards, lengths, beta):
+    p = ref_logps.exp() * (lengths * rewards / beta).exp()
+    return (p * lengths).sum() / p.sum()
+
+
+def adapter_by_hand(seed, chosen, rejected, beta, steps, rate, *, weight=0.5, cut=True):
+    policy, base = small_gpt(seed), small_gpt(seed)
+    weights = list(policy.parameters())
+    for _ in range(steps):
+        h = (logps_of_rows(policy, chosen) - logps_of_rows(policy, rejected)).mean()
+        for w, g in zip(weights, torch.autograd.grad(weight * beta * h, weights)):
+            w.data += rate * g if cut else 0
+    with torch.no_grad():
+        before, after = (logps_of_rows(m, chosen) - logps_of_rows(m, rejected) for m in (base, policy))
+    return after - before
+
+
+adapter_that_cannot_move = functools.partial(adapter_by_hand, cut=False)
+adapter_with_the_whole_weight = functools.partial(adapter_by_hand, weight=1.0)
 
 
 # ------------------------------------------------------------------------------- 10 your own loss
@@ -577,7 +622,10 @@ RIGHT = [
     ("5.3", normal_preference_by_erf),
     ("5.3", normal_preference_by_torchs_distribution),
     ("5.5", too_small_by_simulation),
-    ("6.2", sequence_by_loops),
+    ("6.1", sequence_by_loops),
+    ("6.2", without_end_by_beginnings),
+    ("6.4", means_by_bisection),
+    ("6.5", adapter_by_hand),
     ("10.1", pulls_by_loops),
     ("10.2", batch_by_loops),
     ("10.3", fitting_by_odds),
@@ -638,12 +686,16 @@ WRONG = [
     ("5.2", first_places_among_themselves, "left out of the denominators"),
     ("5.3", normal_preference_of_one_noise, "the noise of one completion only"),
     ("5.5", too_small_by_variances, "the ratio of the variances"),
-    ("6.2", sequence_mean, "mean over the completion's tokens"),
-    ("6.2", sequence_with_its_prompt, "log-probs of the prompt are included"),
-    ("6.2", sequence_with_its_padding, "padding is included"),
-    ("6.2", sequence_off_by_one, "off by one"),
-    ("6.2", sequence_without_its_end, "the last token is left out"),
-    ("6.2", sequence_without_its_beginning, "the first completion token is left out"),
+    ("6.1", sequence_mean, "mean over the completion's tokens"),
+    ("6.1", sequence_with_its_prompt, "log-probs of the prompt are included"),
+    ("6.1", sequence_with_its_padding, "padding is included"),
+    ("6.1", sequence_off_by_one, "off by one"),
+    ("6.1", sequence_without_its_end, "the last token is left out"),
+    ("6.1", sequence_without_its_beginning, "the first completion token is left out"),
+    ("6.2", without_end_by_lengths, "the average number of tokens with end-of-text"),
+    ("6.4", means_normalised_afterwards, "normalised afterwards"),
+    ("6.5", adapter_that_cannot_move, "the reference has a gradient here"),
+    ("6.5", adapter_with_the_whole_weight, "the weight is β/2"),
     ("10.1", pulls_with_the_second_term_on_both, "contains the chosen completion only"),
     ("10.1", pulls_per_batch, "mean over the batch"),
     ("10.2", batch_with_a_constant_mean, "the mean moves with every margin"),

@@ -163,3 +163,24 @@ def pipeline() -> plt.Figure:
         middle, height = (begin[0] + stop[0]) / 2, 0.75 if end - start == 1 else 0.2
         axes.text(middle, height, name, ha="center", color=colour)
     return figure
+
+
+def rows_of_words(
+    axes: plt.Axes, rows: Sequence[Sequence[str]], prompts: Sequence[int], lengths: Sequence[int]
+) -> None:
+    """Rows of a batch, one box a token: the prompt grey, the completion in colour, the padding hatched.
+
+    Args:
+        rows: words, as many in each row.
+        prompts, lengths: of each row, tokens of the prompt, and of prompt and completion together.
+    """
+    for y, (row, prompt, length) in enumerate(zip(rows, prompts, lengths, strict=True)):
+        for x, word in enumerate(row):
+            colour = "0.88" if x < prompt else "white" if x >= length else SKY
+            hatch = "//" if x >= length else None
+            box = plt.Rectangle((x, -y), 0.94, 0.8, facecolor=colour, edgecolor="0.5", hatch=hatch)
+            axes.add_patch(box)
+            if x < length:
+                axes.text(x + 0.47, 0.4 - y, word, ha="center", va="center", fontsize=13)
+    axes.set(xlim=(-0.1, len(rows[0]) + 0.1), ylim=(0.1 - len(rows), 1))
+    axes.axis("off")

@@ -1,91 +1,26 @@
 """Notebook 6: a completion is a sequence of tokens."""
 
+import functools
 import itertools
 import math
 
 import torch
+import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpo_minimal import optimal_logps, rlhf_objective
-from dpo_minimal.bench.exercises import Exercise, betas, log_distribution, table
+from dpo_minimal import all_sets, expected_pairs
+from dpo_minimal.bench.exercises import Exercise, log_distribution
+from dpo_minimal.zoo.ipo import averaged_dpo_optimum, with_lengths
 
-# ------------------------------------------------------------------------------- 6.1 completion_mask
+from ..training import logps_of_rows, small_gpt
+
+# ------------------------------------------------------------------------------ 6.1 sequence_logps
 
 
 def _two_lengths(T: int) -> st.SearchStrategy[tuple[int, int]]:
     """Of a prompt, and of prompt and completion together: neither is empty, at most T tokens in all."""
     return st.sampled_from([(before, length) for length in range(2, T + 1) for before in range(1, length)])
-
-
-@st.composite
-def rows_of_tokens(draw):
-    """Lengths of B rows, and the width of the batch, which may exceed them all."""
-    T = draw(st.integers(3, 7))
-    before, lengths = zip(*draw(st.lists(_two_lengths(T), min_size=1, max_size=3)))
-    return {"prompt_lengths": torch.tensor(before), "lengths": torch.tensor(lengths), "T": T}
-
-
-def completion_or_not(prompt_lengths, lengths, T) -> Tensor:
-    """Each row laid out as words; a token counts where the word is "completion"."""
-    rows = []
-    for before, length in zip(prompt_lengths.tolist(), lengths.tolist()):
-        kinds = ["prompt"] * before + ["completion"] * (length - before) + ["padding"] * (T - length)
-        rows.append([kind == "completion" for kind in kinds])
-    return torch.tensor(rows)
-
-
-def _between(low, high, T: int) -> Tensor:
-    """True at the positions from low up to but not including high."""
-    position = torch.arange(T)
-    return (position >= low[:, None]) & (position < high[:, None])
-
-
-MASK = Exercise(
-    number="6.1",
-    function="completion_mask",
-    inputs=rows_of_tokens(),
-    expected=completion_or_not,
-    source="rows laid out token by token, each called prompt, completion or padding",
-    mistakes={
-        "the prompt is included: it is a condition, the policy did not choose it": (
-            lambda before, length, T: _between(0 * before, length, T)
-        ),
-        "the padding is included: the completion ends at lengths": (
-            lambda before, length, T: _between(before, 0 * length + T, T)
-        ),
-        "the first completion token is left out: it stands at position prompt_lengths, counting from 0": (
-            lambda before, length, T: _between(before + 1, length, T)
-        ),
-        "the last token is left out: end-of-text is a decision like any other": (
-            lambda before, length, T: _between(before, length - 1, T)
-        ),
-        "one position too far to the right: positions count from 0": (
-            lambda before, length, T: _between(before + 1, length + 1, T)
-        ),
-        "one position too far to the left: this is where the predictions stand, not the tokens": (
-            lambda before, length, T: _between(before - 1, length - 1, T)
-        ),
-        "one token too many at the end: a row's last token stands at position lengths - 1": (
-            lambda before, length, T: _between(before, length + 1, T)
-        ),
-        "lengths holds prompt and completion together; it was read as the completion's alone": (
-            lambda before, length, T: _between(before, before + length, T)
-        ),
-        "the opposite: this is True where a token does not count": (
-            lambda before, length, T: ~_between(before, length, T)
-        ),
-        "rows and columns are exchanged: the shape is (B, T)": (
-            lambda before, length, T: _between(before, length, T).T
-        ),
-        "as wide as the longest row; the batch may be wider, T says how wide": (
-            lambda before, length, T: _between(before, length, int(length.max()))
-        ),
-    },
-)
-
-
-# ------------------------------------------------------------------------------ 6.2 sequence_logps
 
 
 @st.composite
@@ -115,6 +50,12 @@ def token_after_token(logits, ids, prompt_lengths, lengths) -> Tensor:
             chance *= strengths[tokens[place]] / sum(strengths)
         totals.append(math.log(chance))
     return torch.tensor(totals, dtype=torch.float64)
+
+
+def _between(low, high, T: int) -> Tensor:
+    """True at the positions from low up to but not including high."""
+    position = torch.arange(T)
+    return (position >= low[:, None]) & (position < high[:, None])
 
 
 def _per_token(logits, ids) -> Tensor:
@@ -147,7 +88,7 @@ def _of_numbers(numbers, ids, before, length) -> Tensor:
 
 
 SEQUENCE = Exercise(
-    number="6.2",
+    number="6.1",
     function="sequence_logps",
     inputs=scored_rows(),
     expected=token_after_token,
@@ -199,6 +140,78 @@ SEQUENCE = Exercise(
         ),
     },
     central=True,
+)
+
+
+# ---------------------------------------------------------------------------- 6.2 sum_without_end
+
+
+@functools.cache
+def _completions(letters: int, longest: int) -> list[str]:
+    """Every text of at most `longest` tokens that ends with "." or is cut."""
+    texts, open_ones = [], [""]
+    for _ in range(longest):
+        texts += [text + "." for text in open_ones]
+        open_ones = [text + letter for text in open_ones for letter in "ab"[:letters]]
+    return texts + open_ones
+
+
+@st.composite
+def all_completions(draw):
+    """Every completion over one or two letters, and its log-probability, end-of-text included."""
+    texts = _completions(draw(st.integers(1, 2)), draw(st.integers(1, 3)))
+    return {"texts": texts, "logps": draw(log_distribution(len(texts)))}
+
+
+def token_by_token(texts, logps) -> Tensor:
+    """Next-token probabilities, shares of the completions that begin alike, multiplied up to the end."""
+    chances = dict(zip(texts, logps.exp().tolist()))
+
+    def begins(prefix: str) -> float:
+        return math.fsum(chance for text, chance in chances.items() if text.startswith(prefix))
+
+    def score(text: str) -> float:
+        letters = text.rstrip(".")
+        return math.prod(begins(letters[: k + 1]) / begins(letters[:k]) for k in range(len(letters)))
+
+    return torch.tensor(math.fsum(map(score, texts)), dtype=torch.float64)
+
+
+def _average(texts, logps, count) -> Tensor:
+    return logps.exp() @ torch.tensor([float(count(text)) for text in texts], dtype=torch.float64)
+
+
+def _letters(text: str) -> int:
+    return len(text.rstrip("."))
+
+
+WITHOUT_END = Exercise(
+    number="6.2",
+    function="sum_without_end",
+    inputs=all_completions(),
+    expected=token_by_token,
+    source="next-token probabilities, multiplied token by token, end-of-text left out",
+    mistakes={
+        "1 is the sum with end-of-text: without it texts count for more than their probability": (
+            lambda texts, logps: torch.tensor(1.0)
+        ),
+        "each text is counted once for every beginning it has, the empty one included": (
+            lambda texts, logps: _average(texts, logps, _letters)
+        ),
+        "end-of-text is counted among the tokens": lambda texts, logps: 1 + _average(texts, logps, len),
+        "the average number of tokens with end-of-text: it differs where texts are cut": (
+            lambda texts, logps: _average(texts, logps, len)
+        ),
+        "all texts count alike: they differ in probability": (
+            lambda texts, logps: torch.tensor(1 + sum(map(_letters, texts)) / len(texts))
+        ),
+        "the number of texts: a score is below one, wherever it leaves a token": (
+            lambda texts, logps: torch.tensor(float(len(texts)))
+        ),
+        "1 + the longest: most texts end before": (
+            lambda texts, logps: torch.tensor(1.0 + max(map(_letters, texts)))
+        ),
+    },
 )
 
 
@@ -258,60 +271,191 @@ NEXT = Exercise(
 )
 
 
-# --------------------------------------------------------------------------------- 6.4 soft_values
+# ---------------------------------------------------------------------- 6.4 length_trained_on_means
 
 
-@st.composite
-def one_token_to_go(draw):
-    """P prefixes: the reference's next tokens, the rewards of what they end, and beta."""
-    P, V = draw(st.integers(1, 3)), draw(st.integers(2, 4))
+def _world(seed: int) -> dict:
+    """Three completions: a reference, rewards in tenths, one to three tokens each, and beta."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = torch.randint(1, 6, (3,), generator=generator).double()
     return {
-        "ref_logps": draw(log_distribution(P, V)),
-        "rewards": draw(table(P, V, -3, 3)),
-        "beta": draw(betas()),
+        "ref_logps": (parts / parts.sum()).log(),
+        "rewards": torch.randint(-10, 11, (3,), generator=generator).double() / 10,
+        "lengths": torch.randperm(3, generator=generator) + 1,
+        "beta": (1.0, 0.5)[seed % 2],
     }
 
 
-def best_objective(ref_logps, rewards, beta) -> Tensor:
-    """What the best way to go on is worth: reward less beta times the divergence."""
-    best = optimal_logps(ref_logps, rewards, beta=beta)
-    return rlhf_objective(best, ref_logps, rewards, beta=beta)
+_EQUAL = {
+    "ref_logps": torch.full((3,), 1 / 3).double().log(),
+    "lengths": torch.tensor([1, 2, 3]),
+    "beta": 1.0,
+}
+_EXAMPLES = [{"rewards": torch.tensor(r).double()} | _EQUAL for r in ([1.0, 1.0, 0.0], [0.0, 1.0, 1.0])]
+WORLDS = [{name: world[name] for name in _world(0)} for world in (*_EXAMPLES, *map(_world, range(3)))]
 
 
-VALUES = Exercise(
+def length_at_the_minimum(ref_logps, rewards, lengths, beta) -> Tensor:
+    """The library's optimum of averaged DPO, for the exact probabilities of all pairs."""
+    pairs = expected_pairs(rewards[None], all_sets(torch.ones(1, len(rewards), dtype=torch.bool)))
+    logps = averaged_dpo_optimum(pairs, ref_logps[None], beta=beta, lengths=lengths[None])[0]
+    return _length(logps, lengths)
+
+
+def _length(logps, lengths) -> Tensor:
+    return logps.softmax(-1) @ lengths.double()
+
+
+def _constant(g, lengths) -> Tensor:
+    """The c for which exp(lengths * (g + c)) sums to one."""
+    low, high = torch.tensor(-20.0).double(), torch.tensor(20.0).double()
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if (lengths * (g + middle)).logsumexp(-1) > 0 else (middle, high)
+    return low
+
+
+def _with_sum_one(ref_logps, rewards, lengths, beta) -> Tensor:
+    return _length(ref_logps + lengths * rewards / beta, lengths)
+
+
+MEANS = Exercise(
     number="6.4",
-    function="soft_values",
-    inputs=one_token_to_go(),
-    expected=best_objective,
-    source="E[r] - β KL of the best way to go on",
+    function="length_trained_on_means",
+    inputs=st.sampled_from(WORLDS).map(dict),  # few: an answer may train
+    expected=length_at_the_minimum,
+    source="the library's optimum of DPO on means",
+    within=0.01,  # of one plus the length: training need not go on until nothing moves
     mistakes={
-        "the expected reward under the reference: it forgets that the next token will be chosen well, too": (
-            lambda ref, r, beta: (ref.exp() * r).sum(-1)
+        "this is π*, where DPO on sums ends: the log-ratios were not divided by the lengths": (
+            lambda ref, r, lengths, beta: _length(ref + r / beta, lengths)
         ),
-        "the expected reward under π*: what it costs to leave the reference is missing": (
-            lambda ref, r, beta: ((ref + r / beta).softmax(-1) * r).sum(-1)
+        "this is the reference's length: nothing was trained": (
+            lambda ref, r, lengths, beta: _length(ref, lengths)
         ),
-        "the factor β before the logarithm is missing": (lambda ref, r, beta: (ref + r / beta).logsumexp(-1)),
-        "β is missing inside: the exponent is r/β": (lambda ref, r, beta: beta * (ref + r).logsumexp(-1)),
-        "β multiplies the rewards: the exponent is r/β": (
-            lambda ref, r, beta: beta * (ref + r * beta).logsumexp(-1)
+        "the policy's log-probabilities are divided by the lengths, the reference's are not": (
+            lambda ref, r, lengths, beta: _length(
+                lengths * (ref + r / beta + _constant(ref + r / beta, lengths)), lengths
+            )
         ),
-        "divided by β at the end: β multiplies the logarithm": (
-            lambda ref, r, beta: (ref + r / beta).logsumexp(-1) / beta
+        "multiplied by the lengths, not divided": (
+            lambda ref, r, lengths, beta: _length(
+                with_lengths(ref[None], r[None] / beta, 1 / lengths[None])[0], lengths
+            )
         ),
-        "β is upside down: it divides the rewards and multiplies the logarithm": (
-            lambda ref, r, beta: (ref + r * beta).logsumexp(-1) / beta
+        "normalised afterwards: the constant that makes the sum one stands beside r, and is multiplied too": (
+            _with_sum_one
         ),
-        "β is missing": lambda ref, r, beta: (ref + r).logsumexp(-1),
-        "the reference is missing: it weighs the terms of the sum": (
-            lambda ref, r, beta: beta * (r / beta).logsumexp(-1)
+        "all completions count alike: weigh each length with its probability": (
+            lambda ref, r, lengths, beta: lengths.double().mean()
         ),
-        "the largest reward: that is the limit for β to 0": lambda ref, r, beta: r.amax(-1),
-        "one number for all prefixes: return one for each row": (
-            lambda ref, r, beta: beta * (ref + r / beta).logsumexp((0, 1))
+        "β multiplies the rewards; it divides them": (
+            lambda ref, r, lengths, beta: length_at_the_minimum(ref, r, lengths, 1 / beta)
         ),
-        "the logarithm is missing": lambda ref, r, beta: beta * (ref + r / beta).exp().sum(-1),
     },
 )
 
-EXERCISES = [MASK, SEQUENCE, NEXT, VALUES]
+
+# ------------------------------------------------------------------- 6.5 moved_with_the_adapter_left_on
+
+
+@st.composite
+def pairs_of_rows(draw):
+    """The seed of a GPT, B pairs of rows that begin with the prompt, beta, and steps of a length."""
+    given = {"seed": draw(st.integers(0, 1)), **draw(st.sampled_from(_ROWS))}
+    given["beta"] = 0.5 if given["seed"] else 1.0
+    steps, rate = draw(st.sampled_from([(1, 0.5), (3, 0.25)]))
+    return given | {"steps": steps, "rate": rate}
+
+
+_ROWS = [
+    {"chosen": torch.tensor([[0, 1]]), "rejected": torch.tensor([[0, 2]])},
+    {"chosen": torch.tensor([[0, 1, 4], [3, 2, 4]]), "rejected": torch.tensor([[0, 2, 1], [3, 1, 1]])},
+]
+
+
+def _differences(model, chosen, rejected) -> Tensor:
+    return logps_of_rows(model, chosen) - logps_of_rows(model, rejected)
+
+
+def _moved(seed, chosen, rejected, steps, rate, loss) -> Tensor:
+    """How far the differences have come after steps of SGD on the mean of loss(differences of the policy)."""
+    policy, start = small_gpt(seed), _differences(small_gpt(seed), chosen, rejected).detach()
+    optimizer = torch.optim.SGD(policy.parameters(), lr=rate)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(_differences(policy, chosen, rejected) - start).backward()
+        optimizer.step()
+    return (_differences(policy, chosen, rejected) - start).detach()
+
+
+def half_of_the_unweighted_loss(seed, chosen, rejected, beta, steps, rate) -> Tensor:
+    """Gradient descent on -h with the weight beta / 2: no reference is left in its gradient."""
+    return _moved(seed, chosen, rejected, steps, rate, lambda h: -beta / 2 * h.mean())
+
+
+LEFT_ON = Exercise(
+    number="6.5",
+    function="moved_with_the_adapter_left_on",
+    inputs=pairs_of_rows(),
+    expected=half_of_the_unweighted_loss,
+    source="gradient descent with a constant weight of β/2 for every pair",
+    mistakes={
+        "this is the right run: the reference stayed where training began": (
+            lambda seed, c, r, beta, steps, rate: _moved(
+                seed, c, r, steps, rate, lambda h: -F.logsigmoid(beta * h).mean()
+            )
+        ),
+        "the reference has a gradient here: it cancels the policy's, and nothing moves": (
+            lambda seed, c, r, beta, steps, rate: torch.zeros(len(c), dtype=torch.float64)
+        ),
+        "the weight is β/2, not β: at a margin of zero σ is one half": (
+            lambda seed, c, r, beta, steps, rate: _moved(seed, c, r, steps, rate, lambda h: -beta * h.mean())
+        ),
+        "the sum over the pairs: the loss is their mean": (
+            lambda seed, c, r, beta, steps, rate: _moved(
+                seed, c, r, steps, rate, lambda h: -beta / 2 * h.sum()
+            )
+        ),
+        "one step too few": (
+            lambda seed, c, r, beta, steps, rate: half_of_the_unweighted_loss(
+                seed, c, r, beta, steps - 1, rate
+            )
+        ),
+        "gradients add up over the steps: set them to zero before each": (
+            lambda seed, c, r, beta, steps, rate: _with_old_gradients(seed, c, r, beta, steps, rate)
+        ),
+        "multiplied by β: asked for are differences of log-ratios, not margins": (
+            lambda seed, c, r, beta, steps, rate: (
+                beta * half_of_the_unweighted_loss(seed, c, r, beta, steps, rate)
+            )
+        ),
+        "against the policy itself: compare the end with the true reference, small_gpt(seed)": (
+            lambda seed, c, r, beta, steps, rate: (
+                half_of_the_unweighted_loss(seed, c, r, beta, steps, rate)
+                - half_of_the_unweighted_loss(seed, c, r, beta, steps - 1, rate)
+            )
+        ),
+        "the reference at the end is missing: take its difference off the policy's": (
+            lambda seed, c, r, beta, steps, rate: (
+                half_of_the_unweighted_loss(seed, c, r, beta, steps, rate)
+                + _differences(small_gpt(seed), c, r).detach()
+            )
+        ),
+        "uphill: chosen and rejected are exchanged, or the gradient was added": (
+            lambda seed, c, r, beta, steps, rate: half_of_the_unweighted_loss(seed, c, r, -beta, steps, rate)
+        ),
+    },
+)
+
+
+def _with_old_gradients(seed, chosen, rejected, beta, steps, rate) -> Tensor:
+    policy, start = small_gpt(seed), _differences(small_gpt(seed), chosen, rejected).detach()
+    optimizer = torch.optim.SGD(policy.parameters(), lr=rate)
+    for _ in range(steps):
+        (-beta / 2 * _differences(policy, chosen, rejected).mean()).backward()
+        optimizer.step()
+    return (_differences(policy, chosen, rejected) - start).detach()
+
+
+EXERCISES = [SEQUENCE, WITHOUT_END, NEXT, MEANS, LEFT_ON]
