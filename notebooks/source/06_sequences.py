@@ -283,7 +283,7 @@ figures.show(figure, "6.d")
 # %% [markdown]
 # ### Exercise 6.4: change the score: the mean
 #
-# *8 minutes.* Many divide a log-ratio by the completion's number of tokens, so that long completions have no advantage. *Train* a table that way: one prompt, $Y$ completions, the exact probabilities of all pairs ($\sigma(r_i-r_j)$), and the DPO loss with $\beta\log\frac{\pi(y)}{\pi_{\rm ref}(y)}\big/|y|$ in place of the implicit reward. Return the average length of the policy where training ends, in tokens. You may use `descend`; the objective returns the loss and a dict, and 300 steps with a learning rate of 0.1 are enough. (The check allows 1 %, and takes some seconds.)
+# *8 minutes.* Many divide a log-ratio by the completion's number of tokens, so that long completions have no advantage. *Train* a table that way: one prompt, $Y$ completions, the exact probabilities of all pairs ($\sigma(r_i-r_j)$), and the DPO loss with $\beta\log\frac{\pi(y)}{\pi_{\rm ref}(y)}\big/|y|$ in place of the implicit reward. Return the average length of the policy where training ends, in tokens. You may use `descend`; the objective returns the loss and a dict, and 150 steps with a learning rate of 0.2 are enough. (The check allows 1 %, and takes some seconds.)
 #
 # **Predict before you run.** The cell after the check has four equally likely completions: three with one token, of rewards 1, 0 and 0, and one of ten tokens with reward 0.9. Which one does π\* prefer? Which one will the mean prefer?
 
@@ -298,7 +298,7 @@ def length_trained_on_means(ref_logps, rewards, lengths, beta):
         scores = beta * (theta.log_softmax(-1) - ref_logps) / lengths
         return -(preferred * F.logsigmoid(scores[:, None] - scores)).mean(), {}
 
-    descend(objective, [theta], 300 * [None], learning_rate=0.1)
+    descend(objective, [theta], 150 * [None], learning_rate=0.2)
     return theta.detach().softmax(-1) @ lengths.double()
     ### END SOLUTION
 
