@@ -9,6 +9,7 @@ import pytest
 import student_answers
 import torch
 import torch.nn.functional as F
+from dpo_course import training
 from dpo_course.checks import check, find_exercise, judge
 from dpo_course.exercises import CHAPTERS, all_exercises
 
@@ -410,3 +411,21 @@ def test_numbers_are_shown_as_a_student_would_write_them():
     assert show(torch.tensor([[0.0, -1.5], [1 / 3, 2.0]])) == "[[0, -1.5], [0.33333, 2]]"
     assert show((1.0, True, "a")) == "[1, True, 'a']"
     assert show(-torch.inf) == "-inf"
+
+
+def test_what_answers_train_with():
+    """The small GPT is a distribution, the same for the same seed, and leaves the generator alone; `descend`
+    ends in a minimum, at rates that rise over 20 steps and fall to zero."""
+    before = torch.get_rng_state()
+    gpt, again, other = training.small_gpt(1), training.small_gpt(1), training.small_gpt(2)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(gpt.wte.weight, again.wte.weight) and not torch.equal(gpt.wte.weight, other.wte.weight)
+    rows = torch.cartesian_prod(torch.tensor([3]), torch.arange(5), torch.arange(5))
+    logps = training.logps_of_rows(gpt, rows)
+    assert abs(logps.exp().sum().item() - 1) < 1e-12 and logps.max() - logps.min() > 0.1
+
+    x = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    records = training.descend(lambda goal: ((x - goal).square().sum(), {}), [x], [torch.ones(2)] * 200, 0.1)
+    assert (x - 1).abs().max() < 1e-3  # the last rates are below it
+    rates = [record["learning_rate"] for record in records]
+    assert rates.index(max(rates)) == 19 and max(rates) < 0.1 and rates[-1] == pytest.approx(0.1 / 200)

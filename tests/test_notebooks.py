@@ -338,6 +338,30 @@ def test_figures_without_labels_or_description_are_refused(monkeypatch):
     assert shown[0]["text/html"].startswith('<img alt="a line" src="data:image/png;base64,iVBOR')
 
 
+def test_rows_and_groups_are_drawn_as_they_are():
+    import matplotlib.pyplot as plt
+    from dpo_course import figures
+    from matplotlib.colors import to_hex
+
+    figure, axes = plt.subplots()
+    figures.rows_of_words(axes, ["abcd", "efgh"], prompts=[1, 2], lengths=[4, 3])
+    boxes = [to_hex(box.get_facecolor(), keep_alpha=False) for box in axes.patches]
+    grey, sky, white = to_hex("0.88"), figures.SKY.lower(), "#ffffff"
+    assert boxes == [grey, sky, sky, sky, grey, grey, sky, white]
+    assert [text.get_text() for text in axes.texts] == [*"abcd", *"efg"], "padding has no word"
+    plt.close(figure)
+
+    figure, axes = plt.subplots()
+    figures.bars_side_by_side(
+        axes, ["x", "y"], {"a": [1.0, 2.0], "b": [3.0, 4.0]}, ["red", "blue"], fmt="%.1f"
+    )
+    assert [bar.get_height() for bar in axes.patches] == [1, 2, 3, 4]
+    places = [round(bar.get_x() + bar.get_width() / 2) for bar in axes.patches]
+    assert places == [0, 1, 0, 1] and axes.patches[0].get_x() < axes.patches[2].get_x()
+    assert [text.get_text() for text in axes.texts] == ["1.0", "2.0", "3.0", "4.0"]
+    plt.close(figure)
+
+
 def test_the_slider_is_an_extra(monkeypatch, capsys):
     """Without ipywidgets, or where outputs are kept, it says what would stand there, and draws nothing."""
     from dpo_course import figures

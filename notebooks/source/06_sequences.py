@@ -160,7 +160,7 @@ def sum_without_end(texts, logps):
 check("6.2", sum_without_end)
 
 # %% [markdown] tags=["outcome"]
-# **What happened.** Without end-of-text, exp(score) of `ab.` is the probability that the policy's text *begins* with `ab`. A text `ab.` begins with nothing, with `a` and with `ab`, so it is counted three times: once more than it has tokens before the end. The sum is one plus the average number of these tokens. A loss that raises such scores is content with longer texts, and nothing teaches the model to stop.
+# **What happened.** Without end-of-text, exp(score) of `ab.` is the probability that the policy's text *begins* with `ab`. A text `ab.` begins with nothing, with `a` and with `ab`, so it is counted three times: once more than it has tokens before the end. The sum is one plus the average number of these tokens. What the policy writes after `ab` does not change this score, so training on it never teaches the model to stop.
 
 # %% [markdown]
 # ## π\* has next-token probabilities too
@@ -242,7 +242,7 @@ print(f"{sum(weight.numel() for weight in gpt.parameters())} weights for {exists
 print(f"{len(slate.items)} pairs out of {Y * (Y - 1)}")
 
 # %% [markdown]
-# `EnumeratedPolicy` returns the table of all $\log\pi(y|x)$, as a function of the GPT's weights. The loss is that of notebook 3, to the letter.
+# `EnumeratedPolicy` returns the table of all $\log\pi(y|x)$, as a function of the GPT's weights. The loss is that of notebook 3, unchanged.
 
 
 # %%
@@ -329,7 +329,7 @@ for name, logps in (("π* (sums)", by_sum), ("means", by_mean)):
 #
 # $$\beta\sum_{s\le t}\log\frac{\pi^\ast(y_s|x,y_{<s})}{\pi_{\rm ref}(y_s|x,y_{<s})}=V(y_{\le t})-V(x),\qquad V(x)=\beta\log Z(x).$$
 #
-# **Predict before you run.** The next figure follows the best, a middling and the worst completion of three tokens from left to right: lines are π\*, open markers the GPT. Where does each line start, and where must it end?
+# **Predict before you run.** The next figure follows the best, the median and the worst completion of three tokens from left to right: lines are π\*, open markers the GPT. Where does each line start, and where must it end?
 
 # %%
 lengths = completions.lengths
@@ -353,12 +353,12 @@ axes.set(xticks=range(4), xlim=(-0.1, 3.4), xlabel="tokens read", ylabel="value 
 figures.show(figure, "6.e")
 
 # %% [markdown] tags=["outcome"]
-# **What happened.** Lines are $V(y_{\le t})-V(x)$, and the GPT's markers lie on them. All start at zero and end at $r(y)-\beta\log Z(x)$, as the cell prints. In between, the GPT says after each token how well it is going, although nobody labelled a token.
+# **What happened.** Lines are $V(y_{\le t})-V(x)$, and the GPT's markers lie on them. All start at zero and end at $r(y)-\beta\log Z(x)$, as the cell prints. In between, the GPT gives a value to the text so far after each token, although nobody labelled a token.
 
 # %% [markdown]
 # ## A GPT that writes words
 #
-# On text the steps are the same: text becomes tokens, each side of a pair becomes a row, the rows become log-probabilities. What is new is that nobody can list all completions. Here is the whole way in miniature, with a vocabulary of words. The prompts are `the film`, `the plot` and `the music`; people have written reviews of one clause or two. The *true reward* is the sum of what the clauses say. Training never sees it.
+# On text the steps are the same: text becomes tokens, each side of a pair becomes a row, the rows become log-probabilities. What is new is that nobody can list all completions. Here are all the steps at a small size, with a vocabulary of words. The prompts are `the film`, `the plot` and `the music`; people have written reviews of one clause or two. The *true reward* is the sum of what the clauses say. Training never sees it.
 
 # %%
 clauses = {"was a joy": 1, "made us laugh": 1, "was in colour": 0, "was a bore": -1, "made us yawn": -1}
@@ -558,7 +558,7 @@ figures.show(figure, "6.h")
 #
 # | in TRL | here |
 # |---|---|
-# | `DPOConfig(beta=0.1)` | β, in nats |
+# | `DPOConfig(beta=0.1)` | β |
 # | `loss_type="sigmoid"` | `dpo.dpo_loss`, −log σ(u) |
 # | `loss_type="sigmoid_norm"` | DPO on means, exercise 6.4 |
 # | `completion_mask` | the coloured boxes of figure 6.f |
@@ -637,7 +637,7 @@ def moved_with_the_adapter_left_on(seed, chosen, rejected, beta, steps, rate):
 check("6.5", moved_with_the_adapter_left_on)
 
 # %% [markdown] tags=["outcome"]
-# **What happened.** The log shows log 2 at every step, a margin of zero and an accuracy of zero: it looks as if nothing were learnt. But the gradient is not zero. Every pair pulls with the weight β/2, at each step, however far the policy has come: this is the training without the weight of notebook 4, and it never comes to rest. Whoever sees a loss that stays at exactly 0.693 should look at the reference first.
+# **What happened.** The log shows log 2 at every step, a margin of zero and an accuracy of zero: it looks as if nothing were learnt. But the gradient is not zero. Every pair pulls with the weight β/2, at each step, however far the policy has come: this is the training without the weight of notebook 4, and it never comes to rest. Whoever sees a loss that stays at exactly log 2 should look at the reference first.
 
 # %% [markdown]
 # In a terminal, without data or network,
