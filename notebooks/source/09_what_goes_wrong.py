@@ -22,7 +22,7 @@ figures.use_style()
 # %% [markdown]
 # ## Exhibit A: a tidy average
 #
-# Six exhibits follow, each a few lines that look right. Most stand for bugs that users of public code reported. In the first, the log-probabilities of tokens are made into one of a completion (reported in the issues of TRL and of the DPO paper's own code).
+# Six exhibits follow, each a few lines that look right. Where we know a public report of the same mistake, it is linked; where we know none, we say so. In the first, the log-probabilities of tokens are made into one of a completion by a mean. Whether DPO should do so was asked in [an issue of TRL](https://github.com/huggingface/trl/issues/789) and in [one of the DPO paper's code](https://github.com/eric-mitchell/direct-preference-optimization/issues/48); users who tried it reported there that training collapses, or that β has to be a hundred times as large.
 
 
 # %%
@@ -42,7 +42,7 @@ print("after exhibit A:", averaged.round(decimals=3))
 #
 # $$\log\pi(y|x)=\sum_{t}\log\pi(y_t|x,y_{<t}).$$
 #
-# **Predict before you run.** The black bars are the products. To what do they add up, and the red ones of exhibit A?
+# **Predict before you run.** The black bars are the products. To what do they add up, and the hatched bars of exhibit A?
 
 # %%
 products = torch.tensor([0.2, 0.8 * 0.2, 0.8 * 0.8 * 0.2, 0.8 * 0.8 * 0.8])
@@ -105,7 +105,7 @@ print("averages:", trained(torch.tensor([1, 1, 10])).round(decimals=2))
 # %% [markdown]
 # ## Exhibit B: half a β
 #
-# A published derivation writes the loss "in another form" and loses a β on the way ([D14.4]).
+# A published derivation writes the loss "in another form" and loses a β on the way ([D14.4]). Of public code we know the opposite slip, [a β too many in MaxText](https://github.com/AI-Hypercomputer/maxtext/issues/1530).
 
 
 # %%
@@ -136,7 +136,7 @@ figures.show(figure, "9.b")
 # %% [markdown]
 # ## Exhibit C: a mean of means
 #
-# A batch that does not fit into memory is split into micro-batches. Each gives the gradient of *its* mean loss, and the step needs that of the whole batch. Steps that weighed rows wrongly were reported in the issues of Transformers and of TRL. In short:
+# A batch that does not fit into memory is split into micro-batches. Each gives the gradient of *its* mean loss, and the step needs that of the whole batch. The mean of these means was reported for tokens in the place of rows, in [a pull request to MLX LM](https://github.com/ml-explore/mlx-lm/pull/1413): a micro-batch of short completions counted as much as one of long ones. In short:
 
 
 # %%
@@ -190,7 +190,7 @@ check("9.2", step_gradient)
 # %% [markdown]
 # ## Exhibit D: re-paired too late
 #
-# KTO's loss of a good completion is $1-\sigma(\beta(\rho-z_0))$, where $\rho$ is its log-ratio and $z_0$ an estimate of the divergence, from prompts put together with *other* prompts' completions ([D12.4]). Reported in the issues of TRL, here in a few lines:
+# KTO's loss of a good completion is $1-\sigma(\beta(\rho-z_0))$, where $\rho$ is its log-ratio and $z_0$ an estimate of the divergence, from prompts put together with *other* prompts' completions ([D12.4]). The code below is a mistake of our own. A smaller relative of it was reported [in an issue of TRL](https://github.com/huggingface/trl/issues/1911): re-paired by reversing the batch, the middle one of an odd number keeps its own completion.
 
 
 # %%
@@ -247,7 +247,7 @@ check("9.3", kto_z0)
 # %% [markdown]
 # ## Exhibit E: the padding's twin
 #
-# GPT-2 has no padding token, so end-of-text is often used to fill rows up. Then padding is taken out by its id (reported in a pull request's thread of TRL).
+# GPT-2 has no padding token, so end-of-text is often used to fill rows up. Then padding is taken out by its id. This was found in two trainers of TRL ([a pull request](https://github.com/huggingface/trl/pull/6357)), and behind models that don't stop writing ([an issue of a course](https://github.com/mlabonne/llm-course/issues/33)).
 #
 # **Predict before you run.** Below, 0 is end-of-text. The first row has a prompt of one token and the completion `7 8 0`, the second a prompt of two and `7 9 8 0`; the rest is padding. Which tokens get no mark?
 
@@ -288,7 +288,7 @@ check("9.4", scored_tokens)
 # %% [markdown]
 # ## Exhibit F: a reference that follows
 #
-# Users of TRL reported a loss that stays at 0.6931. There are several ways to get it; this is one.
+# A loss that stays at 0.6931 was reported in [an issue of TRL](https://github.com/huggingface/trl/issues/1962): the reference's log-probabilities had been computed in advance, and were then not used. There are several ways to get that loss; the one below, a copy that is none, is our own.
 
 
 # %%
@@ -385,7 +385,7 @@ check("9.6", diagnosis)
 # %% [markdown]
 # ## No bug: both fall
 #
-# The rest of this notebook is about right code. Why does the log-probability of the *chosen* completion fall? This was asked several times in the issues of the DPO paper's code. The loss contains only the difference of the two, and where completions share parameters, a step along what sets the chosen one apart may help a third completion, which has more of it, even more.
+# The rest of this notebook is about right code. Why does the log-probability of the *chosen* completion fall? This was asked in [an issue of the DPO paper's code](https://github.com/eric-mitchell/direct-preference-optimization/issues/32), where one of its authors answers, and in [one of TRL](https://github.com/huggingface/trl/issues/800). The loss contains only the difference of the two, and where completions share parameters, a step along what sets the chosen one apart may help a third completion, which has more of it, even more.
 #
 # The smallest example: each completion has one feature $\phi_y$ and the logit $v\,\phi_y$, with a single parameter $v$. The chosen one has $\phi=1$, the rejected one 0, and a third, which is in no pair, 3. A small step makes the chosen one fall if and only if ([D13.1])
 #

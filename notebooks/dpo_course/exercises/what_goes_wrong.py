@@ -1,4 +1,4 @@
-"""Notebook 9: exhibits of bugs that users reported, their repairs, and the properties that they break."""
+"""Notebook 9: exhibits of bugs, their repairs, and the properties that they break."""
 
 import functools
 import math
