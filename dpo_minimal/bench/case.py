@@ -67,10 +67,10 @@ class Case:
         self.training, self.precision = log.training, SINGLE if log.ours else HALF
         self.reads_reference = loss is None or "reference" in loss.reads
         self.evaluations = list(itertools.chain(*log.evaluations.values()))
-        self.start = [
-            r for data in log.evaluations.values() for r in data[:1] if 0 in (r.step, r.of("epoch"))
+        begun = [
+            data[0] for data in log.evaluations.values() if 0 in (data[0].of("step"), data[0].of("epoch"))
         ]
-        self.start += [record for record in log.training[:1] if record.step == 1]
+        self.start = begun + [record for record in log.training[:1] if record.of("step") == 1]
         # Where loss and rewards are means of the same rows with the same weights. Not in TRL's evaluations:
         # the loss is a mean over rows, the rewards are means over batches, of which the last is smaller.
         self.same_rows = [*self.training, *self.evaluations] if log.ours else self.training

@@ -31,6 +31,9 @@ from .case import (
 from .logs import Record
 
 ON_ROWS = "loss", MARGINS, ACCURACY
+OTHER_REWARDS = (  # than beta times the log-ratio: means over tokens, and other functions of it
+    "averaged_dpo", "averaged_ipo", "forward_kl", "jensen_shannon", "alpha_divergence", "chi2_kl",
+)  # fmt: skip
 TIE = 3.2e-3  # nats: what ours takes for a tie, 1e-4 per square root of tokens, at GPT-2's 1024
 SURE = -math.log(0.99)  # the loss of a pair that is ordered with odds of 99 : 1
 MEDIAN_WEIGHT = 0.6745 * 0.02  # the median of |w| for w ~ N(0, 0.02^2), as GPT-2's weights begin
@@ -63,12 +66,15 @@ def not_finite(case: Case) -> Findings:
 def no_reference(case: Case) -> Findings:
     """Rewards are b log pi, with one b in all records [D4.1]."""
     used = [record for record in having(case.training, *LOGPS, *REWARDS) if any(map(record.of, REWARDS))]
-    slopes = [_slope(case, [(r, x, 1)], [(r, y, 1)]) for r in used for x, y in zip(LOGPS, REWARDS)]
-    if case.reads_reference and len(used) > 1 and None not in slopes:
-        low, high, _ = _common(slopes)
-        if low <= high:
-            b = (low + high) / 2
-            yield finding("no reference", f"in all {counted(used)} both rewards are {b:.4g} times logps")
+    low, high = -math.inf, math.inf
+    for record, (logps, reward) in itertools.product(used, zip(LOGPS, REWARDS)):
+        least, most, _ = _slope(case, [(record, logps, 1)], [(record, reward, 1)]) or (math.inf, 0, "")
+        low, high = max(low, least), min(high, most)
+        if low > high:
+            return
+    if case.reads_reference and len(used) > 1:
+        seen = f"in all {counted(used)} both rewards are {(low + high) / 2:.4g} times the log-probabilities"
+        yield finding("no reference", seen)
 
 
 def not_at_the_reference(case: Case) -> Findings:
@@ -78,23 +84,25 @@ def not_at_the_reference(case: Case) -> Findings:
         return
     if away:
         seen = shown(away[0], "loss", *REWARDS, RATIO) + ", before any update"
-        if case.is_sigmoid and having(away[:1], "loss", MARGINS):
-            square = 8 * (away[0].of("loss") - LN2 + away[0].of(MARGINS) / 2)  # log cosh(m/2) <= m^2/8
-            seen += f"; so the root mean square of the margins is at least {math.sqrt(max(0.0, square)):.3g}"
+        square = 8 * (away[0].of("loss") - LN2 + away[0].of(MARGINS) / 2)  # log cosh(m/2) <= m^2/8
+        if case.is_sigmoid and square > 0:
+            seen += f"; the margins' root mean square is at least {math.sqrt(square):.3g}"
         alone = away == case.training[:1] and len(case.start) > 1
         yield finding("not at the reference" + ".dropout" * alone, seen)
         return
-    first = case.training[0] if case.training else None
-    if first is None or case.log.ours or not case.is_sigmoid or not (steps := _averaged_from_the_start(case)):
-        return
-    seen = f"{shown(first, *ON_ROWS, *REWARDS)}, the mean of the first {steps} steps"
-    if first.of("loss") < LN2 / steps - case.error(first, "loss") - HALF:
-        bound = f"the mean loss is at least ln 2 / {steps} = {LN2 / steps:.4g}"
-    elif first.of(ACCURACY) == 1 and max(abs(first.of(name)) for name in REWARDS) > HALF:
-        bound = "the accuracy is below 1"
-    else:
-        return
-    yield finding("not at the reference.averaged", seen, bound=bound)
+    if case.training and not case.log.ours and case.is_sigmoid and (steps := _steps_of_the_first(case)):
+        first = case.training[0]
+        if first.of("loss") < LN2 / steps - case.error(first, "loss") - HALF:
+            bound = f"a mean over {steps:g} steps is at least ln 2 / {steps:g} = {LN2 / steps:.4g}"
+        elif first.of(ACCURACY) == 1 and max(abs(first.of(name)) for name in REWARDS) > HALF:
+            bound = "the accuracy is below 1"
+        else:
+            return
+        yield finding(
+            "not at the reference.averaged",
+            f"{shown(first, *ON_ROWS, *REWARDS)}, the first record",
+            bound=bound,
+        )
 
 
 def _is_away(case: Case, record: Record) -> bool:
@@ -105,28 +113,29 @@ def _is_away(case: Case, record: Record) -> bool:
     return case.is_sigmoid and abs(record.of("loss") - LN2) > HALF + case.error(record, "loss")
 
 
-def _averaged_from_the_start(case: Case) -> int:
-    """How many steps the first record averages, 2 where nobody says; 0 if it is not of the beginning."""
-    for name in ("step", "epoch"):
-        ends = [record.of(name) for record in case.training[:2]]
-        error = sum(case.error(record, name) for record in case.training[:2]) if name == "epoch" else 0
-        if len(having(case.training[:2], name)) == 2 and abs(ends[1] - 2 * ends[0]) <= 3 * error:
-            return int(ends[0]) if name == "step" else 2
+def _steps_of_the_first(case: Case) -> float:
+    """How many steps the first record averages, inf where nobody says; 0 if it is not of the beginning."""
+    for name in "step", "epoch":
+        if len(pair := having(case.training[:2], name)) == 2:
+            first, second = (record.of(name) for record in pair)
+            error = 0.0 if name == "step" else 3 * max(case.error(record, name) for record in pair)
+            return 0 if abs(second - 2 * first) > error else first if name == "step" else math.inf
     return 0
 
 
 def another_loss(case: Case) -> Findings:
     """Rewards are 0 as they must, and the loss is not what it must be there [D13.7]."""
+    start = case.loss_at_start
     for record in having(case.start, "loss", *REWARDS):
-        loss, start = record.of("loss"), case.loss_at_start
-        error = case.error(record, "loss") + HALF * loss
-        ratio = loss / (start or LN2)
+        ratio = record.of("loss") / (start or LN2)
         factor = max(ratio, 1 / ratio) if ratio > 0 else 0.0
-        is_scaled = factor > 1.5 and abs(factor - round(factor)) * loss <= factor * error
+        written = case.error(record, "loss") / record.of("loss") if ratio > 0 else 0.0
+        is_scaled = 1.5 < factor < 64 and abs(factor / round(factor) - 1) < written + 2.0**-16  # float32
+        is_wrong = abs(record.of("loss") - (start or 0.0)) > case.error(record, "loss") + HALF * (
+            start or 0.0
+        )
         if start is None:  # 2 ln 2 is where NCA and BCO start, so that 3 is the first multiple that tells
-            is_wrong = is_scaled and (ratio < 1 or ratio > 2.5) and factor < 100
-        else:
-            is_wrong = abs(loss - start) > error
+            is_wrong = is_scaled and not case.loss_is_claimed and not 1 < ratio < 2.5
         if is_wrong and not _is_away(case, record):
             seen = f"{shown(record, 'loss', *REWARDS)}, before any update"
             yield finding(
@@ -190,7 +199,7 @@ def _violations(case: Case, record: Record) -> Iterator[tuple[str, float, float]
 def beta_and_reference(case: Case) -> Findings:
     """On one data set rewards change by beta times what log-probabilities do, if the reference stays
     [D13.7]."""
-    if not (slopes := slopes_of(case)) or not case.reads_reference:
+    if not (slopes := slopes_of(case)):
         return
     low, high, places = _common(slopes)
     if low > high:
@@ -206,12 +215,16 @@ def beta_and_reference(case: Case) -> Findings:
 def slopes_of(case: Case) -> list[Slope]:
     """What beta may be: from log-ratios and the reference's log-probabilities where they are logged, and from
     changes between evaluations on one data set, in which the reference cancels."""
-    found = []
+    found: list[Slope | None] = []
+    if not case.reads_reference or (case.loss and case.loss.name in OTHER_REWARDS):
+        return []
     for record in [*case.training, *case.evaluations]:
-        found.append(_slope(case, [(record, RATIO, 1)], [(record, REWARDS[0], 1)]))
+        if RATIO in record.values:
+            found.append(_slope(case, [(record, RATIO, 1)], [(record, REWARDS[0], 1)]))
         for logps, reward in zip(LOGPS, REWARDS):
-            terms = [(record, logps, 1), (record, f"reference_{logps}", -1)]
-            found.append(_slope(case, terms, [(record, reward, 1)]))
+            if f"reference_{logps}" in record.values:
+                terms = [(record, logps, 1), (record, f"reference_{logps}", -1)]
+                found.append(_slope(case, terms, [(record, reward, 1)]))
     for records, (logps, reward) in itertools.product(case.log.evaluations.values(), zip(LOGPS, REWARDS)):
         for record in records[1:]:
             ends = (record, 1), (records[0], -1)
@@ -219,18 +232,18 @@ def slopes_of(case: Case) -> list[Slope]:
     return [slope for slope in found if slope is not None]
 
 
-def _slope(
-    case: Case, below: list[tuple[Record, str, int]], above: list[tuple[Record, str, int]]
-) -> Slope | None:
-    """A quotient of two signed sums of logged numbers; None where one is missing or the divisor may be 0."""
-    sums, errors = [], []
-    for terms in below, above:
-        values = [sign * record.of(name) for record, name, sign in terms]
-        sums.append(sum(values))
-        errors.append(
-            sum(case.error(r, name) + case.precision * abs(x) for (r, name, _), x in zip(terms, values))
+Terms = list[tuple[Record, str, int]]  # signs
+
+
+def _slope(case: Case, below: Terms, above: Terms) -> Slope | None:
+    """A quotient of two sums of logged numbers; None where one is missing or the divisor may be 0."""
+    (x, error), (y, error_above) = (
+        (
+            sum(sign * record.of(name) for record, name, sign in terms),
+            sum(case.error(r, name) + case.precision * abs(r.of(name)) for r, name, _ in terms),
         )
-    (x, y), (error, error_above) = sums, errors
+        for terms in (below, above)
+    )
     if not math.isfinite(x + y) or abs(x) <= 2 * error:
         return None
     half = (error_above + abs(y / x) * error) / (abs(x) - error)
@@ -247,32 +260,30 @@ def _common(slopes: list[Slope]) -> Slope:
 
 
 def nothing_scored(case: Case) -> Findings:
-    """A mean log-probability of exactly 0: no token counts in any row."""
-    for name in LOGPS:
-        if zero := [record for record in [*case.training, *case.evaluations] if record.of(name) == 0]:
-            yield finding("nothing scored", f"{zero[0].place}: {name} is exactly 0 ({counted(zero)})")
+    """A mean log-probability of exactly 0, and by a reward of 0 under the reference too: no tokens count."""
+    for logps, reward in zip(LOGPS, REWARDS):
+        zero = [r for r in [*case.training, *case.evaluations] if r.of(logps) == 0 == r.values.get(reward, 0)]
+        if zero:
+            yield finding("nothing scored", f"{zero[0].place}: {logps} is exactly 0 ({counted(zero)})")
             return
 
 
 def ties(case: Case) -> Findings:
-    """Rewards that are exactly 0 after updates too, and what the other columns say of the reason."""
-    later = [record for record in having(case.training, *REWARDS) if record not in case.start]
-    if not later or any(record.of(name) for record in later for name in REWARDS):
+    """Margins that are exactly 0 after updates too, and what the other columns say of the reason."""
+    later = [record for record in having(case.training, MARGINS) if record not in case.start]
+    if not later or any(record.of(MARGINS) or record.of(ACCURACY) > 0 for record in later):
         yield from _some_ties(case)
         return
-    seen = f"{shown(later[-1], 'loss', *REWARDS, ACCURACY)}: no reward moves in {counted(later)}"
-    rate = max((record.of("learning_rate") for record in later), default=math.nan)
-    if rate == 0:
+    seen = f"{shown(later[-1], 'loss', *REWARDS, MARGINS, ACCURACY)}; every margin is 0 in {counted(later)}"
+    rate = max(record.of("learning_rate") for record in later)
+    if all(record.of(LOGPS[0]) == record.of(LOGPS[1]) for record in later):
+        kind = ".pairs"
+    elif rate == 0:
         kind = ".rate"
     elif all(record.of("grad_norm") == 0 for record in later):
         kind = ".gradient"
-    elif all(record.of(LOGPS[0]) == record.of(LOGPS[1]) for record in later):
-        kind = ".pairs"
-    elif (moved := _evaluations_moved(case)) is False and rate < _half_unit(8):
-        yield _too_small(f"{seen}; learning rate at most {rate:.3g}", 8)
-        return
     else:
-        kind = ".shared" if moved else ""
+        kind = ".shared" if _evaluations_moved(case) else ""
     yield finding(f"ties{kind}", seen, half_unit=_half_unit(8))
 
 
@@ -285,12 +296,12 @@ def _some_ties(case: Case) -> Findings:
         )
 
 
-def _evaluations_moved(case: Case) -> bool | None:
-    """Whether log-probabilities of a data set changed between evaluations; None where that is not known."""
-    for records in case.log.evaluations.values():
-        if len(logged := [tuple(map(record.of, LOGPS)) for record in having(records, *LOGPS)]) > 1:
-            return len(set(logged)) > 1
-    return None
+def _evaluations_moved(case: Case) -> bool:
+    """Whether log-probabilities of a data set changed between evaluations."""
+    logged = [
+        {tuple(map(r.of, LOGPS)) for r in having(data, *LOGPS)} for data in case.log.evaluations.values()
+    ]
+    return any(len(different) > 1 for different in logged)
 
 
 def _half_unit(bits: int) -> float:
@@ -299,16 +310,13 @@ def _half_unit(bits: int) -> float:
     return 2.0 ** (math.floor(math.log2(MEDIAN_WEIGHT)) - bits)
 
 
-def _too_small(seen: str, bits: int) -> Finding:
-    return finding("step too small", seen, bits=bits, weight=MEDIAN_WEIGHT, unit=2 * _half_unit(bits))
-
-
 def step_too_small(case: Case) -> Findings:
-    """Weights said to be in half precision, and a learning rate that is rounded away there."""
-    dtype = str(case.log.settings.get("dtype", "")).removeprefix("torch.")
-    rates = [record.of("learning_rate") for record in having(case.training, "learning_rate")]
-    if not case.log.ours and dtype in BITS and rates and max(rates) < _half_unit(BITS[dtype]):
-        yield _too_small(f"weights in {dtype}, learning rate at most {max(rates):.3g}", BITS[dtype])
+    """Weights that are said to be in half precision, and a learning rate that is rounded away there."""
+    bits = BITS.get(str(case.log.settings.get("dtype")).removeprefix("torch."))
+    rate = max((record.of("learning_rate") for record in having(case.training, "learning_rate")), default=1.0)
+    if bits and not case.log.ours and rate < _half_unit(bits):  # ours has float32 weights under any dtype
+        seen = f"weights in {case.log.settings['dtype']}, learning rate at most {rate:.3g}"
+        yield finding("step too small", seen, bits=bits, weight=MEDIAN_WEIGHT, unit=2 * _half_unit(bits))
 
 
 def displacement(case: Case) -> Findings:
@@ -334,12 +342,13 @@ def worse_than_the_reference(case: Case) -> Findings:
         )
         yield finding("worse than the reference", seen, start=start)
         return
+    learnt = sum(record.of("loss") - start for record in last) < 0
     for records in case.log.evaluations.values():
         known = having(records, "loss")
         if known and known[-1] not in case.start and known[-1].of("loss") > start + HALF:
             best = min(known, key=lambda record: record.of("loss"))
             seen = f"evaluation, {shown(known[-1], 'loss')}; least {best.of('loss'):.4g} at {best.place}"
-            yield finding("overfitting" if last else "worse than the reference", seen, start=start)
+            yield finding("overfitting" if learnt else "worse than the reference", seen, start=start)
             return
 
 
@@ -381,13 +390,16 @@ RULES = (
     beta_and_reference, nothing_scored, ties, step_too_small, displacement, worse_than_the_reference,
     saturation, warm_up, length_drift,
 )  # fmt: skip
+OTHER = {"scaled loss", "another loss"}
+AWAY = {"no reference", "not at the reference", "the reference moves"}
 EXPLAINED_BY = {  # a finding that follows from another one
     "ties": {"nothing scored"},
     "another beta": {"ties"},  # where no reward moves, β seems to be 0
     "not at the reference": {"no reference"},
-    "displacement": {"no reference", "not at the reference", "the reference moves"},
     "the reference moves": {"no reference"},
-    "below Jensen's bound": {"scaled loss", "another loss"},
-    "below the floor of its accuracy": {"scaled loss", "another loss"},
-    "worse than the reference": {"scaled loss", "another loss", "not finite"},
+    "below Jensen's bound": OTHER | {"margins do not add up"},
+    "below the floor of its accuracy": OTHER | {"margins do not add up"},
+    "displacement": AWAY | {"worse than the reference"},
+    "worse than the reference": OTHER | AWAY | {"not finite"},
+    "overfitting": OTHER | AWAY | {"not finite"},
 }
