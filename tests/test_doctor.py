@@ -378,7 +378,8 @@ def test_logs_of_public_questions(question, tmp_path):
 CONTRADICTIONS = {
     "not finite", "no reference", "not at the reference", "scaled loss", "another loss",
     "margins do not add up", "below Jensen's bound", "below the floor of its accuracy",
-    "above ln 2 with accuracy 1", "the reference moves", "another beta", "ties", "nothing scored", "step too small", "warm-up not over",
+    "above ln 2 with accuracy 1", "the reference moves", "another beta", "ties", "nothing scored",
+    "step too small", "warm-up not over",
 }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ BUDGETS = {  # what is counted: lines, and words where it says so
     "book (root files)": 2905,
     "micro.py": 150,
     "experiments": 7460,
-    "package": 21270,
+    "package": 21200,
     "README.md": 160,
     "README.md, words": 1800,
     "derivations.md": 1500,

@@ -67,13 +67,14 @@ class Case:
         self.training, self.precision = log.training, SINGLE if log.ours else HALF
         self.reads_reference = loss is None or "reference" in loss.reads
         self.evaluations = list(itertools.chain(*log.evaluations.values()))
+        self.records = [*self.training, *self.evaluations]
         begun = [
             data[0] for data in log.evaluations.values() if 0 in (data[0].of("step"), data[0].of("epoch"))
         ]
         self.start = begun + [record for record in log.training[:1] if record.of("step") == 1]
         # Where loss and rewards are means of the same rows with the same weights. Not in TRL's evaluations:
         # the loss is a mean over rows, the rewards are means over batches, of which the last is smaller.
-        self.same_rows = [*self.training, *self.evaluations] if log.ours else self.training
+        self.same_rows = self.records if log.ours else self.training
 
     @cached_property
     def is_sigmoid(self) -> bool:

@@ -98,11 +98,8 @@ def not_at_the_reference(case: Case) -> Findings:
             bound = "the accuracy is below 1"
         else:
             return
-        yield finding(
-            "not at the reference.averaged",
-            f"{shown(first, *ON_ROWS, *REWARDS)}, the first record",
-            bound=bound,
-        )
+        seen = f"{shown(first, *ON_ROWS, *REWARDS)}, the first record"
+        yield finding("not at the reference.averaged", seen, bound=bound)
 
 
 def _is_away(case: Case, record: Record) -> bool:
@@ -127,27 +124,25 @@ def another_loss(case: Case) -> Findings:
     """Rewards are 0 as they must, and the loss is not what it must be there [D13.7]."""
     start = case.loss_at_start
     for record in having(case.start, "loss", *REWARDS):
-        ratio = record.of("loss") / (start or LN2)
+        ratio, error = record.of("loss") / (start or LN2), case.error(record, "loss")
         factor = max(ratio, 1 / ratio) if ratio > 0 else 0.0
-        written = case.error(record, "loss") / record.of("loss") if ratio > 0 else 0.0
-        is_scaled = 1.5 < factor < 64 and abs(factor / round(factor) - 1) < written + 2.0**-16  # float32
-        is_wrong = abs(record.of("loss") - (start or 0.0)) > case.error(record, "loss") + HALF * (
-            start or 0.0
-        )
+        exact = error / record.of("loss") + 2.0**-16 if ratio > 0 else 0.0  # float32
+        is_scaled = 1.5 < factor < 64 and abs(factor / round(factor) - 1) < exact
         if start is None:  # 2 ln 2 is where NCA and BCO start, so that 3 is the first multiple that tells
             is_wrong = is_scaled and not case.loss_is_claimed and not 1 < ratio < 2.5
+        else:
+            is_wrong = abs(record.of("loss") - start) > error + HALF * start
         if is_wrong and not _is_away(case, record):
             seen = f"{shown(record, 'loss', *REWARDS)}, before any update"
-            yield finding(
-                "scaled loss" if is_scaled else "another loss", seen, start=start or LN2, ratio=ratio
-            )
+            kind = "scaled loss" if is_scaled else "another loss"
+            yield finding(kind, seen, start=start or LN2, ratio=ratio)
             return
 
 
 def margins_do_not_add_up(case: Case) -> Findings:
     """The mean margin is the mean chosen reward minus the mean rejected one, in every record."""
     wrong = []
-    for record in having([*case.training, *case.evaluations], *REWARDS, MARGINS):
+    for record in having(case.records, *REWARDS, MARGINS):
         chosen, rejected, margin = (record.of(name) for name in (*REWARDS, MARGINS))
         # In half precision the margin of each row is rounded, and their mean size is at most m + 2 loss.
         sizes = abs(chosen) + abs(rejected) + abs(margin) + 2 * abs(record.values.get("loss", 0.0))
@@ -156,9 +151,7 @@ def margins_do_not_add_up(case: Case) -> Findings:
             wrong.append((record, chosen - rejected))
     if wrong:
         record, difference = wrong[0]
-        seen = (
-            f"{shown(record, *REWARDS, MARGINS)}, but the difference is {difference:.4g} ({counted(wrong)})"
-        )
+        seen = f"{shown(record, *REWARDS, MARGINS)}; the difference is {difference:.4g} ({counted(wrong)})"
         yield finding("margins do not add up", seen)
 
 
@@ -197,17 +190,14 @@ def _violations(case: Case, record: Record) -> Iterator[tuple[str, float, float]
 
 
 def beta_and_reference(case: Case) -> Findings:
-    """On one data set rewards change by beta times what log-probabilities do, if the reference stays
-    [D13.7]."""
+    """On one data set rewards change by beta times what log-probabilities do, if the reference stays."""
     if not (slopes := slopes_of(case)):
         return
     low, high, places = _common(slopes)
     if low > high:
         seen = f"rewards over log-probabilities: at most {high:.4g} and at least {low:.4g} ({places})"
         yield finding("the reference moves", seen)
-    elif case.beta is not None and not low * (1 - 1e-6) <= case.beta <= high * (
-        1 + 1e-6
-    ):  # their own rounding
+    elif case.beta is not None and not low * (1 - 1e-6) <= case.beta <= high * (1 + 1e-6):  # as rounded
         seen = f"rewards over log-probabilities: between {low:.4g} and {high:.4g} ({places})"
         yield finding("another beta", seen, beta=case.beta)
 
@@ -218,7 +208,7 @@ def slopes_of(case: Case) -> list[Slope]:
     found: list[Slope | None] = []
     if not case.reads_reference or (case.loss and case.loss.name in OTHER_REWARDS):
         return []
-    for record in [*case.training, *case.evaluations]:
+    for record in case.records:
         if RATIO in record.values:
             found.append(_slope(case, [(record, RATIO, 1)], [(record, REWARDS[0], 1)]))
         for logps, reward in zip(LOGPS, REWARDS):
@@ -262,8 +252,7 @@ def _common(slopes: list[Slope]) -> Slope:
 def nothing_scored(case: Case) -> Findings:
     """A mean log-probability of exactly 0, and by a reward of 0 under the reference too: no tokens count."""
     for logps, reward in zip(LOGPS, REWARDS):
-        zero = [r for r in [*case.training, *case.evaluations] if r.of(logps) == 0 == r.values.get(reward, 0)]
-        if zero:
+        if zero := [r for r in case.records if r.of(logps) == 0 == r.values.get(reward, 0)]:
             yield finding("nothing scored", f"{zero[0].place}: {logps} is exactly 0 ({counted(zero)})")
             return
 
@@ -289,19 +278,15 @@ def ties(case: Case) -> Findings:
 
 def _some_ties(case: Case) -> Findings:
     """Ours counts ties: pairs that stay tied in every record while others move."""
-    moved = [r for r in having([*case.training, *case.evaluations], "dpo/ties") if r not in case.start]
+    moved = [record for record in having(case.records, "dpo/ties") if record not in case.start]
     if (share := min((record.of("dpo/ties") for record in moved), default=0.0)) > 0:
-        yield finding(
-            "ties.some", f"at least {share:.0%} of the pairs in each of the {counted(moved)} after the start"
-        )
+        yield finding("ties.some", f"at least {share:.0%} of the pairs, in {counted(moved)} after the start")
 
 
 def _evaluations_moved(case: Case) -> bool:
     """Whether log-probabilities of a data set changed between evaluations."""
-    logged = [
-        {tuple(map(r.of, LOGPS)) for r in having(data, *LOGPS)} for data in case.log.evaluations.values()
-    ]
-    return any(len(different) > 1 for different in logged)
+    logged = (having(records, *LOGPS) for records in case.log.evaluations.values())
+    return any(len({record.of(name) for record in some}) > 1 for some in logged for name in LOGPS)
 
 
 def _half_unit(bits: int) -> float:
@@ -337,9 +322,7 @@ def worse_than_the_reference(case: Case) -> Findings:
     last = the_last(having(case.training, "loss"))
     above = [record for record in last if record.of("loss") > start + HALF + case.error(record, "loss")]
     if last and above == last:
-        seen = (
-            f"{shown(last[-1], 'loss', 'grad_norm', 'learning_rate')}, and above in the last {counted(last)}"
-        )
+        seen = f"{shown(last[-1], 'loss', 'grad_norm', 'learning_rate')}; above in the last {counted(last)}"
         yield finding("worse than the reference", seen, start=start)
         return
     learnt = sum(record.of("loss") - start for record in last) < 0
@@ -357,9 +340,7 @@ def saturation(case: Case) -> Findings:
     last = the_last(having(case.training, "loss")) if case.is_sigmoid else []
     if last and all(record.of("loss") < SURE for record in last):
         most = max(record.of("loss") + case.error(record, "loss") for record in last)
-        seen = (
-            f"{shown(last[-1], 'loss', MARGINS, 'grad_norm')}; below {SURE:.3g} in the last {counted(last)}"
-        )
+        seen = f"{shown(last[-1], 'loss', MARGINS, 'grad_norm')}; below {SURE:.3g} in {counted(last)}"
         yield finding("saturation", seen, share=2 * most)
 
 
