@@ -11,6 +11,7 @@ import functools
 import html
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 from markdown_it import MarkdownIt
 from mdit_py_plugins.dollarmath import dollarmath_plugin
@@ -109,35 +110,55 @@ def _anchor(title: str) -> str:
 # -------------------------------------------------------------------------------------------------- slides
 
 
+class Slide(NamedTuple):
+    """The heading and what stands below it, as HTML; its kind: "of-code", "outcome", "lead" or ""."""
+
+    heading: str
+    content: str
+    kind: str = ""
+
+
 def slides(notebook: NotebookNode) -> str:
     """One HTML file: a slide for each heading, each text and the outputs of each cell; code if wanted.
 
     The browser splits what is too long for a slide (pages/slides.html).
     """
-    found, heading, title = [], "", ""
+    found: list[Slide] = []
     for cell in notebook.cells:
-        if NOT_SHOWN & set(cell.metadata.get("tags", [])):
+        tags = set(cell.metadata.get("tags", []))
+        if NOT_SHOWN & tags:
             continue
-        if cell.cell_type == "code":
-            found.append(_slide(heading, f'<pre class="source">{html.escape(cell.source)}</pre>', "of-code"))
-            if shown := "\n".join(map(_output, cell.outputs)):
-                found.append(_slide(heading, shown))
+        heading = found[-1].heading.replace("h1>", "h2>") if found else ""
+        if cell.cell_type == "markdown":
+            found += _of_text(cell.source, heading, outcome="outcome" in tags)
             continue
-        text = re.sub(r"^\*\*Before this:\*\*.*\n(?:.+\n)*", "", cell.source, flags=re.MULTILINE)
-        if match := re.match(r"(#+) (.*)\n?", text):
-            level = min(len(match[1]), 2)
-            heading = f"<h{level}>{_inline(match[2])}</h{level}>"
-            title, text = title or match[2], text[match.end() :]
-        if text := to_html(text).replace(QUESTION, QUESTION.replace("<p>", '<p class="question">')):
-            of = "outcome" if "outcome" in cell.metadata.get("tags", []) else ""
-            found.append(_slide(heading, text, of))
-        heading = heading.replace("h1>", "h2>")
-    numbered = (slide.replace("<section", f'<section id="s{n}"', 1) for n, slide in enumerate(found, start=1))
-    return filled("slides.html", {"title": html.escape(title), "body": "\n".join(numbered)})
+        # A text that only leads to what a cell prints stands above it.
+        lead = [found.pop()] if found and found[-1].kind == "lead" else []
+        found.append(Slide(heading, f'<pre class="source">{html.escape(cell.source)}</pre>', "of-code"))
+        shown = "\n".join([*(slide.content for slide in lead), *map(_output, cell.outputs)])
+        found += [Slide(heading, shown)] if shown else []
+    title = html.escape(re.search("^# (.*)", notebook.cells[0].source)[1])
+    body = "\n".join(
+        f'<section id="s{number}" class="{kind}" tabindex="-1">\n{heading}\n{content}\n</section>'
+        for number, (heading, content, kind) in enumerate(found, start=1)
+        if content
+    )
+    return filled("slides.html", {"title": title, "body": body})
 
 
-def _slide(heading: str, content: str, of: str = "") -> str:
-    return f'<section class="{of}" tabindex="-1">\n{heading}\n{content}\n</section>'
+def _of_text(text: str, heading: str, *, outcome: bool) -> list[Slide]:
+    """The slides of a Markdown cell below this heading: one for each heading in it."""
+    text = re.sub(r"^\*\*Before this:\*\*.*\n(?:.+\n)*", "", text, flags=re.MULTILINE)
+    found = []
+    for part in re.split(r"^(?=#{1,3} )", text, flags=re.MULTILINE):
+        if own := re.match(r"(#+) (.*)\n?", part):
+            level = min(len(own[1]), 2)
+            heading, part = f"<h{level}>{_markdown().renderInline(own[2])}</h{level}>", part[own.end() :]
+        content = to_html(part).replace(QUESTION, QUESTION.replace("<p>", '<p class="question">'))
+        kind = "outcome" if outcome else "" if own or QUESTION in to_html(part) else "lead"
+        if own or content:
+            found.append(Slide(heading, content, kind))
+    return found
 
 
 def _output(output: NotebookNode) -> str:
@@ -165,10 +186,6 @@ def to_html(text: str) -> str:
     """
     page = _markdown().render(text)
     return re.sub(r"</math></span>([,.;:!?)]+)", r"</math>\1</span>", page)  # no line begins with a comma
-
-
-def _inline(text: str) -> str:
-    return _markdown().renderInline(text)
 
 
 @functools.cache
