@@ -153,6 +153,7 @@ def built_on_the_library(ref, rewards, beta):
         ("3.1", borrowed_oracle, "minus_log_odds_share"),
         ("3.1", loss, None),
         ("2.3", built_on_the_library, None),
+        ("3.2", lambda logps, ref, beta: dpo.preference_matrix(beta * (logps - ref)), None),
     ],
 )
 def test_a_call_of_the_librarys_own_function_is_no_answer(number, answer, lender):
