@@ -283,6 +283,14 @@ def wrong_answer():
     return message
 
 
+def test_a_check_prints_nothing_that_the_answer_prints(capfd):
+    """nbgrader gives no points to a check that writes to stderr, and a warning does so."""
+    found = {"torch": torch}
+    exec(PARTLY["implied_preferences"], found)
+    assert judge("3.2", found["implied_preferences"]).passed
+    assert capfd.readouterr() == ("", "")
+
+
 def needs(module):
     """Skip a test without this package, which is asked for before anything of it is imported."""
     missing = importlib.util.find_spec(module) is None

@@ -59,7 +59,7 @@ def judge(
     if not callable(function):
         return Verdict("wrong", f"{name}: give the check the function itself, without calling it.")
     try:
-        with _silence():
+        with silence():
             counterexample, inexact = _searched(exercise, function)
     except NotImplementedError:
         return Verdict("not solved yet", f"{name}: not solved yet.")
@@ -73,7 +73,7 @@ def judge(
         digits = _lost_digits(exercise, function, inexact) if inexact is not None else []
         return Verdict("right", "\n".join([right, *digits, *strained]))
     complaint = complain(exercise, function, counterexample)  # here its own prints are shown, once
-    with _silence():
+    with silence():
         if complaint is None or complain(exercise, function, counterexample) != complaint:
             return Verdict("wrong", name + _UNDECIDED)
         mistake = recognise(exercise, function) or guess(exercise, function) or _bound(exercise, function)
@@ -96,7 +96,7 @@ def _searched(exercise: Exercise, function: Callable[..., Any]) -> tuple[Given |
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """No prints and no warnings: a search calls the function hundreds of times."""
     nowhere = io.StringIO()
     with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
@@ -109,7 +109,7 @@ def _strained(exercise: Exercise, function: Callable[..., Any]) -> tuple[bool, l
     if exercise.strain is None:
         return False, []
     given, expected = exercise.strain
-    with _silence():
+    with silence():
         answer = _outcome(function, given)
     if agrees(answer, expected, SINGLE):
         return False, []
@@ -145,7 +145,7 @@ def _lost_digits(exercise: Exercise, function: Callable[..., Any], given: Given)
     usual = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with _silence():
+        with silence():
             exact = complain(exercise, function, given) is None
     finally:
         torch.set_default_dtype(usual)

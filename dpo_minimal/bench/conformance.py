@@ -97,7 +97,7 @@ def _check(name: str, f: Any, arguments: str | None, scale: float, gradient: boo
         answer, _ = found(*values)
         return averaged(answer / scale) if isinstance(answer, Tensor) else answer
 
-    with checks._silence():
+    with checks.silence():
         first = checks._outcome(found, probe)
     answer, taken = first if isinstance(first, tuple) else (None, "")  # it raises, as `judge` will find
     is_mean = name.endswith("_loss") and isinstance(answer, Tensor) and answer.dim() == 0
