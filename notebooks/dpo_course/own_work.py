@@ -64,6 +64,7 @@ def _functions(place: Any) -> dict[str, Any]:
     """The public functions and classes of a module or class, by name, of those that are always the same
     object."""
     names = list(vars(place)) if isinstance(place, ModuleType) else dir(place)  # a class inherits some
+    names = [name for name in names if name != "Storage"]  # torch's is another with another default dtype
     found = {name: getattr(place, name, None) for name in names if not name.startswith("_")}
     return {
         name: value
