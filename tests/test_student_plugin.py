@@ -165,6 +165,7 @@ def test_a_call_of_the_librarys_own_function_is_no_answer(number, answer, lender
     assert lender is None or told in verdict.message
 
 
+@pytest.mark.slow  # as the experiments among them are
 @pytest.mark.parametrize("source", build.sources(), ids=lambda source: source.stem)
 def test_no_published_solution_is_taken_for_a_call(source):
     """Some use the library, as their exercises ask."""
