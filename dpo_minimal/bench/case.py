@@ -108,7 +108,7 @@ class Case:
     def is_systematic(self, count: int, of: int) -> bool:
         """Whether so many records with a contradiction between loss and rewards are held against the log.
 
-        In ours, one. Before version 0.13 TRL logged the loss of all processes and the rewards of the first,
+        In ours, one. Older versions of TRL logged the loss of all processes and the rewards of the first,
         which differ by chance in either direction: for so many the chance is 1/1000 (Hoeffding), or 2^-n.
         """
         return count >= (1 if self.log.ours else max(1, min(of, of / 2 + math.sqrt(of * math.log(1000) / 2))))
