@@ -148,6 +148,7 @@ def test_outputs_are_kept_while_the_code_is_the_same(monkeypatch, tmp_path):
     monkeypatch.setattr(build, "execute", lambda *_: executed.append(1) or 1.0)
     monkeypatch.setattr(build, "student_path", lambda _: tmp_path / "student.ipynb")
     monkeypatch.setattr(build, "solved_path", lambda _: tmp_path / "solved.ipynb")
+    monkeypatch.setattr(build.given, "is_stale", lambda _: False)
     source, text = tmp_path / "01_x.py", "# %% [markdown]\n# words\n\n# %%\nprint(1)\n"
     source.write_text(text)
     build.build(source)
