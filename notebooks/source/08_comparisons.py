@@ -177,7 +177,7 @@ for beta in [2.0, 1.0, 0.5, 0.25]:
     )
 
 # %% [markdown] tags=["outcome"]
-# **What happened.** A few draws replace a mild β; the smaller β is, the faster the number grows, because the last bits of reward are in completions that the reference seldom writes. In divergence best of $n$ costs 0.1 to 0.2 nats more, a part of it only because $n$ is a whole number. So what training saves is not divergence but writing: its cost is paid once, that of best of $n$ with every answer.
+# **What happened.** A few draws replace a mild β; the smaller β is, the faster the number grows, because the last part of the reward is in completions that the reference seldom writes. In divergence best of $n$ costs 0.1 to 0.2 nats more, a part of it only because $n$ is a whole number. So what training saves is not divergence but writing: its cost is paid once, that of best of $n$ with every answer.
 
 # %% [markdown]
 # ## Fine-tuning on what was chosen
