@@ -90,6 +90,7 @@ def test_the_whole_check_names_a_mistake_of_every_exercise(number):
     assert "smallest input" in verdict.message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "answer"), student_answers.RIGHT)
 def test_right_answers_of_students_pass(number, answer):
     """Loops and other formulas are as good as the solution."""
@@ -97,6 +98,7 @@ def test_right_answers_of_students_pass(number, answer):
     assert verdict.status == "right", verdict.message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "answer", "name"), student_answers.WRONG)
 def test_mistakes_of_students_are_named(number, answer, name):
     """The five central exercises know at least five mistakes each, however they are written."""

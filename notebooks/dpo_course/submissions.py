@@ -48,7 +48,7 @@ def submissions(folder: Path, unpacked: Path) -> list[Submission]:
     Args:
         unpacked: an empty folder, for what is in zips.
     """
-    entries = sorted(path for path in folder.iterdir() if not _is_hidden(path.name))
+    entries = sorted(path for path in folder.iterdir() if _can_be_read(path))
     owners = [(path, *_owner(path, folder)) for path in entries]
     owners = [owner for owner in owners if owner[1]]
     numbers: dict[str, set[str]] = {}
@@ -102,6 +102,11 @@ def _parted(stem: str) -> tuple[str, str, str]:
     """A file's name before, in and after the name that the course gave to the file."""
     match = COURSE.search(stem)
     return (stem[: match.start()], match[0], stem[match.end() :]) if match else (stem, "", "")
+
+
+def _can_be_read(path: Path) -> bool:
+    """Whether this is a folder or a file; reading a pipe or a device would not end."""
+    return not _is_hidden(path.name) and (path.is_dir() or path.is_file())
 
 
 def _is_hidden(name: str) -> bool:
