@@ -1,6 +1,6 @@
 """From one source to two notebooks: `python -m notebooks.build`.
 
-A source is a text file in jupytext's percent format. Two things in it are ours:
+A source is a text file in jupytext's percent format. Three things in it are ours:
 - lines between `### BEGIN SOLUTION` and `### END SOLUTION` stand in the solved notebook only; the student
   finds `raise NotImplementedError` there;
 - a cell tagged `answer` stands in the solved notebook only;
@@ -34,7 +34,6 @@ from dpo_minimal.text.runs import write_atomically
 from dpo_minimal.validation import InputError
 
 from . import given, lecture, syllabus
-from .stubs import SOLUTION as SOLUTION
 from .stubs import solution, stub
 
 FOLDER = Path(__file__).parent

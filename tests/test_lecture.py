@@ -21,6 +21,7 @@ from document import BLOCKS
 from test_notebooks import SOURCES, by_notebook, code_cells, kept, pictures, tagged
 
 from notebooks import build, lecture, syllabus
+from notebooks.stubs import SOLUTION
 
 pytest.importorskip("math_core", reason="math-core is missing: requirements-bench.txt")
 CHAPTERS = lecture.all_chapters()
@@ -167,7 +168,7 @@ def test_slides_show_no_solution(source):
     """No line of a solution, nor a remark after one, on any slide, hidden ones included."""
     solved = build.solved_notebook(source)
     page = html.unescape(lecture.slides(solved))
-    solutions = build.SOLUTION.findall(source.read_text(encoding="utf-8"))
+    solutions = SOLUTION.findall(source.read_text(encoding="utf-8"))
     lines = {line.strip() for _, code in solutions for line in code.split("\n") if line.strip()}
     elsewhere = "\n".join(
         cell.source for cell in code_cells(solved) if not {"exercise"} & set(cell.metadata.get("tags", []))

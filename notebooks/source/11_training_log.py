@@ -150,7 +150,7 @@ for name, bound in (("loss", floor), ("rewards/accuracies", ceiling)):
 # %% [markdown]
 # ## Six logs
 #
-# The run above is one of six, "B". The others differ from it in one thing each. They are trained on pairs of the same people, and three of them have a mistake in the program.
+# The run above is one of six, "B". The others differ from it in one thing each; D also trains three times as long. They are trained on pairs of the same people, and three of them have a mistake in the program.
 #
 # **Predict before you run.** For each of the five other logs below: what is the matter, and is it a mistake at all? Look at the first value, at whether both rewards move, and compare with log B.
 
@@ -195,7 +195,7 @@ for letter, path in paths.items():
 #
 # ### Prove it
 #
-# A diagnosis is right if the finding goes when its cause goes. The next cell undoes in each run the one thing that was planted, trains again with the same seed, and asks again. Then all five should do what B does.
+# A diagnosis is right if the finding goes when its cause goes. The next cell undoes in each run the one thing that was planted, trains again with the same seed, and asks again. Then A, C, E and F are run B, and D is B with more steps.
 
 # %%
 for letter in "ACDEF":
